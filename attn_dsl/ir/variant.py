@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from attn_dsl.errors import Source, Span
-from attn_dsl.ir.nodes import Node
+from attn_dsl.ir.nodes import Node, post_order, with_children
 from attn_dsl.ir.types import DType, Type
 
 
@@ -66,7 +66,7 @@ class Variant:
     sink: Node | None = None
     doc: str = ""
     source: Source | None = field(default=None, compare=False, repr=False)
-    locations: Mapping[Node, Span] = field(default=MappingProxyType({}), compare=False, repr=False)
+    locations: Mapping[Node, Span] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
 
     @property
     def roots(self) -> Iterator[Node]:
@@ -81,3 +81,32 @@ class Variant:
 
     def tensor(self, name: str) -> Tensor:
         return next(t for t in self.tensors if t.name == name)
+
+
+def rewrite_variant(variant: Variant, rule: Callable[[Node], Node]) -> Variant:
+    """Apply `rule` to every node of a variant, operands first: expressions, extents and promises.
+
+    A rewritten node keeps the source location of what it came from.
+    """
+    done: dict[Node, Node] = {}
+
+    def new(root: Node) -> Node:
+        for node in post_order(root):
+            if node not in done:
+                done[node] = rule(with_children(node, tuple(done[child] for child in node.children)))
+        return done[root]
+
+    def promise(old: Promise) -> Promise:
+        return InRange(new(old.low), new(old.high)) if isinstance(old, InRange) else old
+
+    score, mask = new(variant.score), new(variant.mask)
+    sink = None if variant.sink is None else new(variant.sink)
+    tensors = tuple(
+        replace(t, extents=tuple(map(new, t.extents)), promises=tuple(map(promise, t.promises)))
+        for t in variant.tensors
+    )
+    locations: dict[Node, Span] = {}
+    for old, after in done.items():
+        if old in variant.locations:
+            locations.setdefault(after, variant.locations[old])
+    return replace(variant, tensors=tensors, score=score, mask=mask, sink=sink, locations=MappingProxyType(locations))
