@@ -1,0 +1,301 @@
+"""The command line, `attn-dsl COMMAND`.
+
+Exit codes: 0, 1 (the input is wrong: a text with errors, a claim refuted), 2 (the call is wrong: an unknown option, a
+missing file). Answers go to standard output, everything else to standard error. Each command imports what it needs
+when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from attn_dsl.errors import AttnError, BindingError, CompileError, Diagnostic, Source
+
+if TYPE_CHECKING:
+    from attn_dsl.ir.variant import Variant
+
+SHIPPED = Path(__file__).parent / "variants"
+FILE = "a .attn file, the name of a shipped variant, or - for standard input"
+
+
+class CallError(Exception):
+    """The command was called wrongly; answered with exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. Wrong input is answered, never a traceback."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+    except CompileError as error:
+        _show(error.diagnostics)
+        return 1
+    except (CallError, BindingError) as error:
+        print(f"attn-dsl: {error}", file=sys.stderr)
+        return 2
+    except AttnError as error:
+        print(f"attn-dsl: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `attn-dsl ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+# --- commands
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Report every error of each text."""
+    found: list[Diagnostic] = []
+    for file in arguments.files:
+        try:
+            variant = _load(file)
+        except CompileError as error:
+            found += error.diagnostics
+        else:
+            if arguments.format == "text":
+                print(f"{file}: `{variant.name}` is right")
+    if arguments.format == "json":
+        _print_json([_as_data(diagnostic) for diagnostic in found])
+    else:
+        _show(found)
+    return 1 if found else 0
+
+
+def fmt(arguments: argparse.Namespace) -> int:
+    """Rewrite texts in the one layout; comments stay."""
+    from attn_dsl.frontend.format import format_text
+
+    changed = []
+    for file in arguments.files:
+        text = _read(file)
+        formatted = format_text(text)
+        if arguments.check:
+            changed += [file] if formatted != text else []
+        elif arguments.stdout or file == "-":
+            sys.stdout.write(formatted)
+        elif formatted != text:
+            _replace(Path(file), formatted)
+    for file in changed:
+        print(f"{file}: would be formatted", file=sys.stderr)
+    return 1 if changed else 0
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Expand the code of an error."""
+    from attn_dsl.frontend import codes
+
+    try:
+        print(codes.explain(arguments.code.upper()))
+    except KeyError:
+        raise CallError(f"there is no error code {arguments.code}") from None
+    return 0
+
+
+def ir(arguments: argparse.Namespace) -> int:
+    """Print the typed expression graph, as checked or after a pass."""
+    raise NotImplementedError
+
+
+def prove(arguments: argparse.Namespace) -> int:
+    """Print which tiles are empty and full, the claims behind it and a picture."""
+    raise NotImplementedError
+
+
+def variants(arguments: argparse.Namespace) -> int:
+    """List the shipped variants, or print the text of one."""
+    if arguments.name is not None:
+        sys.stdout.write(_shipped(arguments.name).read_text(encoding="utf-8"))
+        return 0
+    summaries = {path.stem: _summary(path) for path in sorted(SHIPPED.glob("*.attn"))}
+    if arguments.format == "json":
+        _print_json(summaries)
+    else:
+        width = max(map(len, summaries))
+        print("\n".join(f"{name:{width}}  {summary}" for name, summary in summaries.items()))
+    return 0
+
+
+# --- the parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attn-dsl",
+        description="A compiler for attention variants: check a text, prove its schedule, look at its code.",
+        epilog="FILE is " + FILE + ". Exit codes: 0, 1 (the input is wrong), 2 (the call is wrong).",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        summary = (run.__doc__ or "").splitlines()[0]
+        added = commands.add_parser(run.__name__, help=summary, description=summary)
+        added.set_defaults(run=run)
+        return added
+
+    checker = command(check)
+    checker.add_argument("files", nargs="+", metavar="FILE", help=FILE)
+    _add_format(checker, "text", "json")
+
+    formatter = command(fmt)
+    formatter.add_argument("files", nargs="+", metavar="FILE", help="a .attn file, rewritten in place, or -")
+    formatter.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
+    formatter.add_argument("--stdout", action="store_true", help="write to standard output instead")
+
+    command(explain).add_argument("code", metavar="CODE", help="an error code, such as E012")
+
+    printer = command(ir)
+    printer.add_argument("file", metavar="FILE", help=FILE)
+    printer.add_argument("--after", metavar="PASS", help="the last pass to run (default: none)")
+    _add_set(printer)
+
+    prover = command(prove)
+    prover.add_argument("file", metavar="FILE", help=FILE)
+    prover.add_argument("--q-len", type=_at_least(1), required=True, metavar="N", help="number of queries")
+    prover.add_argument("--kv-len", type=_at_least(1), required=True, metavar="N", help="number of keys")
+    prover.add_argument(
+        "--block", type=_at_least(1), nargs=2, default=[128, 128], metavar=("BM", "BN"), help="tile shape"
+    )
+    prover.add_argument("--q-offset", type=_at_least(0), default=0, metavar="O", help="position of the first query")
+    prover.add_argument("--verify", action="store_true", help="also hand each claim to islpy and z3")
+    _add_set(prover)
+    _add_format(prover, "text", "json", "svg")
+
+    lister = command(variants)
+    lister.add_argument("name", nargs="?", metavar="NAME", help="print the text of this one")
+    _add_format(lister, "text", "json")
+    return parser
+
+
+def _add_format(parser: argparse.ArgumentParser, *formats: str) -> None:
+    parser.add_argument("--format", choices=formats, default=formats[0], help="(default: %(default)s)")
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="parameters",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="bind a parameter",
+    )
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+        if not least <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"{value} is not in [{least}, 2**31)")
+        return value
+
+    return parse
+
+
+def _assignment(text: str) -> tuple[str, bool | int | float]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    if value in ("true", "false"):
+        return name, value == "true"
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    raise argparse.ArgumentTypeError(f"{value!r} is not a number, true or false")
+
+
+def _version() -> str:
+    from attn_dsl import __version__
+
+    return f"attn-dsl {__version__}"
+
+
+# --- input and output
+
+
+def _load(file: str) -> Variant:
+    """The checked variant that a FILE argument names."""
+    from attn_dsl.frontend import load
+
+    if file == "-":
+        return load(Source("<stdin>", _read(file)))
+    return load(Path(file) if Path(file).is_file() else _shipped(file))
+
+
+def _read(file: str) -> str:
+    """The text of a file or of standard input; CallError where there is none to read."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        return data.decode()
+    except OSError as error:
+        raise CallError(f"{file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CallError(f"{file}: not UTF-8, byte {error.start}") from None
+
+
+def _shipped(name: str) -> Path:
+    path = SHIPPED / f"{name}.attn"
+    if name.isidentifier() and path.is_file():
+        return path
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, [path.stem for path in SHIPPED.glob("*.attn")], n=1)
+    raise CallError(f"no file and no shipped variant is named {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _summary(path: Path) -> str:
+    """What the first line says after `# NAME.attn:`."""
+    with path.open(encoding="utf-8") as file:
+        return file.readline().partition(": ")[2].strip()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half written."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.chmod(path.stat().st_mode)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CallError(f"{path}: {error.strerror}") from None
+
+
+def _show(diagnostics: Sequence[Diagnostic]) -> None:
+    if diagnostics:
+        from attn_dsl.frontend.render import render
+
+        print(render(diagnostics, color=_has_color(sys.stderr)), file=sys.stderr)
+
+
+def _has_color(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _as_data(diagnostic: Diagnostic) -> dict[str, Any]:
+    span = diagnostic.span
+    place = {"file": span.source.name, "line": span.line, "column": span.column, "text": span.text}
+    texts = {"message": diagnostic.message, "label": diagnostic.label, "help": diagnostic.help}
+    return {"code": diagnostic.code, **texts, **place}
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=2))
