@@ -239,14 +239,14 @@ def _load(file: str) -> Variant:
 
 
 def _read(file: str) -> str:
-    """The text of a file or of standard input; CallError where there is none to read."""
+    """The text of a file or of standard input. CallError where there is none, AttnError where it is not UTF-8."""
     try:
         data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         return data.decode()
     except OSError as error:
         raise CallError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise CallError(f"{file}: not UTF-8, byte {error.start}") from None
+        raise AttnError(f"{file}: not UTF-8, at byte {error.start}") from None
 
 
 def _shipped(name: str) -> Path:
