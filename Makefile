@@ -2,7 +2,8 @@
 # make test   linters, types, import rules and tests: all that a change must pass
 #
 # Both make .venv and install into it what is missing; a second run starts at once. PYTHON=... picks the interpreter.
-# Without an NVIDIA GPU the CPU build of PyTorch comes first, so that nothing later pulls in CUDA; TORCH=... overrides.
+# Without an NVIDIA GPU the CPU build of PyTorch comes first, so that nothing later pulls in CUDA. Where pip knows of no
+# CPU build, it stops instead of fetching gigabytes: name one by TORCH=... (a wheel, say), or accept CUDA by CUDA=yes.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,14 +11,22 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install
 READY  := $(VENV)/.ready
 
-HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
-ifeq ($(HAS_GPU),yes)
+CUDA   ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+ifeq ($(CUDA),yes)
 TORCH  ?= torch>=2.11
 TRITON ?= triton>=3.6
 else
 TORCH  ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 endif
+
+define REFUSE_CUDA
+import json, sys
+names = [item["metadata"]["name"] for item in json.load(sys.stdin)["install"]]
+if any(name.startswith("nvidia-") for name in names):
+    sys.exit("pip would fetch the CUDA build, and there is no NVIDIA GPU: give TORCH=<a CPU build> or CUDA=yes")
+endef
+export REFUSE_CUDA
 
 .PHONY: demo test docs format clean
 .DEFAULT_GOAL := demo
@@ -56,6 +65,7 @@ $(READY): pyproject.toml
 	@echo "== [1/4] Virtual environment in $(VENV)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "== [2/4] PyTorch ($(TORCH))"
+	@test "$(CUDA)" = yes || $(PIP) --dry-run --quiet --report - '$(TORCH)' | $(BIN)/python -c "$$REFUSE_CUDA"
 	$(PIP) '$(TORCH)'
 	@echo "== [3/4] Triton ($(TRITON))"
 	test "$$(uname -s)" != Linux || $(PIP) '$(TRITON)'
