@@ -82,7 +82,7 @@ def _maximum(x: Any, y: Any) -> Any:
 
 
 def _sign(x: Any) -> Any:
-    return x if x != x else type(x)((x > 0) - (x < 0))
+    return type(x)((x > 0) - (x < 0))  # 0 for nan, as in torch
 
 
 def _sigmoid(x: float) -> float:
