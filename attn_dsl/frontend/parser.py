@@ -65,7 +65,7 @@ def _broken(tokens: Sequence[Token]) -> syntax.Broken:
 def _doc(source: Source) -> str:
     """The comment lines at the top of the text."""
     lines: list[str] = []
-    for line in source.text.splitlines():
+    for line in source.text.split("\n"):
         if not line.lstrip().startswith("#"):
             break
         lines.append(line.strip().lstrip("#").strip())
