@@ -58,12 +58,12 @@ def check(arguments: argparse.Namespace) -> int:
     found: list[Diagnostic] = []
     for file in arguments.files:
         try:
-            variant = _load(file)
+            _load(file)
         except CompileError as error:
             found += error.diagnostics
         else:
             if arguments.format == "text":
-                print(f"{file}: `{variant.name}` is right")
+                print(f"{file}: no errors")
     if arguments.format == "json":
         _print_json([_as_data(diagnostic) for diagnostic in found])
     else:
@@ -78,7 +78,7 @@ def fmt(arguments: argparse.Namespace) -> int:
     changed = []
     for file in arguments.files:
         text = _read(file)
-        formatted = format_text(text)
+        formatted = format_text(text, file)
         if arguments.check:
             changed += [file] if formatted != text else []
         elif arguments.stdout or file == "-":

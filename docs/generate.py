@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from attn_dsl.frontend.render import render
-
 from attn_dsl.cli import main as attn_dsl
 from attn_dsl.errors import CompileError, Source
 from attn_dsl.frontend import load
+from attn_dsl.frontend.render import render
 from attn_dsl.ir.variant import Parameter, Variant
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def variant_page(file: Path) -> str:
 
 def _comment(text: str) -> tuple[str, list[str], dict[str, str]]:
     """The comment at the top: summary, paragraphs, and what each parameter and tensor means."""
-    lines = [line[2:] for line in text.split("attention ", 1)[0].splitlines()]
+    lines = [line[2:] for line in itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())]
     summary = lines[0].partition(": ")[2]
     entries = [re.match(r"  (\w+): (.*)", line) for line in lines]
     meanings = {entry[1]: entry[2] for entry in entries if entry}
@@ -99,9 +99,7 @@ def _tensors(body: str, meanings: Mapping[str, str]) -> list[str]:
     declared = re.findall(r"^tensor (\w+): (\w+\[.*?\])(?: (.*))?$", body, re.MULTILINE)
     if not declared:
         return []
-    rows = [
-        f"| `{name}` | `{kind}` | {promise and f'`{promise}`'} | {meanings[name]} |" for name, kind, promise in declared
-    ]
+    rows = [f"| `{name}` | `{kind}` | {promise} | {meanings[name]} |" for name, kind, promise in declared]
     return ["## Tensors", "\n".join(["| tensor | elements | promise | meaning |", "|---|---|---|---|", *rows])]
 
 
@@ -110,18 +108,16 @@ def _tensors(body: str, meanings: Mapping[str, str]) -> list[str]:
 
 def readme_with_parts(text: str) -> str:
     """Replace what stands between `<!-- NAME -->` and `<!-- end -->`."""
+    summaries = {file.stem: _comment(file.read_text(encoding="utf-8"))[0] for file in SHIPPED}
     made = {
-        "variants": "\n".join(
-            f"- [{f.stem}](docs/variants/{f.stem}.md): {_comment(f.read_text())[0]}" for f in SHIPPED
-        ),
+        "variants": "\n".join(f"- [{name}](docs/variants/{name}.md): {said}" for name, said in summaries.items()),
         "errors": _errors(),
         "proof": _fenced("prove causal --q-len 2048 --kv-len 2048 --block 128 128"),
         "help": _fenced("--help"),
     }
     for name, part in made.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, p=part: f"{m[1]}{p}\n{m[2]}", text, flags=re.DOTALL
-        )
+        before, mark, rest = text.partition(f"<!-- {name} -->\n")
+        text = before + mark + part + "\n" + rest[rest.index("<!-- end -->") :]
     return text
 
 

@@ -95,7 +95,7 @@ def test_bytes_that_are_no_text_are_answered(
         (["variants", "nonsense"], "nonsense"),
         (["fmt", "missing.attn"], "missing.attn"),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_wrong_calls_exit_with_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
@@ -113,7 +113,7 @@ def test_wrong_calls_exit_with_2(argv: list[str], said: str, capsys: pytest.Capt
         ["prove", "causal", *PROVE, "--set", "window"],
         ["check", "--x"],
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_malformed_calls_exit_with_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
