@@ -48,7 +48,7 @@ test: $(READY)
 	@echo "== Import rules"
 	$(BIN)/lint-imports
 	@echo "== Tests"
-	$(BIN)/pytest -n 2 -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
