@@ -41,7 +41,7 @@ def parse_ir(text: str) -> Variant:
         roots["score"],
         roots["mask"],
         roots.get("sink"),
-        reader.doc,
+        "\n".join(reader.doc),
     )
 
 
@@ -60,7 +60,7 @@ class _Reader:
 
     def __init__(self, text: str) -> None:
         self.name: str | None = None
-        self.doc = ""
+        self.doc: list[str] = []
         self.parameters: list[Parameter] = []
         self.tensors: list[Tensor] = []
         self.roots: dict[str, Node] = {}
@@ -77,9 +77,11 @@ class _Reader:
             except (AssertionError, ValueError, TypeError) as error:
                 raise IRError(f"line {line.meta.line}: ill-formed {line.data}: {error}") from error
 
-    def _header(self, name: Token, doc: Token | None = None) -> None:
+    def _header(self, name: Token) -> None:
         self.name = str(name)
-        self.doc = json.loads(doc) if doc is not None else ""
+
+    def _doc(self, line: Token) -> None:
+        self.doc.append(json.loads(line))
 
     def _parameter(self, *parts: Any) -> None:
         const = parts[0].type == "CONST"

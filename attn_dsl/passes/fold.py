@@ -56,6 +56,8 @@ def _value(node: Node, *operands: Any) -> Scalar | None:
             base, exponent = operands
             fits = exponent >= 0 and abs(base).bit_length() * exponent <= _LARGEST_POWER
             return cast(int, base**exponent) if fits else None
+        case ir.Binary(BinaryOp.MOD | BinaryOp.FLOORDIV) if operands[0] == 0 and node.type is Type.FLOAT:
+            return None  # the sign of the zero differs between Python and torch
         case ir.Binary(op):
             return cast(Scalar, _BINARY[op](*operands))
         case ir.Compare(op):

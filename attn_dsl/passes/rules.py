@@ -33,7 +33,7 @@ class Rule:
     condition: str = "True"
 
     def nodes(self) -> Iterator[tuple[Node, Node, Node]]:
-        """(pattern, result, condition) as IR over parameters named by the letters, for each type that `s t r` may be."""
+        """(pattern, result, condition) as IR over parameters named by the letters, for each type of `s t r`."""
         kinds = tuple(Type) if set("str") & _names(self.pattern) else (Type.INT,)
         for kind in kinds:
             pattern, result, condition = (_read(text, kind) for text in (self.pattern, self.result, self.condition))

@@ -26,10 +26,13 @@ ALIBI = Variant(
         Binary(BinaryOp.MUL, Load("slope", (H,), Type.FLOAT), ir.Cast(Binary(BinaryOp.SUB, K, Q), Type.FLOAT)),
     ),
     TRUE,
-    doc='Say "no".',
+    doc='Say "no".\n\nOr not.',
 )
 TEXT = """\
-variant alibi "Say \\"no\\"."
+variant alibi
+doc "Say \\"no\\"."
+doc ""
+doc "Or not."
 parameter gain: float = 0.5
 const parameter r: int
 %0 = size H : int
@@ -67,6 +70,12 @@ def test_every_variant_reads_back_to_the_same_nodes(variant):
     again = parse_ir(print_ir(variant))
     assert again == variant
     assert all(x is y for x, y in zip(again.roots, variant.roots, strict=True))
+
+
+@given(st.text())
+def test_every_doc_reads_back(doc):
+    variant = Variant("v", (), (), SCORE, TRUE, doc=doc)
+    assert parse_ir(print_ir(variant)) == variant
 
 
 @given(st.floats() | st.integers() | st.booleans())

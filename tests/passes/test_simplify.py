@@ -141,8 +141,8 @@ def test_simplifying_changes_no_value(variant, seed):
     simple = simplify(variant)
     for before, after in zip(variant.roots, simple.roots, strict=True):
         x, y = (evaluate(root, env) for root in (before, after))
-        x, y = torch.broadcast_tensors(x, y)
-        assert same(x, y).all()
+        # Literals are folded by Python's functions, which may differ from torch's in the last bit.
+        torch.testing.assert_close(*torch.broadcast_tensors(y, x), rtol=1e-12, atol=1e-12, equal_nan=True)
     assert simplify(simple) == simple
 
 
