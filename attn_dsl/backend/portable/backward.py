@@ -1,0 +1,356 @@
+"""The backward kernels: delta, dK and dV over the transposed ranges, dQ over the direct ranges.
+
+With p the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the logit is
+dS = p * (dP - delta). From it come dV = p^T dO, dK = scale dX^T Q and dQ = scale dX K, where dX is dS times the derivative
+of the variant's score, and the gradients of captured tensors and parameters: what an entry's index does not depend on
+is summed first. Sums over keys are made by the dQ kernel, sums over queries by the dK and dV kernel, entries that vary with
+both are added tile by tile by the dQ kernel.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_dsl.backend.portable.device import (
+    LOG2E,
+    captured,
+    count,
+    inner_products,
+    load_rows,
+    nth,
+    program,
+    scale_rows,
+    store_rows,
+    value_of,
+    values,
+    weighted_sum,
+    zero_rows,
+)
+
+
+@triton.jit(do_not_specialize=["out_strides", "grad_strides", "sizes"])
+def attention_delta(out, grad_out, grad_lse, delta, out_strides, grad_strides, sizes, BM: tl.constexpr,
+                    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, UNIT: tl.constexpr,
+                    CONTIGUOUS: tl.constexpr):  # fmt: skip
+    """delta [B, H, Q] float32; one program for BM query rows of one batch and head."""
+    heads, q_len = sizes[1], sizes[3]
+    tiles = tl.cdiv(q_len, BM)
+    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    lines = tl.arange(0, BM)
+    inside = lines < q_len - tile * BM
+    first = (tile * BM).to(tl.int64)
+    out += b * (out_strides[0] * UNIT) + h * (out_strides[1] * UNIT) + first * (out_strides[2] * UNIT)
+    grad_out += b * (grad_strides[0] * UNIT) + h * (grad_strides[1] * UNIT) + first * (grad_strides[2] * UNIT)
+    o = load_rows(out, lines, out_strides, inside, UNIT, True, DV, DV0, DV1)
+    g = load_rows(grad_out, lines, grad_strides, inside, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    total = tl.zeros([BM], tl.float32)
+    for i in tl.static_range(len(o)):
+        total += tl.sum(o[i].to(tl.float32) * g[i].to(tl.float32), 1)
+    place = pair.to(tl.int64) * q_len + first + lines
+    if grad_lse is not None:
+        total -= tl.load(grad_lse + place, mask=inside, other=0.0)
+    tl.store(delta + place, total, mask=inside)
+
+
+@triton.jit
+def _gradient(products, upstream, lse, delta, b, h, q, k, loaded, factor, scalars, tensors, SCORE: tl.constexpr,
+              MASK: tl.constexpr, SCORE_GRAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """(p, gradient of the scaled product, shares of captured tensors, which pairs count), in the shape of `products`.
+
+    SCORE is None: the logit is factor * product. lse is in base 2, plus infinity for rows without a key. None of the results is poisoned by what is under the mask.
+    """
+    if SCORE is None:
+        x = products * factor
+    else:
+        x = SCORE(products, b, h, q, k, not MASKED, scalars, tensors)
+    p = tl.exp2(x - lse)
+    keep = loaded
+    if MASKED:
+        if MASK is not None:
+            keep = keep & MASK(b, h, q, k, False, scalars, tensors)
+        p = tl.where(keep, p, 0.0)
+    grad = p * (upstream - delta)
+    shares = ()
+    if SCORE_GRAD is not None:
+        grad, shares = SCORE_GRAD(grad, products, b, h, q, k, not MASKED, scalars, tensors)
+    if MASKED:
+        grad = tl.where(keep, grad, 0.0)
+    return p, grad, shares, keep
+
+
+@triton.jit
+def _zeros(N: tl.constexpr, ROWS: tl.constexpr):
+    result = ()
+    for _ in tl.static_range(N):
+        result = result + (tl.zeros([ROWS, 1], tl.float32),)
+    return result
+
+
+@triton.jit
+def _add_sums(totals, shares, keep, MASKED: tl.constexpr):
+    """Add to each total the row sums of its share; there may be more shares than totals."""
+    result = ()
+    for i in tl.static_range(len(totals)):
+        share = shares[i]
+        if MASKED:
+            share = tl.where(keep, share, 0.0)
+        result = result + (totals[i] + tl.sum(share, 1, keep_dims=True),)
+    return result
+
+
+# ---------------------------------------------------------------- dK and dV
+
+
+@triton.jit
+def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len,
+                   factor, b, h, start, k, loaded, scalars, tensors, SCORE: tl.constexpr, MASK: tl.constexpr,
+                   QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
+                   CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+                   DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Take one query tile into the state (dK / scale, dV, totals); tiles are transposed, [keys, queries]."""
+    dk, dv, totals = state
+    lines = tl.arange(0, BM)
+    first = tile * BM
+    wide = first.to(tl.int64)
+    q = (start + first + lines).to(k.dtype)[None, :]
+    keep = None
+    if MASKED:
+        keep = lines < q_len - first
+        if QUERY_MASK is not None:
+            keep = keep & QUERY_MASK(b, h, (start + first + lines).to(k.dtype), False, scalars, tensors)
+    queries = load_rows(
+        query + wide * (query_strides[2] * UNIT), lines, query_strides, keep, UNIT, CONTIGUOUS, D, D0, D1
+    )
+    products = inner_products(keys, queries, PRECISION)
+    if MASKED:
+        l = tl.load(lse + first + lines, mask=keep, other=float("inf"))  # noqa: E741
+        row_delta = tl.load(delta + first + lines, mask=keep, other=0.0)
+    else:
+        l = tl.load(lse + first + lines)  # noqa: E741
+        row_delta = tl.load(delta + first + lines)
+    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)  # noqa: E741
+    outs = load_rows(
+        grad_out + wide * (grad_strides[2] * UNIT), lines, grad_strides, keep, UNIT, CONTIGUOUS, DV, DV0, DV1
+    )
+    upstream = inner_products(rows_of_values, outs, PRECISION)
+    if MASKED:
+        keep = keep[None, :] & loaded[:, None]
+    p, grad, shares, keep = _gradient(products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor,
+                                      scalars, tensors, SCORE, MASK, KEY_GRAD, MASKED)  # fmt: skip
+    dv = weighted_sum(dv, p.to(grad_out.dtype.element_ty), outs, PRECISION)
+    dk = weighted_sum(dk, grad.to(query.dtype.element_ty), queries, PRECISION)
+    return dk, dv, _add_sums(totals, shares, keep, MASKED)
+
+
+@triton.jit(do_not_specialize=[
+    "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dk_strides", "dv_strides",
+    "parameters", "sizes", "tensors", "grads", "scale", "section"])  # fmt: skip
+def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides,
+                            key_strides, value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes,
+                            tensors, grads, peaks, factors, scale, section,
+                            SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+                            QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr, SKIP: tl.constexpr, KEY_GRAD: tl.constexpr,
+                            SCATTER: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
+                            D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
+                            DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+                            CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dK [B, HK, KV, D] and dV [B, HK, KV, DV]: one program owns BN keys and loops over the heads of their group."""
+    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
+    tiles = tl.cdiv(kv_len, BN)
+    tile, pair = program(tiles, sizes[0] * kv_heads, section)
+    tile = tiles - 1 - tile  # under a causal mask the first keys have the most queries
+    b, hk = pair // kv_heads, pair % kv_heads
+    scale = value_of(scale, False)
+    scalars_64, wide = values(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars, tensors = values(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
+    grads = captured(grads, WIDE)
+
+    if q_offset.dtype.is_ptr():
+        start = tl.load(q_offset + b).to(tl.int64)
+    else:
+        start = q_offset.to(tl.int64)
+    columns = tl.arange(0, BN)
+    inside = columns < kv_len - tile * BN
+    k0 = (tile * BN).to(tl.int64)
+    k = k0 + columns
+    if not WIDE:
+        k = k.to(tl.int32)
+
+    b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
+    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT) + k0 * (key_strides[2] * UNIT)
+    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT) + k0 * (value_strides[2] * UNIT)
+    state = (zero_rows(BN, D0, D1), zero_rows(BN, DV0, DV1), _zeros(TOTALS, BN))
+    group = heads // kv_heads
+    for member in range(group):
+        h = hk * group + member
+        row = pair.to(tl.int64) * group + member
+        h64 = h.to(tl.int64)
+        q_base = query + b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT)
+        g_base = grad_out + b64 * (grad_strides[0] * UNIT) + h64 * (grad_strides[1] * UNIT)
+        factor = 1.0
+        if FACTOR is not None:
+            factor = FACTOR(b, h, scalars, tensors)
+        loaded = inside
+        if KEY_MASK is not None:
+            loaded = loaded & KEY_MASK(b, h, k, False, scalars, tensors)
+        keys = load_rows(key, columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
+        rows = load_rows(value, columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0, DV1)
+        partial, full = Q_RANGES(b, h, k0, k0 + (BN - 1), start, BM, scalars_64, wide)
+        if len(partial) > 0:
+            for n in range(count(partial)):
+                i = nth(partial, n)
+                if SKIP is None:
+                    state = _visit_queries(
+                        i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len, query_strides,
+                        grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars, tensors, SCORE, MASK,
+                        QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
+                        PRECISION)  # fmt: skip
+                else:
+                    q0 = start + i.to(tl.int64) * BM
+                    if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
+                        state = _visit_queries(
+                            i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                            query_strides, grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars,
+                            tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
+                            DV1, BM, PRECISION)  # fmt: skip
+        if len(full) > 0:
+            for n in range(count(full)):
+                state = _visit_queries(
+                    nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                    query_strides, grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars, tensors,
+                    SCORE, MASK, QUERY_MASK, KEY_GRAD, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
+                    PRECISION)  # fmt: skip
+        if SCATTER is not None:  # the index may depend on the head
+            SCATTER(
+                state[2], b, h, 0, k[:, None], inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE
+            )
+            state = (state[0], state[1], _zeros(TOTALS, BN))
+
+    dk, dv, _ = state
+    dk_out += b64 * (dk_strides[0] * UNIT) + hk64 * (dk_strides[1] * UNIT) + k0 * (dk_strides[2] * UNIT)
+    dv_out += b64 * (dv_strides[0] * UNIT) + hk64 * (dv_strides[1] * UNIT) + k0 * (dv_strides[2] * UNIT)
+    store_rows(dk_out, columns, dk_strides, inside, scale_rows(dk, scale), UNIT, True, D, D0, D1)
+    store_rows(dv_out, columns, dv_strides, inside, dv, UNIT, True, DV, DV0, DV1)
+
+
+# ---------------------------------------------------------------- dQ
+
+
+@triton.jit
+def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, b, h, q,
+                inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
+                KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
+                MASKED: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+                D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+                BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Take one key tile into the state (dQ / scale, totals)."""
+    dq, totals = state
+    columns = tl.arange(0, BN)
+    first = tile * BN
+    k = (first + columns)[None, :].to(q.dtype)
+    loaded = None
+    if MASKED:
+        loaded = columns < kv_len - first
+        if KEY_MASK is not None:
+            loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
+    wide = first.to(tl.int64)
+    keys = load_rows(key + wide * (key_strides[2] * UNIT), columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
+    rows = load_rows(value + wide * (value_strides[2] * UNIT), columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0,
+                     DV1)  # fmt: skip
+    products = inner_products(queries, keys, PRECISION)
+    upstream = inner_products(outs, rows, PRECISION)
+    keep = None
+    if MASKED:
+        keep = loaded[None, :] & inside[:, None]
+    p, grad, shares, keep = _gradient(products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor,
+                                      scalars, tensors, SCORE, MASK, QUERY_GRAD, MASKED)  # fmt: skip
+    dq = weighted_sum(dq, grad.to(key.dtype.element_ty), keys, PRECISION)
+    if SCATTER_PAIRS is not None:
+        SCATTER_PAIRS(shares, b, h, q, k, keep, not MASKED, scalars, tensors, grads, peaks, factors, MODE)
+    return dq, _add_sums(totals, shares, keep, MASKED)
+
+
+@triton.jit(do_not_specialize=[
+    "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dq_strides", "parameters", "sizes",
+    "tensors", "grads", "scale", "section"])  # fmt: skip
+def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides,
+                               value_strides, grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks,
+                               factors, scale, section,
+                               SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr,
+                               KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr,
+                               QUERY_GRAD: tl.constexpr, SCATTER: tl.constexpr, SCATTER_PAIRS: tl.constexpr,
+                               TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+                               D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+                               BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
+                               WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dQ [B, H, Q, D]: one program owns BM queries of one batch and head."""
+    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
+    tile, pair = program(tl.cdiv(q_len, BM), sizes[0] * heads, section)
+    b, h = pair // heads, pair % heads
+    hk = h // (heads // kv_heads)
+    scale = value_of(scale, False)
+    scalars_64, wide = values(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars, tensors = values(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
+    grads = captured(grads, WIDE)
+
+    if q_offset.dtype.is_ptr():
+        start = tl.load(q_offset + b).to(tl.int64)
+    else:
+        start = q_offset.to(tl.int64)
+    lines = tl.arange(0, BM)
+    first = (tile * BM).to(tl.int64)
+    inside = lines < q_len - tile * BM
+    q0 = start + first
+    q = q0 + lines
+    if not WIDE:
+        q = q.to(tl.int32)
+    if QUERY_MASK is not None:
+        seen = inside & QUERY_MASK(b, h, q, False, scalars, tensors)
+    else:
+        seen = inside
+
+    b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
+    query += b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT) + first * (query_strides[2] * UNIT)
+    grad_out += b64 * (grad_strides[0] * UNIT) + h64 * (grad_strides[1] * UNIT) + first * (grad_strides[2] * UNIT)
+    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT)
+    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT)
+    queries = load_rows(query, lines, query_strides, seen, UNIT, CONTIGUOUS, D, D0, D1)
+    outs = load_rows(grad_out, lines, grad_strides, inside, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    place = pair.to(tl.int64) * q_len + first + lines
+    l = tl.load(lse + place, mask=inside, other=float("inf"))  # noqa: E741
+    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)  # noqa: E741
+    row_delta = tl.load(delta + place, mask=inside, other=0.0)
+
+    factor = 1.0
+    if FACTOR is not None:
+        factor = FACTOR(b, h, scalars, tensors)
+    state = (zero_rows(BM, D0, D1), _zeros(TOTALS, BM))
+    partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
+    if len(partial) > 0:
+        for n in range(count(partial)):
+            j = nth(partial, n)
+            if SKIP is None:
+                state = _visit_keys(
+                    j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, b, h,
+                    q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
+                    SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+            else:
+                k0 = j.to(tl.int64) * BN
+                if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
+                    state = _visit_keys(
+                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
+                        b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK,
+                        QUERY_GRAD, SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                        PRECISION)  # fmt: skip
+    if len(full) > 0:
+        for n in range(count(full)):
+            state = _visit_keys(
+                nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
+                b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
+                SCATTER_PAIRS, MODE, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+
+    dq, totals = state
+    if SCATTER is not None:
+        SCATTER(totals, b, h, q[:, None], 0, inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE)
+    dq_out += b64 * (dq_strides[0] * UNIT) + h64 * (dq_strides[1] * UNIT) + first * (dq_strides[2] * UNIT)
+    store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), UNIT, True, D, D0, D1)

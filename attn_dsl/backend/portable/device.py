@@ -1,0 +1,371 @@
+"""What both the kernels and the emitted functions of a variant call on the device.
+
+Positions are int32, or int64 where the caller found that int32 could overflow. A captured tensor is a tuple
+`(pointer, extents, strides)`, extents and strides in elements. Head dimensions that are no power of two are cut into two
+chunks of columns (192 = 128 + 64), so a tile of rows is a tuple of one or two blocks.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+# ---------------------------------------------------------------- arithmetic of the language
+
+
+@triton.jit
+def floor_divide(x, y):
+    """`x // y`, rounding toward minus infinity, for y > 0; the hardware's division rounds toward zero."""
+    return tl.where(x < 0, x - (y - 1), x) // y
+
+
+@triton.jit
+def floor_modulo(x, y):
+    """`x % y` with the sign of y, for y > 0."""
+    return x - floor_divide(x, y) * y
+
+
+@triton.jit
+def tanh_approx(x):
+    """The tanh of the hardware (sm_75 and later): relative error below 2 ** -10.9."""
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def tanh(x):
+    """Within some units in the last place: a series near 0, where the quotient would cancel."""
+    a = tl.abs(x)
+    square = x * x
+    series = x + x * square * (-0.33333334 + square * (0.13333334 + square * (-0.05396825 + square * 0.02186949)))
+    rest = 2.0 / (tl.exp(2.0 * a) + 1.0)
+    return tl.where(a < 0.25, series, tl.where(x < 0, rest - 1.0, 1.0 - rest))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x); the factor x / ((1 + x) - 1) undoes the rounding of 1 + x."""
+    u = 1.0 + x
+    exact = u == 1.0
+    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def power(x, y):
+    """`x ** y` of floats: nan for a negative base unless the exponent is an integer."""
+    magnitude = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = tl.floor(0.5 * y) * 2.0 != y
+    signed = tl.where(whole, tl.where(odd, -magnitude, magnitude), float("nan"))
+    return tl.where(y == 0.0, 1.0, tl.where(x < 0.0, signed, magnitude))
+
+
+@triton.jit
+def whole_power(x, N: tl.constexpr):
+    """`x ** N` for a literal N >= 0, by multiplication."""
+    result = x * 0 + 1
+    for _ in tl.static_range(N):
+        result = result * x
+    return result
+
+
+@triton.jit
+def float_floor_divide(x, y):
+    return tl.floor(x / y)
+
+
+@triton.jit
+def float_modulo(x, y):
+    """`x % y` with the sign of y."""
+    return x - tl.floor(x / y) * y
+
+
+@triton.jit
+def tan(x):
+    return tl.sin(x) / tl.cos(x)
+
+
+@triton.jit
+def silu(x):
+    return x * tl.sigmoid(x)
+
+
+@triton.jit
+def gelu(x):
+    """x times the normal distribution function."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1, tl.where(x < 0, -1, 0)).to(x.dtype)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+@triton.jit
+def value_of(x, WIDE: tl.constexpr):
+    """A scalar, or what a pointer to one element points to; an integer widened to 64 bits if asked."""
+    if x.dtype.is_ptr():
+        return tl.load(x)
+    if WIDE and x.dtype == tl.int32:
+        return x.to(tl.int64)
+    return x
+
+
+@triton.jit
+def values(items, WIDE: tl.constexpr):
+    """Scalars of a tuple of scalars and of pointers to one element; integers widened to 64 bits if asked."""
+    result = ()
+    for i in tl.static_range(len(items)):
+        result = result + (value_of(items[i], WIDE),)
+    return result
+
+
+@triton.jit
+def captured(tensors, WIDE: tl.constexpr):
+    """The captured tensors, with strides of 64 bits if asked."""
+    result = ()
+    for i in tl.static_range(len(tensors)):
+        result = result + ((tensors[i][0], tensors[i][1], values(tensors[i][2], WIDE)),)
+    return result
+
+
+# ---------------------------------------------------------------- captured tensors
+
+
+@triton.jit
+def _address(tensor, index, VARYING: tl.constexpr):
+    """Pointers to `tensor[index]`: what is the same for the tile is added in 64 bits, the rest in the width of `k`."""
+    pointer = tensor[0]
+    offset = 0
+    for axis in tl.static_range(len(index)):
+        if (VARYING >> axis) & 1:
+            offset += index[axis] * tensor[2][axis]
+        else:
+            pointer += index[axis] * tensor[2][axis].to(tl.int64)
+    return pointer + offset
+
+
+@triton.jit
+def _unsigned(x):
+    return x.to(tl.uint64) if x.dtype == tl.int64 else x.to(tl.uint32)
+
+
+@triton.jit
+def _inside(tensor, index, CHECKED: tl.constexpr):
+    """Whether the checked axes of the index lie in the tensor."""
+    keep = True
+    for axis in tl.static_range(len(index)):
+        if (CHECKED >> axis) & 1:
+            # One unsigned comparison: a negative index is a huge one.
+            keep = keep & (_unsigned(index[axis]) < _unsigned(tensor[1][axis]))
+    return keep
+
+
+@triton.jit
+def element(tensor, index, VARYING: tl.constexpr, CHECKED: tl.constexpr):
+    """`tensor[index]`, or 0 where a checked index is out of range (never used: such a pair is under the mask).
+
+    Bit `axis` of VARYING says that the index of the axis varies within the tile, of CHECKED that it is not known to lie
+    in the tensor.
+    """
+    if CHECKED == 0:
+        return tl.load(_address(tensor, index, VARYING))
+    return tl.load(_address(tensor, index, VARYING), mask=_inside(tensor, index, CHECKED), other=0)
+
+
+# ---------------------------------------------------------------- gradients of captured tensors
+
+ADD: tl.constexpr = tl.constexpr(0)
+"""Float atomics: the order of the additions, and with it the last bits, differ from run to run."""
+PEAK: tl.constexpr = tl.constexpr(1)
+"""Find the largest magnitude that will be added to a target; adds nothing."""
+FIXED: tl.constexpr = tl.constexpr(2)
+"""Add in fixed point, value * factor rounded to int64: integer addition knows no order, so each run gives the same bits."""
+
+
+@triton.jit
+def scatter(grad, index, amount, keep, VARYING: tl.constexpr, CHECKED: tl.constexpr, MAY_COINCIDE: tl.constexpr,
+            peaks, factors, TARGET: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+    """grad[index] += amount, where `keep` (None: everywhere) and the checked axes of the index lie in the tensor.
+
+    grad: (pointer to float32, or int64 if MODE is FIXED; extents; strides). peaks: [targets] int32, the bits of a float32
+    >= 0; factors: [targets] float32. MAY_COINCIDE: all places of a tile may be one place; it then takes one addition.
+    """
+    if keep is not None:
+        amount = tl.where(keep, amount, 0.0)
+    if MODE == PEAK:
+        largest = tl.abs(amount)
+        if VARYING != 0:
+            largest = tl.max(largest)
+        tl.atomic_max(peaks + TARGET, largest.to(tl.int32, bitcast=True), sem="relaxed")
+    else:
+        if MODE == FIXED:
+            amount = (amount * tl.load(factors + TARGET)).to(tl.int64)
+        inside = _inside(grad, index, CHECKED)
+        address = _address(grad, index, VARYING)
+        if VARYING == 0:
+            tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+        else:
+            amount = tl.broadcast_to(amount, address.shape)
+            if keep is not None:
+                inside = inside & keep
+            if MAY_COINCIDE:
+                bits = address.to(tl.int64)
+                lowest = tl.min(bits)
+                if lowest == tl.max(bits):
+                    ok = tl.max((inside & (amount == amount)).to(tl.int32)) > 0
+                    tl.atomic_add(lowest.to(grad[0].dtype), tl.sum(amount), mask=ok, sem="relaxed")
+                else:
+                    tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+            else:
+                tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@triton.jit
+def _block(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
+           WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    columns = FIRST + tl.arange(0, WIDTH)
+    if CONTIGUOUS:
+        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :]
+    else:
+        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :] * strides[3]
+    if FIRST + WIDTH > D:
+        inside = columns[None, :] < D
+        if keep is not None:
+            inside = inside & keep[:, None]
+        return tl.load(pointers, mask=inside, other=0.0)
+    if keep is not None:
+        return tl.load(pointers, mask=keep[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def load_rows(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+              D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+    """Rows of D columns as chunks of D0 and, unless it is 0, D1 columns; 0 where `keep` is false and past D.
+
+    base: pointer to row 0. rows: [R] row numbers, small. strides: (batch, head, row) in units of UNIT elements, which
+    tells the compiler what they are multiples of, and the column stride in elements, 1 if CONTIGUOUS.
+    """
+    if D1 == 0:
+        return (_block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D),)
+    first = _block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D)
+    return (first, _block(base, rows, strides, keep, UNIT, CONTIGUOUS, D0, D1, D))
+
+
+@triton.jit
+def _store_block(base, rows, strides, keep, block, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
+                 WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    columns = FIRST + tl.arange(0, WIDTH)
+    if CONTIGUOUS:
+        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :]
+    else:
+        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :] * strides[3]
+    inside = keep[:, None]
+    if FIRST + WIDTH > D:
+        inside = inside & (columns[None, :] < D)
+    tl.store(pointers, block.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def store_rows(base, rows, strides, keep, tile, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+               D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+    """The converse of `load_rows`, in the storage type."""
+    _store_block(base, rows, strides, keep, tile[0], UNIT, CONTIGUOUS, 0, D0, D)
+    if D1 > 0:
+        _store_block(base, rows, strides, keep, tile[1], UNIT, CONTIGUOUS, D0, D1, D)
+
+
+@triton.jit
+def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    if D1 == 0:
+        return (tl.zeros([ROWS, D0], tl.float32),)
+    return (tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32))
+
+
+@triton.jit
+def scale_rows(tile, factor):
+    """Each row times its factor, in float32; `factor` is [R, 1] or a scalar."""
+    if len(tile) == 1:
+        return (tile[0].to(tl.float32) * factor,)
+    return (tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor)
+
+
+@triton.jit
+def round_rows(tile, DTYPE: tl.constexpr):
+    if len(tile) == 1:
+        return (tile[0].to(DTYPE),)
+    return (tile[0].to(DTYPE), tile[1].to(DTYPE))
+
+
+@triton.jit
+def _dot(x, y, total, PRECISION: tl.constexpr):
+    """x y + total. PRECISION is that of float32 operands (`ieee`, `tf32`); `widen` is for Triton's interpreter, which
+    multiplies bfloat16 bit patterns as integers unless they are widened first."""
+    if PRECISION == "widen":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(x, y, total, input_precision=PRECISION)
+
+
+@triton.jit
+def inner_products(x, y, PRECISION: tl.constexpr):
+    """x y^T over the chunks of both, float32 [rows of x, rows of y]."""
+    zero = tl.zeros([x[0].shape[0], y[0].shape[0]], tl.float32)
+    result = _dot(x[0], tl.trans(y[0]), zero, PRECISION)
+    if len(x) == 2:
+        result = _dot(x[1], tl.trans(y[1]), result, PRECISION)
+    return result
+
+
+@triton.jit
+def weighted_sum(total, weight, tile, PRECISION: tl.constexpr):
+    """total + weight tile, chunk by chunk."""
+    first = _dot(weight, tile[0], total[0], PRECISION)
+    if len(tile) == 1:
+        return (first,)
+    return (first, _dot(weight, tile[1], total[1], PRECISION))
+
+
+# ---------------------------------------------------------------- tile ranges
+
+
+@triton.jit
+def count(segments):
+    """How many tiles the segments hold together; `end < begin` is an empty one."""
+    total = 0
+    for i in tl.static_range(len(segments)):
+        total += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
+    return total
+
+
+@triton.jit
+def nth(segments, n):
+    """The n-th tile of the segments, one after the other."""
+    tile = n
+    passed = 0
+    for i in tl.static_range(len(segments)):
+        begin = tl.maximum(segments[i][0], 0).to(tl.int32)
+        tile = tl.where(n >= passed, begin + n - passed, tile)
+        passed += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
+    return tile
+
+
+@triton.jit
+def program(tiles, pairs, section):
+    """(tile, pair of batch and head) of this program, from a grid of one axis.
+
+    Pairs run in sections whose keys and values fit the cache together; within a section the last tile comes first for
+    all pairs, since under a causal mask it is the longest.
+    """
+    number = tl.program_id(0)
+    first = number // (section * tiles) * section
+    width = tl.minimum(section, pairs - first)
+    rest = number - first * tiles
+    return tiles - 1 - rest // width, first + rest % width

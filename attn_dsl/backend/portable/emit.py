@@ -1,0 +1,223 @@
+"""A variant's own functions as the source of a Python module of `@triton.jit` functions.
+
+Everything that the kernels call through a `constexpr` argument is written here; a function that a variant does not need
+is left out, and the kernel then does without. Results are text; `load.py` makes them importable.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, conjuncts, times, uniform
+from attn_dsl.backend.printer import Results, Signature, emit
+from attn_dsl.backend.triton_dialect import TritonDialect, varying
+from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Load, Node, Param, Var, post_order
+from attn_dsl.ir.types import Type
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.differentiate import Gradient, LoadGradient, ParameterGradient, gradient
+from attn_dsl.passes.schedule import Schedule, TileRanges
+
+HEADER = '''"""What the compiler made of the attention variant `{name}`; the kernels of attn_dsl call these functions."""
+
+import triton
+import triton.language as tl
+
+from attn_dsl.backend.portable.device import *  # noqa: F403
+'''
+UPSTREAM = Param("upstream gradient", Type.FLOAT)
+"""The gradient of the logit; the space keeps it apart from every name of a text."""
+TILE_VARS = {Var(name): name for name in ("q0", "q1", "k0", "k1", "q_offset", "block")}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A captured tensor or a float parameter that wants a gradient: where its shares come from."""
+
+    name: str
+    share: Node
+    load: Load | None
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Which of `q`, `k` the place of a share varies with."""
+        return frozenset() if self.load is None else _depends(self.load.indices) & {"q", "k"}
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The text of the module and what the launcher must know of it.
+
+    functions: names of the functions that exist. targets: what has a gradient buffer, in the order of the kernels'
+    `grads`. query_totals, key_totals: how many sums over keys and over queries a program keeps.
+    """
+
+    source: str
+    functions: frozenset[str]
+    targets: tuple[str, ...]
+    query_totals: int
+    key_totals: int
+    row_term: bool
+
+
+@dataclass
+class _Module:
+    variant: Variant
+    signature: Signature
+    fast_tanh: bool
+    texts: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str, arguments: Sequence[str], results: Results, *, tiles: bool = True) -> None:
+        bindings = {**TILE_VARS, UPSTREAM: "g"}
+        text = emit(
+            name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=tiles),
+            locations=self.variant.locations, bindings=bindings, decorator="@triton.jit",
+        )  # fmt: skip
+        self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
+        self.names.append(name)
+        self.texts.append(text)
+
+
+PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "scalars", "tensors")
+
+
+def emit_module(
+    variant: Variant, schedule: Schedule, wanted: Iterable[str] = (), *, fast_tanh: bool = False
+) -> Emitted:
+    """The functions of a variant. `wanted` names the captured tensors and parameters that want a gradient."""
+    plain = Signature.of(variant)
+    module = _Module(variant, Signature((*plain.scalars, SCALE), plain.tensors), fast_tanh)
+    gather = Gatherer()
+    core, row = variant.score, None
+
+    logit = gather.scaled(core, LOG2E)
+    front = _uniform_multiple(logit)
+    if front is not None:
+        module.add("factor", ("b", "h", "scalars", "tensors"), front, tiles=False)
+    else:
+        module.add("score", ("s", *PAIR), logit)
+    if row is not None:
+        module.add("row_term", ("b", "h", "q", "inside: tl.constexpr", "scalars", "tensors"), row)
+
+    if variant.sink is not None:
+        module.add("sink", ("b", "h", "scalars", "tensors"), variant.sink, tiles=False)
+    _add_masks(module, variant.mask)
+    for axis, ranges, tile in (("kv", schedule.kv, ("q0", "q1")), ("q", schedule.q, ("k0", "k1"))):
+        _add_ranges(module, axis, ranges, tile)
+
+    targets = _targets(gradient(core), frozenset(wanted))
+    names = tuple(dict.fromkeys(target.name for target in targets))
+    derivative = gradient(core).d_score
+    key_totals = _add_gradients(module, "key", gather, derivative, [t for t in targets if t.axes == {"k"}], names)
+    query_totals = _add_gradients(module, "query", gather, derivative, [t for t in targets if t.axes != {"k"}], names)
+    source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
+    return Emitted(source, frozenset(module.names), names, query_totals, key_totals, row is not None)
+
+
+def _uniform_multiple(logit: Node) -> Node | None:
+    """The u for which the logit is u times the bare product, the same for a whole program."""
+    match logit:
+        case Binary(BinaryOp.MUL, front, rest) if rest is SCORE and uniform(front):
+            return front
+        case _:
+            return None
+
+
+def _add_masks(module: _Module, mask: Node) -> None:
+    if mask is TRUE:
+        return
+    module.add("mask", PAIR, mask)
+    for name, axis in (("key_mask", "k"), ("query_mask", "q")):
+        own = [part for part in conjuncts(mask) if axis in part.depends and part.depends <= {"b", "h", axis}]
+        if own:  # rows that no pair sees are loaded as zeros, lest what stands there poison a product
+            arguments = ("b", "h", axis, "inside: tl.constexpr", "scalars", "tensors")
+            module.add(name, arguments, functools.reduce(lambda x, y: Binary(BinaryOp.AND, x, y), own))
+
+
+def _add_ranges(module: _Module, axis: str, ranges: TileRanges, tile: tuple[str, str]) -> None:
+    """`<axis>_ranges` gives the partial and the full segments; `<axis>_skip` says which partial tiles are empty."""
+    partial = tuple((s.begin, s.end) for s in ranges.segments if s.masked)
+    full = tuple((s.begin, s.end) for s in ranges.segments if not s.masked)
+    module.add(
+        f"{axis}_ranges", ("b", "h", *tile, "q_offset", "block", "scalars", "tensors"), (partial, full), tiles=False
+    )
+    if ranges.skip is not FALSE:
+        arguments = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "block", "scalars", "tensors")
+        module.add(f"{axis}_skip", arguments, ranges.skip, tiles=False)
+
+
+def _depends(nodes: Iterable[Node]) -> frozenset[str]:
+    return frozenset().union(*(node.depends for node in nodes))
+
+
+def _targets(score: Gradient, wanted: frozenset[str]) -> list[Target]:
+    def shares() -> Iterable[Target]:
+        for item in (*score.loads, *score.parameters):
+            match item:
+                case LoadGradient(load, partial) if load.tensor in wanted:
+                    yield Target(load.tensor, partial, load)
+                case ParameterGradient(parameter, partial) if parameter.name in wanted:
+                    yield Target(parameter.name, partial, None)
+
+    return sorted(shares(), key=lambda target: len(target.axes))
+
+
+def _add_gradients(
+    module: _Module, side: str, gather: Gatherer, derivative: Node, targets: Sequence[Target], names: Sequence[str]
+) -> int:
+    """`<side>_grad`, from the gradient `g` of the logit to that of the incoming score and the shares of the targets.
+
+    Targets that vary with at most one position come first: a program sums their shares and `add_<side>_sums` adds the sums
+    at its end; `add_pairs` adds the others tile by tile. Returns how many are summed.
+    """
+    targets = sorted(targets, key=lambda target: len(target.axes))
+    if derivative is not ONE or targets:
+        shares = tuple(times(UPSTREAM, gather(target.share)) for target in targets)
+        module.add(f"{side}_grad", ("g", "s", *PAIR), (times(UPSTREAM, gather(derivative)), shares))
+    sums = [target for target in targets if len(target.axes) < 2]
+    if sums:
+        _add_scatter(module, f"{side}_sums", sums, names, first=0)
+    if len(sums) < len(targets):
+        _add_scatter(module, "pairs", targets[len(sums) :], names, first=len(sums))
+    return len(sums)
+
+
+def _add_scatter(module: _Module, what: str, targets: Sequence[Target], names: Sequence[str], first: int) -> None:
+    """`add_<what>` adds amounts `first`, `first + 1`, ... to where the loads of the targets read."""
+    places = tuple(() if target.load is None else tuple(target.load.indices) for target in targets)
+    module.add(f"{what}_places", PAIR, places)
+    lines = [
+        "@triton.jit",
+        f"def add_{what}(amounts, b, h, q, k, keep, inside: tl.constexpr, scalars, tensors, grads, peaks, factors,",
+        f"    {' ' * len(what)}     MODE: tl.constexpr):  # fmt: skip",
+        f"    places = {what}_places(b, h, q, k, inside, scalars, tensors)",
+    ]
+    for i, target in enumerate(targets):
+        at = names.index(target.name)
+        bits, checked = 0, "0"
+        if target.load is not None:
+            bits = varying(target.load)
+            checked = TritonDialect().checked(target.load, module.variant.tensor(target.name))
+        amount = f"amounts[{first + i}]" if target.axes else f"tl.sum(amounts[{first + i}])"
+        keep = "keep" if target.axes else "None"
+        lines.append(
+            f"    scatter(grads[{at}], places[{i}], {amount}, {keep}, {bits}, {checked}, {_may_coincide(target)}, "
+            f"peaks, factors, {at}, MODE)"
+        )
+    module.write(f"add_{what}", "\n".join(lines) + "\n")
+
+
+def _may_coincide(target: Target) -> bool:
+    """Whether a tile of pairs may fall on one entry, which is then worth one addition: a clamped distance does."""
+    if target.load is None or len(target.axes) < 2:
+        return False
+    return any(
+        isinstance(node, Load)
+        or (isinstance(node, Binary) and node.op not in (BinaryOp.ADD, BinaryOp.SUB, BinaryOp.MUL))
+        for index in target.load.indices
+        for node in post_order(index)
+    )

@@ -1,0 +1,158 @@
+"""The forward kernel: one program computes a tile of query rows against the key tiles that its ranges name.
+
+Softmax runs online, in base 2: with x the logit times log2(e), m the running row maximum and l the running row sum,
+p = 2 ** (x - m). A sink is a logit without a value: m starts at it, and l at 1.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_dsl.backend.portable.device import (
+    LN2,
+    LOG2E,
+    captured,
+    count,
+    inner_products,
+    load_rows,
+    nth,
+    program,
+    round_rows,
+    scale_rows,
+    store_rows,
+    value_of,
+    values,
+    weighted_sum,
+    zero_rows,
+)
+
+
+@triton.jit
+def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, factor, b, h, q, scalars, tensors,
+           SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
+           CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+           DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Take one key tile into the state (accumulator, m, l)."""
+    acc, m, l = state  # noqa: E741
+    columns = tl.arange(0, BN)
+    first = tile * BN
+    k = (first + columns)[None, :].to(q.dtype)
+    loaded = None
+    if MASKED:
+        loaded = columns < kv_len - first
+        if KEY_MASK is not None:
+            loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
+    key_base = key + first.to(tl.int64) * (key_strides[2] * UNIT)
+    value_base = value + first.to(tl.int64) * (value_strides[2] * UNIT)
+    keys = load_rows(key_base, columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
+    x = inner_products(query, keys, PRECISION)
+    if SCORE is not None:
+        x = SCORE(x, b, h, q, k, not MASKED, scalars, tensors)
+    if MASKED:
+        keep = loaded[None, :]
+        if MASK is not None:
+            keep = keep & MASK(b, h, q, k, False, scalars, tensors)
+        x = tl.where(keep, x, float("-inf"))
+
+    # `factor` is positive, so the largest logit is the largest product; a row that saw nothing keeps m = -inf, p = 0.
+    peak = tl.maximum(m, tl.max(x, 1) * factor)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    p = tl.exp2(x * factor - base[:, None])
+    decay = tl.exp2(m - base)
+    l = l * decay + tl.sum(p, 1)  # noqa: E741
+    acc = scale_rows(acc, decay[:, None])
+    rows = load_rows(value_base, columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    acc = weighted_sum(acc, p.to(value.dtype.element_ty), rows, PRECISION)
+    return acc, peak, l
+
+
+@triton.jit(do_not_specialize=[
+    "q_offset", "query_strides", "key_strides", "value_strides", "out_strides", "parameters", "sizes", "tensors",
+    "scale", "section"])  # fmt: skip
+def attention_forward(query, key, value, out, lse, shifted, q_offset, query_strides, key_strides, value_strides,
+                      out_strides, parameters, sizes, tensors, scale, section,
+                      SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+                      ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+                      DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                      UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr,
+                      PRECISION: tl.constexpr):  # fmt: skip
+    """out [B, H, Q, DV], lse [B, H, Q] and, where ROW is given, `shifted` [B, H, Q]: lse without the row term.
+
+    sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
+    SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR times
+    the product.
+    """
+    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
+    tile, pair = program(tl.cdiv(q_len, BM), sizes[0] * heads, section)
+    b, h = pair // heads, pair % heads
+    hk = h // (heads // kv_heads)
+    wide = captured(tensors, True)
+    scale = value_of(scale, False)
+    scalars_64 = values(parameters + sizes + (scale,), True)
+    scalars = values(parameters + sizes + (scale,), WIDE)
+    tensors = captured(tensors, WIDE)
+
+    if q_offset.dtype.is_ptr():
+        start = tl.load(q_offset + b).to(tl.int64)
+    else:
+        start = q_offset.to(tl.int64)
+    rows = tl.arange(0, BM)
+    inside = rows < q_len - tile * BM
+    q0 = start + tile * BM
+    q = (q0 + rows)[:, None]
+    if not WIDE:
+        q = q.to(tl.int32)
+
+    b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
+    query += b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT)
+    query += (tile * BM).to(tl.int64) * (query_strides[2] * UNIT)
+    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT)
+    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT)
+    block = load_rows(query, rows, query_strides, inside, UNIT, CONTIGUOUS, D, D0, D1)
+
+    factor = 1.0
+    if FACTOR is not None:  # its sign goes into the query, lest the largest product be the smallest logit
+        factor = FACTOR(b, h, scalars, tensors)
+        block = round_rows(scale_rows(block, tl.where(factor < 0, -1.0, 1.0)), query.dtype.element_ty)
+        factor = tl.maximum(tl.abs(factor), 1e-37)
+
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)  # noqa: E741
+    row = 0.0
+    if ROW is not None:
+        row = tl.reshape(tl.zeros([BM, 1], tl.float32) + ROW(b, h, q, False, scalars, tensors), [BM])
+    if SINK is not None:
+        m = (tl.zeros([BM], tl.float32) + SINK(b, h, scalars, tensors) - row) * LOG2E
+        l = tl.where(m > float("-inf"), 1.0, 0.0)  # noqa: E741
+
+    state = (zero_rows(BM, DV0, DV1), m, l)
+    partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
+    if len(partial) > 0:
+        for n in range(count(partial)):
+            j = nth(partial, n)
+            if SKIP is None:
+                state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+                               scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
+                               DV1, BN, PRECISION)  # fmt: skip
+            else:
+                k0 = j.to(tl.int64) * BN
+                if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
+                    state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+                                   scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV,
+                                   DV0, DV1, BN, PRECISION)  # fmt: skip
+    if len(full) > 0:
+        for n in range(count(full)):
+            state = _visit(nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+                           scalars, tensors, SCORE, MASK, KEY_MASK, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
+                           BN, PRECISION)  # fmt: skip
+
+    acc, m, l = state  # noqa: E741
+    empty = l == 0.0
+    acc = scale_rows(acc, (1.0 / tl.where(empty, 1.0, l))[:, None])
+    result = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
+    out += b64 * (out_strides[0] * UNIT) + h64 * (out_strides[1] * UNIT)
+    out += (tile * BM).to(tl.int64) * (out_strides[2] * UNIT)
+    store_rows(out, rows, out_strides, inside, acc, UNIT, True, DV, DV0, DV1)
+    place = pair.to(tl.int64) * q_len + tile * BM + rows
+    if ROW is not None:
+        tl.store(shifted + place, result, mask=inside)
+    tl.store(lse + place, result + row, mask=inside)

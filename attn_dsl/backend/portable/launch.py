@@ -1,0 +1,348 @@
+"""Launch the kernels for a bound call: tensors in, tensors out.
+
+Arguments are taken to be valid (`api.py` checks them): query [B, H, Q, D], key [B, HK, KV, D] and value [B, HK, KV, DV] of one
+dtype (float32, bfloat16, float16), any strides, 0 among them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attn_dsl.backend.portable import backward as backward_kernels
+from attn_dsl.backend.portable import device, tiles
+from attn_dsl.backend.portable.emit import Emitted, emit_module
+from attn_dsl.backend.portable.forward import attention_forward
+from attn_dsl.backend.portable.load import load
+from attn_dsl.backend.portable.tiles import Tile, Tiles
+from attn_dsl.backend.portable.width import fits
+from attn_dsl.ir.nodes import Node, Size
+from attn_dsl.ir.types import DType
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.schedule import derive_schedule
+
+Scalar = bool | int | float
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a variant, bound.
+
+    parameters: in declared order, numbers or tensors of one element. tensors: the captured tensors, in declared order.
+    extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
+    precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    parameters: tuple[Scalar | Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    extents: tuple[int, ...]
+    scale: float
+    q_offset: int | Tensor = 0
+    precise: bool = False
+    float32_precision: str = "ieee"
+    tiles: Tiles | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = self.query.shape, self.key.shape
+        return (batch, heads, kv_heads, q_len, kv_len, dim, *self.extents)
+
+
+@dataclass
+class Kernels:
+    """A simplified variant, without `const` parameters, ready to launch. Its functions are emitted on first use."""
+
+    variant: Variant
+    extents: tuple[Size, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.schedule = derive_schedule(self.variant, padded=True)
+        self.extents = _extents(self.variant)
+        self._widths: dict[tuple[Any, ...], bool] = {}
+        self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
+
+    def emitted(self, wanted: frozenset[str], fast_tanh: bool) -> tuple[Emitted, ModuleType]:
+        key = (wanted, fast_tanh)
+        if key not in self._modules:
+            text = emit_module(self.variant, self.schedule, wanted, fast_tanh=fast_tanh)
+            self._modules[key] = text, load(text.source, self.variant.name)
+        return self._modules[key]
+
+    def wide(self, call: Call) -> bool:
+        """Whether positions must be 64-bit for this call."""
+        numbers = tuple(p for p in call.parameters if isinstance(p, int))
+        offset = call.q_offset if isinstance(call.q_offset, int) else 2**30
+        key = (numbers, call.sizes, offset)
+        if key not in self._widths:
+            self._widths[key] = not self._fits(call, offset)
+        return self._widths[key] or any(_span(tensor) >= 2**31 for tensor in call.tensors)
+
+    def _fits(self, call: Call, offset: int) -> bool:
+        sizes = [Size(name) for name in ("B", "H", "HK", "Q", "KV", "D")]
+        values: dict[Node, int] = dict(zip((*sizes, *self.extents), call.sizes, strict=True))
+        for parameter, value in zip(self.variant.parameters, call.parameters, strict=True):
+            if isinstance(value, int):
+                from attn_dsl.ir.nodes import Param
+
+                values[Param(parameter.name, parameter.type)] = value
+        highest = max(offset + call.sizes[3], call.sizes[4])
+        return fits(self.variant.roots, values, highest)
+
+
+def _extents(variant: Variant) -> tuple[Size, ...]:
+    from attn_dsl.backend.printer import SIZES, Signature
+
+    return tuple(node for node in Signature.of(variant).scalars if isinstance(node, Size) and node not in SIZES)
+
+
+def _span(tensor: Tensor) -> int:
+    """How far the last element is from the first, in elements."""
+    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def chunks(dim: int) -> tuple[int, int]:
+    """A head dimension as one power of two, or two, each at least 16: 192 = 128 + 64, 80 = 64 + 16, 121 -> 128."""
+    whole = max(16, triton.next_power_of_2(dim))
+    half = whole // 2
+    rest = max(16, triton.next_power_of_2(dim - half)) if dim > 32 else whole
+    return (half, rest) if half + rest < whole else (whole, 0)
+
+
+@functools.cache
+def _section_bytes(index: int | None) -> int:
+    """What of the second-level cache keys and values may take."""
+    return 2**24 if index is None else int(torch.cuda.get_device_properties(index).L2_cache_size * 0.6)
+
+
+def _strides(tensor: Tensor, unit: int) -> tuple[int, int, int, int]:
+    batch, heads, rows, column = tensor.stride()
+    return batch // unit, heads // unit, rows // unit, column
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 where every stride but the last is a multiple of 8 elements, which lets loads be as wide as the machine's."""
+    return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
+
+
+def _contiguous(*tensors: Tensor) -> bool:
+    return all(tensor.stride(3) == 1 for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the kernels of one call have in common."""
+
+    call: Call
+    emitted: Emitted
+    functions: ModuleType
+    tiles: Tiles
+    common: Mapping[str, Any]
+    scalars: tuple[Any, ...]
+    captured: tuple[Any, ...]
+
+    def function(self, name: str) -> Any:
+        return getattr(self.functions, name) if name in self.emitted.functions else None
+
+    def section(self, group: int) -> int:
+        key, value = self.call.key, self.call.value
+        size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+        index = key.device.index if key.is_cuda else None
+        return max(1, _section_bytes(index) // size) * group
+
+
+def _plan(kernels: Kernels, call: Call, wanted: frozenset[str]) -> _Plan:
+    query, value = call.query, call.value
+    cpu = interpreted()
+    fast = not call.precise and not cpu and query.dtype is not torch.float32 and torch.version.hip is None
+    emitted, functions = kernels.emitted(wanted, fast)
+    dim, value_dim = query.shape[3], value.shape[3]
+    (d0, d1), (dv0, dv1) = chunks(dim), chunks(value_dim)
+    capability = None if cpu else torch.cuda.get_device_capability(query.device)
+    precision = call.float32_precision if query.dtype is torch.float32 else "ieee"
+    if cpu and query.dtype is torch.bfloat16:
+        precision = "widen"
+    return _Plan(
+        call,
+        emitted,
+        functions,
+        call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1),
+        {
+            "D": dim, "D0": d0, "D1": d1, "DV": value_dim, "DV0": dv0, "DV1": dv1,
+            "WIDE": kernels.wide(call), "PRECISION": precision,
+        },
+        tuple(_number(value) for value in call.parameters),
+        tuple((tensor, tuple(tensor.shape), tuple(tensor.stride())) for tensor in call.tensors),
+    )  # fmt: skip
+
+
+def _number(value: Scalar | Tensor) -> Scalar | Tensor:
+    """The interpreter does not take floats in tuples."""
+    return torch.tensor(value) if interpreted() and isinstance(value, float) else value
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return {"BM": tile.rows, "BN": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+
+
+def forward(kernels: Kernels, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is the float32 log-sum-exp without the score's row
+    terms, which `backward` wants; it is `lse` itself where there are none."""
+    plan = _plan(kernels, call, frozenset())
+    query, key, value = call.query, call.key, call.value
+    batch, heads, q_len = query.shape[:3]
+    out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
+    shifted = torch.empty_like(lse) if plan.emitted.row_term else lse
+    unit, tile = _unit(query, key, value, out), plan.tiles.forward
+    attention_forward[(batch * heads * triton.cdiv(q_len, tile.rows),)](
+        query, key, value, out, lse, shifted, call.q_offset, _strides(query, unit), _strides(key, unit),
+        _strides(value, unit), _strides(out, unit), plan.scalars, call.sizes, plan.captured, _number(call.scale),
+        plan.section(heads // key.shape[1]), SCORE=plan.function("score"), FACTOR=plan.function("factor"),
+        MASK=plan.function("mask"), KEY_MASK=plan.function("key_mask"), ROW=plan.function("row_term"),
+        SINK=plan.function("sink"), KV_RANGES=plan.function("kv_ranges"), SKIP=plan.function("kv_skip"), UNIT=unit,
+        CONTIGUOUS=_contiguous(query, key, value), **plan.common, **_options(tile),
+    )  # fmt: skip
+    return out, lse, shifted
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """`captured` holds the gradients of captured tensors and parameters by name, float32, in their shapes; `delta` is
+    [B, H, Q] float32, which the gradient of a sink needs."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    captured: Mapping[str, Tensor]
+    delta: Tensor
+
+
+def backward(
+    kernels: Kernels,
+    call: Call,
+    out: Tensor,
+    shifted: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str] = frozenset(),
+    *,
+    deterministic: bool = False,
+) -> Gradients:
+    """Gradients of `forward`. `wanted` names captured float tensors and float parameters.
+
+    Query, key and value gradients are the same bits in every run; so are the others if `deterministic`, at twice the
+    price where there are any: a first pass finds the largest share of each target, the second adds in fixed point.
+    """
+    plan = _plan(kernels, call, wanted)
+    delta = _delta(plan, out, grad_out, grad_lse)
+    shapes = {name: _shape(kernels.variant, call, name) for name in plan.emitted.targets}
+    dtype = torch.int64 if deterministic else torch.float32
+    sums = [torch.zeros(shape, dtype=dtype, device=out.device) for shape in shapes.values()]
+    peaks = factors = None
+    if deterministic and sums:
+        peaks = torch.zeros(len(sums), dtype=torch.int32, device=out.device)
+        _gradients(plan, shifted, delta, grad_out, sums, peaks, peaks, device.PEAK.value)
+        factors = _fixed_point(peaks, call)
+    mode = device.FIXED.value if deterministic else device.ADD.value
+    dq, dk, dv = _gradients(plan, shifted, delta, grad_out, sums, peaks, factors, mode)
+    captured = dict(zip(shapes, sums, strict=True))
+    if deterministic and factors is not None:
+        captured = {name: (t.double() / factors[i].double()).float() for i, (name, t) in enumerate(captured.items())}
+    return Gradients(dq, dk, dv, captured, delta)
+
+
+def _shape(variant: Variant, call: Call, name: str) -> tuple[int, ...]:
+    for tensor, value in zip(variant.tensors, call.tensors, strict=True):
+        if tensor.name == name:
+            return tuple(value.shape)
+    return ()
+
+
+def _fixed_point(peaks: Tensor, call: Call) -> Tensor:
+    """Powers of two by which shares are multiplied, so that the sum of all of them fits 62 bits.
+
+    nan, and with it a gradient of nan, where a share is not finite.
+    """
+    batch, heads, _, q_len, kv_len = call.sizes[:5]
+    pairs = batch * heads * q_len * kv_len
+    peak = peaks.view(torch.float32)
+    exponent = torch.where(peak > 0, torch.frexp(peak).exponent.float(), 0.0)
+    power = (61.0 - pairs.bit_length() - exponent).clamp(-126, 126)
+    return torch.where(peak.isfinite(), torch.exp2(power), torch.nan)
+
+
+def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+    batch, heads, q_len, value_dim = out.shape
+    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
+    unit, rows = _unit(out, grad_out), 64
+    backward_kernels.attention_delta[(batch * heads * triton.cdiv(q_len, rows),)](
+        out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
+        _strides(grad_out, unit), plan.call.sizes, BM=rows, DV=value_dim, DV0=plan.common["DV0"],
+        DV1=plan.common["DV1"], UNIT=unit, CONTIGUOUS=_contiguous(grad_out),
+    )  # fmt: skip
+    return delta
+
+
+def _gradients(
+    plan: _Plan,
+    lse: Tensor,
+    delta: Tensor,
+    grad_out: Tensor,
+    sums: Sequence[Tensor],
+    peaks: Tensor | None,
+    factors: Tensor | None,
+    mode: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One run of the two kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
+    call = plan.call
+    query, key, value = call.query, call.key, call.value
+    (batch, heads, q_len, dim), (_, kv_heads, kv_len, value_dim) = query.shape, value.shape
+    dq = torch.empty((batch, heads, q_len, dim), dtype=query.dtype, device=query.device)
+    dk = torch.empty((batch, kv_heads, kv_len, dim), dtype=key.dtype, device=key.device)
+    dv = torch.empty((batch, kv_heads, kv_len, value_dim), dtype=value.dtype, device=value.device)
+    grads = tuple((t, tuple(t.shape), tuple(t.stride())) for t in sums)
+    unit = _unit(query, key, value, grad_out, dq, dk, dv)
+    strides = tuple(_strides(t, unit) for t in (query, key, value, grad_out))
+    shared: dict[str, Any] = {
+        "SCORE": plan.function("score"), "FACTOR": plan.function("factor"), "MASK": plan.function("mask"),
+        "KEY_MASK": plan.function("key_mask"), "QUERY_MASK": plan.function("query_mask"), "MODE": mode, "UNIT": unit,
+        "CONTIGUOUS": _contiguous(query, key, value, grad_out), **plan.common,
+    }  # fmt: skip
+    tile = plan.tiles.keys
+    backward_kernels.attention_keys_backward[(batch * kv_heads * triton.cdiv(kv_len, tile.keys),)](
+        query, key, value, grad_out, lse, delta, dk, dv, call.q_offset, *strides, _strides(dk, unit),
+        _strides(dv, unit), plan.scalars, call.sizes, plan.captured, grads, peaks, factors, _number(call.scale),
+        plan.section(1), Q_RANGES=plan.function("q_ranges"), SKIP=plan.function("q_skip"),
+        KEY_GRAD=plan.function("key_grad"), SCATTER=plan.function("add_key_sums"), TOTALS=plan.emitted.key_totals,
+        **shared, **_options(tile),
+    )  # fmt: skip
+    tile = plan.tiles.queries
+    backward_kernels.attention_queries_backward[(batch * heads * triton.cdiv(q_len, tile.rows),)](
+        query, key, value, grad_out, lse, delta, dq, call.q_offset, *strides, _strides(dq, unit), plan.scalars,
+        call.sizes, plan.captured, grads, peaks, factors, _number(call.scale), plan.section(heads // kv_heads),
+        KV_RANGES=plan.function("kv_ranges"), SKIP=plan.function("kv_skip"), QUERY_GRAD=plan.function("query_grad"),
+        SCATTER=plan.function("add_query_sums"), SCATTER_PAIRS=plan.function("add_pairs"),
+        TOTALS=plan.emitted.query_totals, **shared, **_options(tile),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def storable(dtype: DType) -> bool:
+    """Whether a tensor of this type can take a gradient."""
+    return "float" in dtype.value
