@@ -30,6 +30,19 @@ from attn_dsl.ir.variant import Parameter, Tensor, Variant
 
 def check_source(source: Source, imports: Imports, report: Report) -> Variant | None:
     """The variant that a text describes; None, and at least one report, where it is wrong."""
+    checked = _check(source, imports, report)
+    return checked.variant() if checked is not None else None
+
+
+def check_module(path: Path, source: Source, imports: Imports, report: Report) -> Module | None:
+    """An imported file, checked by itself."""
+    checked = _check(source, imports, report)
+    if checked is None:
+        return None
+    return Module(path, checked.file, tuple(checked.parameters.values()), "sink" in checked.results)
+
+
+def _check(source: Source, imports: Imports, report: Report) -> Checker | None:
     diagnostics: list[Diagnostic] = []
     checker: Checker | None = None
     try:
@@ -40,16 +53,7 @@ def check_source(source: Source, imports: Imports, report: Report) -> Variant | 
         diagnostics.append(limit.diagnostic)
     for diagnostic in diagnostics:
         report(diagnostic)
-    return None if diagnostics or checker is None else checker.variant()
-
-
-def check_module(path: Path, source: Source, imports: Imports, report: Report) -> Module | None:
-    """An imported file, checked by itself."""
-    variant = check_source(source, imports, report)
-    if variant is None:
-        return None
-    file = parse_recovering(source, report)
-    return Module(path, file, variant.parameters, variant.sink is not None)
+    return None if diagnostics else checker
 
 
 class Checker:

@@ -93,6 +93,9 @@ def read_tensor(e: Expressions, tree: syntax.TensorDeclaration) -> Tensor | None
     if len(tree.extents) > limits.AXES:
         e.error("E066", f"{len(tree.extents)} axes", tree, f"at most {limits.AXES}")
         return None
+    if not tree.extents:
+        e.error("E031", "a tensor has at least one axis", tree, "", "a number for all is a parameter of the header")
+        return None
     extents = [_extent(e, extent, "an extent") for extent in tree.extents]
     promises = [_promise(e, tree, promise, extents) for promise in tree.promises]
     sound = tuple(extent for extent in extents if extent is not None)

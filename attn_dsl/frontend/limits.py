@@ -33,7 +33,7 @@ NODE_DEPTH = 200
 NODES = 10_000
 """Distinct nodes of a variant."""
 
-EXPANSION = 50_000
+EXPANSION = 20_000
 """Expressions visited while inlining calls."""
 
 TREE_SIZE = 1_000_000

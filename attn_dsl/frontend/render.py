@@ -106,6 +106,8 @@ def _cell(character: str) -> str:
 
 
 def _columns(text: str) -> int:
+    if text.isascii():
+        return len(text)
     return sum(_char_width(c) for c in text)
 
 
@@ -114,8 +116,6 @@ def _width(cells: Sequence[str]) -> int:
 
 
 def _char_width(character: str) -> int:
-    if character.isascii():
-        return 1
     if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -95,7 +95,11 @@ def _advice(tokens: Sequence[Token], place: int, accepts: set[str]) -> str:
             return "write `x if condition else y`: both branches are needed"
         return ""
     text = str(tokens[place])
-    if kind == "EQUAL":
+    if "DOTDOT" in accepts:
+        return "a range is `low..high`, as in `sum(d in 0..3: expression)`"
+    if "COLON" in accepts and kind == "COMMA":
+        return "the terms follow a colon: `sum(d in 0..3: expression)`"
+    if kind == "EQUAL" and "SIGN" in accepts:
         return "a comparison is written `==`"
     if kind == "COLON" and tokens[0].type == "DEF":
         return "a function is `def f(x, y) = expression`"

@@ -68,7 +68,9 @@ class Tokens:
 
 def scan(text: str) -> list[Token]:
     """Every token of the text, with comments and line ends."""
-    return list(grammar().lex(text))
+    # `Lark.lex` would build its lexer again at every call; a parse has the one that was built with the grammar.
+    parse = grammar().parse_interactive(text)
+    return list(parse.lexer_thread.lex(parse.parser_state))
 
 
 def split(source: Source, report: Report) -> Tokens:
@@ -189,7 +191,8 @@ class _Splitter:
             self.error("E004", f"`{text}` is not an operator here", token, advice)
         elif token.type == "STRING":
             kind = "INT"
-            self.error("E002", "there are no strings", token, help="names stand bare; comments begin with `#`")
+            help = hints.ADVICE["inf"] if "inf" in text else "names stand bare; comments begin with `#`"
+            self.error("E002", "there are no strings", token, help=help)
         elif token.type == "MALFORMED":
             kind = "INT"
             self.error("E005", f"`{_clip(text)}` is no number", token, help=_number_help(text))
