@@ -134,7 +134,8 @@ class Builder:
             return None
         result = _fold(node, [value for value in values if value is not None])
         if result is not None and abs(result) > limits.INTEGER:
-            raise LimitReached(Diagnostic("E063", "the value does not fit 64 bits", span, "at most 2**63 - 1"))
+            self.error("E063", "the value does not fit 64 bits", span, "at most 2**63 - 1")
+            return None
         return result
 
     # Types. Each returns an operand of the type asked for, or reports and returns None.

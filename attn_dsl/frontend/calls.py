@@ -148,7 +148,7 @@ def _inline(e: Expressions, tree: syntax.Call, function: Function, span: Span) -
     if bound is None or nodes is None:
         return None
     values = [nodes[bound[name]] for name in names]
-    key = (definition.start, tuple(values), e.level)
+    key = (definition.start, tuple(values), e.level, e.trips)
     if key not in e.inlined:
         e.inlined[key] = _body(e, definition, values, tree, span)
     return e.inlined[key]
@@ -319,7 +319,7 @@ def _imported(
     sound = [node for node in values if node is not None]
     if len(sound) != len(values):
         return None
-    key = (base.text, part, tuple(sound), score, e.level)
+    key = (base.text, part, tuple(sound), score, e.level, e.trips)
     if key not in e.inlined:
         e.inlined[key] = _instance(e, module, part, sound, score, callee)
     return e.inlined[key]

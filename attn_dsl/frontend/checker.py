@@ -51,6 +51,9 @@ def _check(source: Source, imports: Imports, report: Report) -> Checker | None:
         checker.run()
     except LimitReached as limit:
         diagnostics.append(limit.diagnostic)
+    except RecursionError:  # called with little of the stack left
+        message = "expressions are nested too deeply for the stack of the caller"
+        diagnostics.append(Diagnostic("E061", message, Span(source, 0, 0)))
     for diagnostic in diagnostics:
         report(diagnostic)
     return None if diagnostics else checker

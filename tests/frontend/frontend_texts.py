@@ -10,7 +10,7 @@ from attn_dsl.frontend.library import SHIPPED
 
 VARIANTS = [path.read_text(encoding="utf-8") for path in sorted(SHIPPED.glob("*.attn"))]
 PIECES = [re.findall(r"\w+|\s+|[^\w\s]+", text) for text in VARIANTS]
-WORDS = re.findall(
+SPELLED = re.findall(
     r"\S+",
     """
     attention import tensor let def const nondecreasing over in if else and or not true false score mask sink
@@ -19,7 +19,8 @@ WORDS = re.findall(
     0 1 2 3 -1 7 64 128 1.5 .5 2. 1e9 1e999 9223372036854775807 99999999999999999999 0x10 1_000 2k
     ( ) [ ] , : .. . = == != < <= > >= + - * / // % ** ; & && | || ! ~ ^ -> := ? { } @ \\ ' " # ≤ − é 漢
     """,
-) + ["\t", "\n", "\n", "\n"]
+)
+WORDS = [*SPELLED, "\t", "\n", "\n", "\n"]
 
 
 def damaged(random: Random) -> str:
@@ -112,7 +113,7 @@ def noise(random: Random) -> str:
 
 def heap(random: Random) -> str:
     """Much of one thing: brackets, signs, powers, doubling definitions."""
-    n = random.choice([10, 63, 64, 65, 99, 101, 300, 3000])
+    n = random.choice([10, 30, 63, 64, 65, 99, 101, 300, 1000])
     piece = random.choice(
         ["(", "-", "not ", "q + ", "2 ** ", "1 if q > k else ", "t[", "f(", "q < ", "a.", "&", "let x = 1;"]
     )
@@ -126,7 +127,15 @@ def heap(random: Random) -> str:
     return f"attention heap\nmask = {piece * n}{tail}"
 
 
-KINDS: list[Callable[[Random], str]] = [*[damaged] * 5, *[soup] * 2, *[program] * 2, spliced, characters, noise, heap]
+KINDS: list[Callable[[Random], str]] = [
+    *[damaged] * 12,
+    *[soup] * 4,
+    *[program] * 3,
+    *[spliced] * 3,
+    *[characters] * 2,
+    *[noise] * 2,
+    heap,
+]
 
 
 def text(seed: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,12 +109,24 @@ def test_constants() -> None:
     assert codes("attention a\nlet x = 9 ** 9 ** 9 ** 9") == {"E063"}
 
 
+def test_a_caller_deep_in_its_stack_gets_a_diagnostic() -> None:
+    text = "attention a\nlet x = " + "abs(" * 60 + "q" + ")" * 60
+
+    def deep(n: int) -> set[str]:
+        return codes(text) if n == 0 else deep(n - 1)
+
+    assert codes(text) == set()
+    assert deep(sys.getrecursionlimit() - len(inspect.stack(0)) - 150) == {"E061"}
+
+
 def test_trips() -> None:
     assert codes(f"attention a\nlet x = sum(d in 0..{limits.TRIPS}: d)") == set()
     assert codes(f"attention a\nlet x = sum(d in 0..{limits.TRIPS + 1}: d)") == {"E064"}
     assert codes("attention a\nlet x = sum(d in 0..32: sum(e in 0..32: d + e))") == set()
     assert codes("attention a\nlet x = sum(d in 0..32: sum(e in 0..33: d + e))") == {"E064"}
     assert codes("attention a\ndef f(x) = sum(e in 0..33: x + e)\nlet x = sum(d in 0..32: f(d))") == {"E064"}
+    lines = "def f(x) = sum(e in 0..33: x + e)\nlet x = sum(d in 0..2: f(3)) + sum(d in 0..32: f(3))"
+    assert codes(f"attention a\n{lines}") == {"E064"}
 
 
 def test_import_depth(tmp_path: Path) -> None:
