@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing_extensions import assert_never
 
 from attn_dsl.errors import Diagnostic, Span
-from attn_dsl.frontend import calls, hints, limits, syntax
+from attn_dsl.frontend import calls, hints, imported, limits, syntax
 from attn_dsl.frontend.builder import ARITHMETIC, LOGIC, Builder, LimitReached
 from attn_dsl.frontend.functions import FUNCTION_NAMES, REDUCTIONS
 from attn_dsl.frontend.library import Imports
@@ -104,7 +104,7 @@ class Expressions:
             case syntax.Subscript():
                 return self._subscript(tree)
             case syntax.Member():
-                calls.refuse_member(self, tree)
+                imported.refuse_member(self, tree)
                 return None
             case syntax.Reduction():
                 return self._reduction(tree, span)
