@@ -6,6 +6,7 @@ since what is shared in the graph is repeated in the text.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from typing_extensions import assert_never
@@ -15,6 +16,7 @@ from attn_dsl.ir.nodes import BinaryOp, CompareOp, Node, UnaryOp
 from attn_dsl.ir.printer import literal
 
 LONGEST = 400
+_NO_NAMES: Mapping[Node, str] = {}
 
 _SELECT, _OR, _AND, _NOT, _COMPARE, _SUM, _PRODUCT, _SIGN, _POWER, _ATOM = range(10)
 _BINARY = {
@@ -38,11 +40,11 @@ _COMPARISON = {
 }
 
 
-def infix(root: Node) -> str:
-    """The expression as a `.attn` file would say it."""
+def infix(root: Node, names: Mapping[Node, str] = _NO_NAMES) -> str:
+    """The expression as a `.attn` file would say it; a named part below the root is spelt by its name."""
     texts: dict[Node, tuple[str, int]] = {}
     for node in ir.post_order(root):
-        text, strength = _spell(node, texts)
+        text, strength = (names[node], _ATOM) if node in names and node is not root else _spell(node, texts)
         texts[node] = (text, strength) if len(text) <= LONGEST else ("...", _ATOM)
     return texts[root][0]
 

@@ -110,7 +110,7 @@ class _Adjoint:
         return _Adjoint(tuple(dict.fromkeys(self.guard + conditions)), _mul(self.value, factor))
 
     def over(self, divisor: Node) -> _Adjoint:
-        return _Adjoint(self.guard, ir.Binary(BinaryOp.DIV, self.value, divisor))
+        return _Adjoint(self.guard, _div(self.value, divisor))
 
 
 def _adjoints(root: Node) -> dict[Node, _Adjoint]:
@@ -284,6 +284,13 @@ def _sub(x: Node, y: Node) -> Node:
 
 def _mul(x: Node, y: Node) -> Node:
     return y if x is ONE else x if y is ONE else ir.Binary(BinaryOp.MUL, x, y)
+
+
+def _div(x: Node, y: Node) -> Node:
+    """`x / y`; a factor that the chain rule multiplies and then divides by cancels, as in `c * tanh(s / c)`."""
+    if isinstance(x, ir.Binary) and x.op is BinaryOp.MUL and y in (x.x, x.y):
+        return x.y if x.x is y else x.x
+    return ONE if x is y else ir.Binary(BinaryOp.DIV, x, y)
 
 
 def _not(condition: Node) -> Node:

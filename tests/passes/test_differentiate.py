@@ -148,6 +148,13 @@ def test_score_and_sink_are_differentiated_apart():
     assert differentiate(replace(variant, sink=None)).sink is None
 
 
+def test_a_soft_cap_costs_no_division_backward():
+    cap = ir.Param("cap", Type.FLOAT)
+    tanh = Unary(UnaryOp.TANH, Binary(BinaryOp.DIV, SCORE, cap))
+    slope = Binary(BinaryOp.SUB, Const(1.0), Binary(BinaryOp.MUL, tanh, tanh))
+    assert gradient(Binary(BinaryOp.MUL, cap, tanh)).d_score is slope
+
+
 def test_tanh_soft_cap_reuses_the_forward_value():
     cap = ir.Param("cap", Type.FLOAT)
     tanh = Unary(UnaryOp.TANH, Binary(BinaryOp.DIV, SCORE, cap))
