@@ -20,6 +20,8 @@ ANYTHING: Interval = (None, None)
 
 def interval(node: Node, memo: dict[Node, Interval]) -> Interval:
     """Bounds of an INT expression; `memo` is filled on the way."""
+    if node in memo:
+        return memo[node]
     for below in ir.post_order(node):
         if below not in memo:
             memo[below] = _interval(below, memo) if below.type is Type.INT else ANYTHING

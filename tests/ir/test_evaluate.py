@@ -3,11 +3,14 @@
 import math
 
 import pytest
+import strategies
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attn_dsl.errors import BindingError
 from attn_dsl.ir import nodes as ir
-from attn_dsl.ir.evaluate import Environment, attention, evaluate
+from attn_dsl.ir.evaluate import Environment, attention, environment, evaluate
 from attn_dsl.ir.nodes import (
     SCORE,
     TRUE,
@@ -209,6 +212,19 @@ def test_kv_heads_are_shared_by_groups_of_query_heads():
 
 
 def _env(q, k, v):
-    from attn_dsl.ir.evaluate import environment
-
     return environment(variant(), q, k, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(strategies.variants(), st.integers(0, 3))
+def test_no_random_variant_gives_nan_forward_or_backward(random, seed):
+    sizes = strategies.SIZES
+    q, k, v = qkv(sizes["B"], sizes["H"], sizes["HK"], sizes["Q"], sizes["KV"])
+    bound = strategies.bindings(seed)
+    out, lse = attention(random, q, k, v, bindings=bound)
+    assert out.isfinite().all() and not lse.isnan().any()
+    seen = lse > -math.inf
+    (out.sum() + lse[seen].sum() + 0 * (q.sum() + k.sum() + v.sum())).backward()
+    leaves = [q, k, v, *(t for t in bound.values() if isinstance(t, torch.Tensor) and t.requires_grad)]
+    assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
+    assert (out[~seen] == 0).all()
