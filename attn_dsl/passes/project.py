@@ -1,0 +1,370 @@
+"""Project a clause onto the tile, by Fourier-Motzkin elimination over the integers.
+
+The unknowns of a clause are the positions q, k, quotients `x // W`, and monotone terms of one position. For a tile,
+`q0 <= q <= q1` and `k0 <= k <= k1`; eliminating an unknown v combines each lower bound `a*v + x >= 0` with each upper
+bound `-b*v + y >= 0` into `b*x + a*y >= 0`. What remains says, in closed form, when a pair of the tile can satisfy the
+clause. Two more rules:
+
+    rounding   c*e + d >= 0  gives  e + d // c >= 0        (integers; this is what makes `//` and congruences sharp)
+    inverse    max(x, c) >= a  gives  x >= a unless c >= a,  max(x, c) <= a  gives  x <= a and c <= a;  min is dual
+
+Each rule can only weaken, so "no pair satisfies the clause" is always sound. It is exact (`iff`) where every combined
+pair has a coefficient 1 for the unknown; `Projection.exact` says so. Every constraint remembers its derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Const, Index, Node, Select, Unary, UnaryOp
+from attn_dsl.passes.logic import (
+    Atom,
+    Clause,
+    Fact,
+    Lowering,
+    is_quotient,
+)
+from attn_dsl.passes.monotone import CORNERS, POSITIONS, interval, varies
+from attn_dsl.passes.symbolic import Form, Poly, Space, as_integer, constant, number, unknown
+
+FAR = 1 << 40
+"""Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
+
+
+MAX_CONSTRAINTS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """An atom of the clause, a law of a quotient, or a bound of an unknown within the tile; true by itself."""
+
+    origin: Node
+    rule: str
+
+
+@dataclass(frozen=True, eq=False)
+class Combined:
+    """a * x + b * y, with a, b >= 0."""
+
+    a: Poly
+    x: Constraint
+    b: Poly
+    y: Constraint
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """x / divisor, its constant rounded down."""
+
+    x: Constraint
+    divisor: Poly
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """What x says of the monotone term it bounds, said of the term's argument."""
+
+    x: Constraint
+
+
+Derivation = Given | Combined | Rounded | Inverted
+
+
+@dataclass(eq=False)
+class Constraint:
+    """`form >= 0` and how it was derived. `own` is False for what holds on every tile, whatever the mask."""
+
+    form: Form
+    why: Derivation
+    own: bool
+
+    @cached_property
+    def premises(self) -> frozenset[Constraint]:
+        """What it is a nonnegative combination of: given, rounded or inverted constraints."""
+        if isinstance(self.why, Combined):
+            return self.why.x.premises | self.why.y.premises
+        return frozenset({self})
+
+    @cached_property
+    def weight(self) -> int:
+        """How many given constraints its derivation uses, counted with repetition."""
+        match self.why:
+            case Given():
+                return 1
+            case Combined(_, x, _, y):
+                return x.weight + y.weight
+            case Rounded(x) | Inverted(x):
+                return x.weight
+
+    @property
+    def atoms(self) -> frozenset[Node]:
+        """The comparisons of the mask that it rests on."""
+        return frozenset(x.why.origin for x in steps(self) if isinstance(x.why, Given) and x.own)
+
+
+def steps(*roots: Constraint) -> Iterator[Constraint]:
+    """Every constraint of the derivations, premises first, each once."""
+    seen: set[int] = set()
+    stack = [(root, False) for root in reversed(roots)]
+    while stack:
+        constraint, ready = stack.pop()
+        if id(constraint) in seen:
+            continue
+        if ready:
+            seen.add(id(constraint))
+            yield constraint
+            continue
+        stack.append((constraint, True))
+        match constraint.why:
+            case Given():
+                pass
+            case Combined(_, x, _, y):
+                stack += [(y, False), (x, False)]
+            case Rounded(x) | Inverted(x):
+                stack.append((x, False))
+
+
+@dataclass
+class Projection:
+    """A clause seen from a tile: it holds on some pair only if every guard is >= 0 and every fact is as stated.
+
+    `lower` and `upper` bound the kept position (none where both are eliminated): form = c * position + rest.
+    """
+
+    guards: list[Constraint] = field(default_factory=list)
+    lower: list[Constraint] = field(default_factory=list)
+    upper: list[Constraint] = field(default_factory=list)
+    facts: tuple[Fact, ...] = ()
+    exact: bool = True
+    impossible: Constraint | None = None
+
+
+def project(clause: Clause, space: Space, keep: Index | None) -> Projection:
+    """Eliminate all unknowns of a clause but `keep` (the position `q` or `k`), or all of them (None)."""
+    return _Elimination(space, keep).run(clause)
+
+
+@dataclass
+class _Elimination:
+    space: Space
+    keep: Index | None
+    constraints: list[Constraint] = field(default_factory=list)
+    eliminated: int = 0
+    result: Projection = field(default_factory=Projection)
+
+    def run(self, clause: Clause) -> Projection:
+        self.result.facts = tuple(x for x in clause.literals if isinstance(x, Fact))
+        self.result.exact = not clause.relaxed and not clause.unknowns
+        for atom in clause.literals:
+            if isinstance(atom, Atom):
+                rule = "quotient" if atom.definition else "comparison"
+                self.add(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
+        self.bound_positions()
+        while (term := self.next_unknown()) is not None:
+            if self.is_kept_side(term):
+                self.invert(term)
+            else:
+                self.eliminate(term)
+        self.collect()
+        return self.result
+
+    # -- constraints --------------------------------------------------------------------------------------------------
+
+    def add(self, constraint: Constraint) -> None:
+        """Keep a constraint, rounded, unless another one implies it; drop those that it implies."""
+        constraint = self.rounded(constraint)
+        form = constraint.form
+        if any(self.space.nonnegative(c) is None and self.space.nonnegative(-c) is None for c in form.terms.values()):
+            self.result.exact = False  # neither a lower nor an upper bound
+            return
+        if not form.terms:
+            verdict = self.space.nonnegative(form.const)
+            if verdict is False:
+                self.result.impossible = constraint
+            if verdict is True or not constraint.own:
+                return
+        for other in list(self.constraints):
+            if other.form.terms == form.terms:
+                gap = form.const - other.form.const
+                if self.space.nonnegative(gap):
+                    return
+                if self.space.nonnegative(-gap):
+                    self.constraints.remove(other)
+        self.constraints.append(constraint)
+
+    def rounded(self, constraint: Constraint) -> Constraint:
+        divisor = self.space.common_factor(constraint.form)
+        if as_integer(divisor) == 1:
+            return constraint
+        return Constraint(self.space.divide(constraint.form, divisor), Rounded(constraint, divisor), constraint.own)
+
+    def bound_positions(self) -> None:
+        """Corner bounds of every term of an eliminated position: q itself, and monotone terms of q."""
+        unknowns = {u for c in self.constraints for u in c.form.terms}
+        for term in sorted(unknowns, key=lambda u: len(u.depends & POSITIONS)):
+            if term is self.keep or self.is_kept_side(term):
+                continue
+            if isinstance(term, Index):
+                self.add_bounds(term, *CORNERS[term])
+            elif not is_quotient(term):
+                bounds = interval(term)
+                assert bounds is not None
+                self.add_bounds(term, *bounds)
+                self.result.exact &= self.is_lone(term, unknowns)
+        for position in CORNERS:
+            if position is not self.keep and position not in unknowns and self.under_quotient(position, unknowns):
+                self.add_bounds(position, *CORNERS[position])
+
+    def under_quotient(self, position: Node, unknowns: Iterable[Node]) -> bool:
+        return any(is_quotient(u) and str(getattr(position, "name", "")) in u.depends for u in unknowns)
+
+    def add_bounds(self, term: Node, low: Node, high: Node) -> None:
+        here = unknown(term)
+        self.add(Constraint(here - constant(self.space.poly(low)), Given(term, "corner"), False))
+        self.add(Constraint(constant(self.space.poly(high)) - here, Given(term, "corner"), False))
+
+    def is_lone(self, term: Node, unknowns: set[Node]) -> bool:
+        """Whether the corner bounds of a monotone term lose nothing: it takes every value between, or is bounded from
+        one side only, and nothing else in the clause moves with its position."""
+        signs = {self.space.nonnegative(c.form.terms[term]) for c in self.constraints if term in c.form.terms and c.own}
+        others = any(u is not term and u.depends & term.depends & POSITIONS for u in unknowns)
+        return not others and (len(signs) == 1 or _is_gapless(term))
+
+    # -- elimination --------------------------------------------------------------------------------------------------
+
+    def next_unknown(self) -> Node | None:
+        """The cheapest term to eliminate: exact pairs first, then the fewest; terms of the kept side come last."""
+        unknowns = {u for c in self.constraints for u in c.form.terms if u is not self.keep}
+        best: tuple[tuple[bool, bool, int, int], Node] | None = None
+        for order, term in enumerate(sorted(unknowns, key=lambda u: (len(u.depends), repr(u), id(u)))):
+            lower, upper = self.sides(term)
+            inexact = any(not _is_unit_pair(x, y, term) for x in lower for y in upper if x.own or y.own)
+            cost = (self.is_kept_side(term), inexact, len(lower) * len(upper), order)
+            if best is None or cost < best[0]:
+                best = (cost, term)
+        return None if best is None else best[1]
+
+    def sides(self, term: Node) -> tuple[list[Constraint], list[Constraint]]:
+        """The constraints that bound an term from below, and from above."""
+        lower: list[Constraint] = []
+        upper: list[Constraint] = []
+        for constraint in self.constraints:
+            coefficient = constraint.form.terms.get(term)
+            if coefficient is not None:
+                (lower if self.space.nonnegative(coefficient) else upper).append(constraint)
+        return lower, upper
+
+    def eliminate(self, term: Node) -> None:
+        lower, upper = self.sides(term)
+        self.constraints = [c for c in self.constraints if term not in c.form.terms]
+        self.eliminated += 1
+        for x in lower:
+            for y in upper:
+                self.combine(x, y, term)
+        self.limit()
+
+    def limit(self) -> None:
+        """Of very many constraints keep those with the shortest derivations; what is left out is only not used."""
+        if len(self.constraints) > MAX_CONSTRAINTS:
+            self.constraints = sorted(self.constraints, key=lambda c: c.weight)[:MAX_CONSTRAINTS]
+            self.result.exact = False
+
+    def combine(self, x: Constraint, y: Constraint, term: Node) -> None:
+        a, b = x.form.terms[term], -y.form.terms[term]
+        if _is_law_of(term, x) and _is_law_of(term, y):
+            return  # 0 <= W - 1: the quotient always exists
+        self.result.exact &= _is_unit_pair(x, y, term) or not (x.own or y.own)
+        # Chernikov: after n eliminations, what rests on more than n + 1 premises is implied by the others.
+        if len(x.premises | y.premises) > self.eliminated + 1:
+            return
+        factor_x, factor_y = (number(1), number(1)) if a == b else (b, a)
+        form = x.form.times(factor_x) + y.form.times(factor_y)
+        self.add(Constraint(form, Combined(factor_x, x, factor_y, y), x.own or y.own))
+
+    # -- terms of the kept side ---------------------------------------------------------------------------------------
+
+    def is_kept_side(self, term: Node) -> bool:
+        """Whether an term is a monotone term (no quotient) of the kept position."""
+        return (
+            self.keep is not None
+            and term is not self.keep
+            and term.depends & POSITIONS == self.keep.depends
+            and not is_quotient(term)
+        )
+
+    def invert(self, term: Node) -> None:
+        mine = [c for c in self.constraints if term in c.form.terms]
+        self.constraints = [c for c in self.constraints if term not in c.form.terms]
+        for constraint in mine:
+            if len(constraint.form.terms) > 1 or not isinstance(term, Binary):
+                self.result.exact = False
+                continue
+            rising = bool(self.space.nonnegative(constraint.form.terms[term]))
+            for form in self.inverse(term, constraint.form, rising):
+                self.add_with_laws(Constraint(form, Inverted(constraint), constraint.own))
+
+    def inverse(self, term: Binary, form: Form, rising: bool) -> Iterator[Form]:
+        """max(x, c) >= a: x >= a, or nothing where c >= a. max(x, c) <= a: x <= a and c <= a. min(x, c): dually."""
+        if varies(term.x) == varies(term.y) or term.op not in (BinaryOp.MIN, BinaryOp.MAX):
+            self.result.exact = False
+            return
+        x, c = (term.x, term.y) if varies(term.x) else (term.y, term.x)
+        argument, level = Lowering(self.space).form(x), self.space.poly(c)
+        limit = -form.const if rising else form.const
+        sign = number(1 if rising else -1)
+        if (term.op is BinaryOp.MAX) == rising:
+            settled = level - limit if rising else limit - level
+            if self.space.nonnegative(settled):
+                return
+            if not self.space.nonnegative(-settled - 1):
+                c_node, limit_node = self.space.node(level), self.space.node(limit)
+                op = CompareOp.GE if rising else CompareOp.LE
+                free = Select(Compare(op, c_node, limit_node), Const(-FAR if rising else FAR), limit_node)
+                limit = self.space.symbol(free)
+        else:
+            yield constant(level - limit).times(sign)
+        yield (argument - constant(limit)).times(sign)
+
+    def add_with_laws(self, constraint: Constraint) -> None:
+        """A quotient that an inverse uncovers comes with its law."""
+        self.add(constraint)
+        for quotient in filter(is_quotient, constraint.form.terms):
+            for law in Lowering(self.space).laws(quotient, constraint.form.terms):
+                self.add(Constraint(law, Given(quotient, "quotient"), False))
+
+    # -- result -------------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        for constraint in self.constraints:
+            coefficient = constraint.form.terms.get(self.keep) if self.keep is not None else None
+            if coefficient is None:
+                self.result.guards.append(constraint)
+            elif constraint.own:
+                (self.result.lower if self.space.nonnegative(coefficient) else self.result.upper).append(constraint)
+
+
+def _is_law_of(quotient: Node, constraint: Constraint) -> bool:
+    return isinstance(constraint.why, Given) and constraint.why.rule == "quotient" and constraint.why.origin is quotient
+
+
+def _is_unit_pair(x: Constraint, y: Constraint, term: Node) -> bool:
+    return bool(x.form.terms[term] == 1 or y.form.terms[term] == -1)
+
+
+def _is_gapless(node: Node) -> bool:
+    """Whether a monotone term moves by at most 1 when its position does, so that it takes every value between."""
+    match node:
+        case Index():
+            return True
+        case Unary(UnaryOp.NEG, x):
+            return _is_gapless(x)
+        case Binary(BinaryOp.MIN | BinaryOp.MAX, x, y):
+            return all(_is_gapless(side) for side in (x, y) if varies(side))
+        case Binary(BinaryOp.ADD | BinaryOp.SUB, x, y):
+            return varies(x) != varies(y) and _is_gapless(x if varies(x) else y)
+        case Binary(BinaryOp.FLOORDIV, x, _):
+            return _is_gapless(x)
+        case _:
+            return False

@@ -1,0 +1,212 @@
+"""Prove which tiles of the score matrix are EMPTY and which are FULL, in closed form over the tile's positions.
+
+    EMPTY: the mask is false on every pair of the tile. It is an `or` of clauses; each clause must be unsatisfiable.
+    FULL:  the mask is true on every pair; each clause of its negation must be unsatisfiable.
+
+What is neither proved EMPTY nor proved FULL is UNKNOWN, and is visited with the mask. No dense mask is ever built, and
+nothing here depends on the lengths: they are symbols like the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from attn_dsl.errors import Span
+from attn_dsl.ir.nodes import FALSE, TRUE, Binary, BinaryOp, Index, K, Node, Q, Unary, UnaryOp
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.certificate import Checker
+from attn_dsl.passes.logic import Atom, Clause, Fact, Literal, Unknown, clauses, divisors
+from attn_dsl.passes.project import Combined, Constraint, Given, Inverted, Projection, Rounded, project, steps
+from attn_dsl.passes.symbolic import Opaque, Space
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A clause of the mask (kind "empty") or of its negation ("full"), and when a tile has no pair that satisfies it.
+
+    condition  BOOL over `q0 q1 k0 k1`, lengths and parameters; where it holds, no pair of the tile satisfies the clause
+    exact      whether the converse holds as well (iff), or the condition is only sufficient (if)
+    rule       the rules of the derivation, the weightiest first
+    reasons    what stopped the proof, where something did
+    """
+
+    kind: str
+    clause: Clause
+    tile: Projection
+    space: Space
+    spans: tuple[Span, ...]
+
+    @cached_property
+    def condition(self) -> Node:
+        return never(self.tile, self.space)
+
+    @property
+    def exact(self) -> bool:
+        return self.tile.exact
+
+    @property
+    def known(self) -> bool:
+        """Whether the proof says anything: a condition, or (exactly) that every tile has a pair of the clause."""
+        return self.condition is not FALSE or self.exact
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(literal.reason for literal in self.clause.unknowns))
+
+    @cached_property
+    def rule(self) -> str:
+        used = {name for constraint in conclusions(self.tile) for name in _rules(constraint)}
+        order = ("interval intersection", "mixed radix", "rounding", "monotone", "inverse", "corner", "constant")
+        return ", ".join(name for name in order if name in used) or "three-valued logic"
+
+    @cached_property
+    def clause_node(self) -> Node:
+        """The clause as a BOOL node, without the laws of quotients and without what the proof could not read."""
+        parts = [self._literal(x) for x in self.clause.literals if not (isinstance(x, Atom) and x.definition)]
+        return conjunction(parts)
+
+    def _literal(self, literal: Literal) -> Node:
+        match literal:
+            case Atom(form):
+                return self.space.holds(form)
+            case Fact(node, negated) | Unknown(node, negated):
+                return Unary(UnaryOp.NOT, node) if negated else node
+
+
+@dataclass(frozen=True)
+class Side:
+    """A clause with its projections: onto the whole tile, onto k (for a q tile) and onto q (for a kv tile)."""
+
+    claim: Claim
+    kv: Projection
+    q: Projection
+
+
+@dataclass(frozen=True)
+class Proof:
+    """All claims about a mask. `visit` are the clauses of the mask, `masked` those of its negation."""
+
+    variant: Variant
+    space: Space
+    visit: tuple[Side, ...]
+    masked: tuple[Side, ...]
+
+    @property
+    def claims(self) -> tuple[Claim, ...]:
+        return tuple(side.claim for side in (*self.visit, *self.masked))
+
+    @cached_property
+    def empty(self) -> Node:
+        """Where this BOOL holds, the tile is EMPTY."""
+        return conjunction([side.claim.condition for side in self.visit])
+
+    @cached_property
+    def full(self) -> Node:
+        """Where this BOOL holds, the tile is FULL."""
+        return conjunction([side.claim.condition for side in self.masked])
+
+    @property
+    def exact(self) -> bool:
+        """Whether a tile that is not proved EMPTY or FULL really is neither."""
+        return all(claim.exact for claim in self.claims)
+
+    def check(self) -> None:
+        """Verify every derivation by other means than those that found it. Raises `ProofError`."""
+        projections = [p for side in (*self.visit, *self.masked) for p in (side.claim.tile, side.kv, side.q)]
+        derived = [c for p in projections for c in (*conclusions(p), *p.lower, *p.upper)]
+        Checker(self.space, self.variant.mask).check(
+            derived,
+            visit=[side.claim.clause_node for side in self.visit],
+            masked=[side.claim.clause_node for side in self.masked],
+        )
+
+
+def prove(variant: Variant) -> Proof:
+    """Derive and check every claim about the mask of a variant. Time and memory do not depend on any length."""
+    space = Space(frozenset(divisors(variant.mask)))
+    proof = Proof(
+        variant,
+        space,
+        tuple(_sides(variant, space, negated=False)),
+        tuple(_sides(variant, space, negated=True)),
+    )
+    proof.check()
+    return proof
+
+
+def _sides(variant: Variant, space: Space, *, negated: bool) -> Iterator[Side]:
+    for clause in clauses(variant.mask, space, negated=negated):
+        spans = dict.fromkeys(_spans(clause, variant.locations))
+        claim = Claim("full" if negated else "empty", clause, _project(clause, space, None), space, tuple(spans))
+        yield Side(claim, _project(clause, space, K), _project(clause, space, Q))
+
+
+def _project(clause: Clause, space: Space, keep: Index | None) -> Projection:
+    try:
+        return project(clause, space, keep)
+    except Opaque:
+        return Projection(exact=False)
+
+
+def _spans(clause: Clause, locations: Mapping[Node, Span]) -> Iterator[Span]:
+    for literal in clause.literals:
+        node = literal.origin if isinstance(literal, Atom) else literal.node
+        if node in locations:
+            yield locations[node]
+
+
+# -- conditions as expressions ----------------------------------------------------------------------------------------
+
+
+def conclusions(projection: Projection) -> list[Constraint]:
+    """The constraints of which each must be >= 0 for the clause to hold somewhere on the tile."""
+    return [projection.impossible] if projection.impossible is not None else projection.guards
+
+
+def never(projection: Projection, space: Space) -> Node:
+    """When no pair satisfies the clause: a guard is negative, or a fact is not as stated."""
+    if projection.impossible is not None:
+        return TRUE
+    facts = [fact.node if fact.negated else Unary(UnaryOp.NOT, fact.node) for fact in projection.facts]
+    return disjunction([*facts, *(space.fails(guard.form) for guard in projection.guards)])
+
+
+def conjunction(parts: list[Node]) -> Node:
+    return _joined(BinaryOp.AND, parts, TRUE)
+
+
+def disjunction(parts: list[Node]) -> Node:
+    return _joined(BinaryOp.OR, parts, FALSE)
+
+
+def _joined(op: BinaryOp, parts: list[Node], unit: Node) -> Node:
+    total = unit
+    zero = FALSE if unit is TRUE else TRUE
+    for part in dict.fromkeys(parts):
+        if part is zero:
+            return zero
+        if part is not unit:
+            total = part if total is unit else Binary(op, total, part)
+    return total
+
+
+def _rules(constraint: Constraint) -> Iterator[str]:
+    premises = [step.why for step in steps(constraint)]
+    origins = {why.origin for why in premises if isinstance(why, Given) and why.rule == "comparison"}
+    laws = any(isinstance(why, Given) and why.rule == "quotient" for why in premises)
+    if len(origins) > 1:
+        yield "interval intersection"
+    if laws:
+        yield "mixed radix"
+    for why in premises:
+        match why:
+            case Given(origin, "corner"):
+                yield "corner" if isinstance(origin, Index) else "monotone"
+            case Rounded() if not laws:
+                yield "rounding"
+            case Inverted():
+                yield "inverse"
+            case Given() | Combined() | Rounded():
+                pass
