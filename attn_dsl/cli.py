@@ -102,8 +102,20 @@ def explain(arguments: argparse.Namespace) -> int:
 
 
 def ir(arguments: argparse.Namespace) -> int:
-    """Print the typed expression graph, as checked or after a pass."""
-    raise NotImplementedError
+    """Print the typed expression graph, as checked or as a pass leaves it."""
+    from attn_dsl.passes import pipeline
+
+    program = pipeline.Program(_load(arguments.file))
+    if arguments.after is not None:
+
+        def on_pass(step: pipeline.Pass, program: pipeline.Program, seconds: float) -> None:
+            if arguments.time:
+                print(f"{step.name:14}{seconds * 1000:8.2f} ms", file=sys.stderr)
+
+        constants = dict(arguments.parameters)
+        program = pipeline.run(program.variant, constants, stop_after=arguments.after, on_pass=on_pass)
+    sys.stdout.write(pipeline.dump(program, arguments.after))
+    return 0
 
 
 def prove(arguments: argparse.Namespace) -> int:
@@ -156,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
 
     printer = command(ir)
     printer.add_argument("file", metavar="FILE", help=FILE)
-    printer.add_argument("--after", metavar="PASS", help="the last pass to run (default: none)")
+    printer.add_argument("--after", metavar="PASS", help="run the passes up to this one and show what it made")
+    printer.add_argument("--time", action="store_true", help="say how long each pass took")
     _add_set(printer)
 
     prover = command(prove)
@@ -235,7 +248,10 @@ def _load(file: str) -> Variant:
 
     if file == "-":
         return load(Source("<stdin>", _read(file)))
-    return load(Path(file) if Path(file).is_file() else _shipped(file))
+    if Path(file).is_file():
+        return load(Path(file))
+    path = _shipped(file)
+    return load(Source(path.name, _read(str(path))))
 
 
 def _read(file: str) -> str:
