@@ -46,11 +46,11 @@ from attn_dsl.ir.nodes import (
     UnaryOp,
     Var,
     post_order,
-    rewrite,
     substitute,
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Tensor, Variant
+from attn_dsl.passes.unroll import unroll_node
 
 SIZES = tuple(Size(name) for name in ("B", "H", "HK", "Q", "KV", "D"))
 UNROLL = 16
@@ -236,22 +236,7 @@ def emit(
 def lower(root: Node) -> Node:
     """The expression without `hk` and without short reductions: the form that is printed."""
     group = Binary(BinaryOp.FLOORDIV, H, Binary(BinaryOp.FLOORDIV, Size("H"), Size("HK")))
-    return substitute(rewrite(root, _unroll), {HK: group})
-
-
-def _unroll(node: Node) -> Node:
-    if not isinstance(node, Reduce) or not (isinstance(node.low, Const) and isinstance(node.high, Const)):
-        return node
-    values = range(int(node.low.value), int(node.high.value))
-    if len(values) > UNROLL:
-        return node
-    terms = [substitute(node.body, {node.var: Const(value)}) for value in values]
-    if not terms:
-        return identity(node)
-    total = terms[0]
-    for term in terms[1:]:
-        total = Binary(STEPS[node.op], total, term)
-    return total
+    return substitute(unroll_node(root, UNROLL), {HK: group})
 
 
 STEPS = {
@@ -528,11 +513,11 @@ class PythonDialect(Dialect):
 class TorchDialect(Dialect):
     """Torch operations over tiles of axes `[b, h, q, k]`, broadcast against each other; `number` marks Python numbers.
 
-    The emitted text refers to `torch`, to `FLOAT` (the dtype in which floats are computed) and to
-    `clip(index, extent)`, which moves an index into its extent: a load under the mask must not fail, and its value is
-    never used. Values that depend on sizes and parameters alone are Python numbers for as long as Python computes them
-    as IEEE 754 does. An operation overwrites an operand that no one else needs, of its own shape:
-    `s.div_(p_cap).tanh_().mul_(p_cap)`.
+    The emitted text refers to `torch`, to `FLOAT` (the dtype in which floats are computed) and to `clip`, `tanh` and
+    `tanh_` of `cpu/elementary.py`. A load moves its indices into range: it must not fail under the mask, where its
+    value is never used. Values that depend on sizes and parameters alone are Python numbers for as long as Python
+    computes them as IEEE 754 does. An operation overwrites an operand that no one else needs, of its own shape:
+    `tanh_(s.div_(p_cap)).mul_(p_cap)`.
     """
 
     def number(self, node: Node) -> bool:
@@ -587,6 +572,8 @@ class TorchDialect(Dialect):
                 return Text(f"-{x.at(Level.SIGN)}", Level.SIGN)
             case UnaryOp.FLOOR | UnaryOp.CEIL:
                 return Text(f"{tensor}.{node.op.value}().to(torch.int64)")
+            case UnaryOp.TANH:
+                return Text(f"tanh{suffix}({tensor})")
             case UnaryOp.SILU | UnaryOp.GELU:
                 return Text(f"torch.nn.functional.{node.op.value}({tensor})")
             case _:

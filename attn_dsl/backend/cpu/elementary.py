@@ -1,0 +1,75 @@
+"""Elementwise functions of the emitted tile functions, where torch's own are missing or slow.
+
+torch hands float32 `tanh` to a vector library at several times the cost of the matrix products around it. A float32
+tile gets multiply-adds instead: the shortest odd polynomial that is right to half a unit in the last place over the
+range of the tile (soft caps stay near zero), or the rational function of Eigen (`generic_fast_tanh_float`), within
+seven units everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.cpu.scratch import scratch
+
+POLYNOMIALS = (
+    (0.035, (0.999999975, -0.333170073)),
+    (0.15, (0.999999981, -0.333318171, 0.131530657)),
+    (0.33, (0.999999978, -0.333326865, 0.133033819, -0.0494818319)),
+    (0.52, (0.999999981, -0.333329791, 0.133227071, -0.0528379157, 0.0168103136)),
+    (0.75, (0.999999971, -0.333329589, 0.13325406, -0.0533444301, 0.0195829082, -0.00471625726)),
+)
+"""`(X, c)`: |x (c0 + c1 x^2 + c2 x^4 + ...) / tanh(x) - 1| < 3e-8 for |x| <= X; minimax, by Remez's exchange."""
+SATURATION = 7.90531110763549805
+"""Beyond it tanh is 1 in float32."""
+NUMERATOR = (
+    4.89352455891786e-03,
+    6.37261928875436e-04,
+    1.48572235717979e-05,
+    5.12229709037114e-08,
+    -8.60467152213735e-11,
+    2.00018790482477e-13,
+    -2.76076847742355e-16,
+)
+DENOMINATOR = (4.89352518554385e-03, 2.26843463243900e-03, 1.18534705686654e-04, 1.19825839466702e-06)
+FEW = 4096
+"""Below so many elements the calls cost more than the arithmetic."""
+
+
+def clip(index: Tensor | int, extent: int) -> Tensor | int:
+    """The index moved into `[0, extent)`."""
+    if isinstance(index, int):
+        return min(max(index, 0), extent - 1)
+    return index.clamp(0, extent - 1)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Hyperbolic tangent, elementwise."""
+    return tanh_(x.clone())
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """Hyperbolic tangent in place. nan stays nan."""
+    if x.dtype is not torch.float32 or x.numel() < FEW:
+        return x.tanh_()
+    low, high = torch.aminmax(x)
+    bound = max(-low.item(), high.item())
+    square = scratch("tanh.square", x.shape, x.dtype)
+    for reach, coefficients in POLYNOMIALS:
+        if bound <= reach:
+            torch.mul(x, x, out=square)
+            return x.mul_(_polynomial(coefficients, square, "tanh.numerator"))
+    x.clamp_(-SATURATION, SATURATION)
+    torch.mul(x, x, out=square)
+    x.mul_(_polynomial(NUMERATOR, square, "tanh.numerator"))
+    return x.div_(_polynomial(DENOMINATOR, square, "tanh.denominator"))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor, name: str) -> Tensor:
+    """`c0 + c1 x + c2 x^2 + ...` by Horner's rule, in a scratch buffer."""
+    *low, last, first = coefficients
+    result = torch.mul(x, first, out=scratch(name, x.shape, x.dtype)).add_(last)
+    for coefficient in reversed(low):
+        result.mul_(x).add_(coefficient)
+    return result

@@ -1,0 +1,133 @@
+"""Forward: a running softmax over the runs of each tile row (Dao et al., FlashAttention-2, 2023, algorithm 1).
+
+Base-2 exponentials throughout, since torch's `exp2` is several times as fast as its `exp`:
+
+    w = 2^(log2(e) (s - m)),   one multiply-add and one exp2 a tile, m the running row maximum.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.cpu.scratch import scratch
+from attn_dsl.backend.cpu.tiles import Problem, Tile, Visit
+
+LOG2E = math.log2(math.e)
+
+
+def forward(
+    problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
+) -> tuple[Tensor, Tensor, bool]:
+    """`(out [B, H, Q, DV], lse [B, H, Q], careful)`, out in the dtype of `query`, lse in that of the arithmetic.
+
+    query [B, H, Q, D]; key [B * HK, KV, D] and value [B * HK, KV, DV] in the dtype of the arithmetic; sink [B, H].
+    `careful` says that a nan stood under the mask somewhere.
+    """
+    shape = (problem.batch, problem.heads, problem.q_len)
+    out = torch.empty((*shape, value.shape[-1]), dtype=query.dtype)
+    lse = torch.empty(shape, dtype=problem.dtype)
+    before, after = logit_factors(problem)
+    any_careful = False
+    for tile in problem.tiles():
+        rows = tile.gather(query, problem.scale * before)
+        k, v = key[tile.kv], value[tile.kv]
+        state = _attend(tile, rows, k, v, after, careful=False)
+        if state[2].isnan().any():
+            any_careful = True
+            state = _attend(tile, rows, k, v, after, careful=True)
+        _finish(tile, state, sink, out, lse)
+    return out, lse, any_careful
+
+
+State = tuple[Tensor, Tensor, Tensor]
+"""Row maximum and row sum `[matrices, rows, 1]`, weighted values `[matrices, rows, DV]`."""
+
+
+def logit_factors(problem: Problem) -> tuple[float, float]:
+    """Factors that the score applies to the logit before and behind its core; a last one must be positive."""
+    return float(problem.functions.before(problem.scalars)), float(problem.functions.after(problem.scalars))
+
+
+def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, *, careful: bool) -> State:
+    """The softmax state over all visits. `careful`: what no row of a tile sees does not even meet a weight of zero."""
+    matrices, height = rows.shape[:2]
+    peak = rows.new_full((matrices, height, 1), -math.inf)
+    total = torch.zeros_like(peak)
+    weighted = rows.new_zeros((matrices, height, value.shape[2]))
+    factor = after if after > 0 else 1.0
+    first = True
+    for visit in tile.visits():
+        k, v = key[:, visit.begin : visit.end], value[:, visit.begin : visit.end]
+        if careful and visit.keep is not None:
+            k, v = seen_keys(tile, visit.keep, k), seen_keys(tile, visit.keep, v)
+        s = torch.bmm(rows, k.transpose(1, 2), out=scratch("logits", (matrices, height, k.shape[1]), rows.dtype))
+        s = _scored(tile, visit, s, 1.0 if after > 0 else after)
+        s = masked(tile, visit, s, careful=careful)
+        highest = torch.maximum(peak, s.amax(2, keepdim=True))
+        shift = highest.masked_fill(highest == -math.inf, 0.0).mul_(-LOG2E * factor)
+        torch.add(shift, s, alpha=LOG2E * factor, out=s).exp2_()
+        if first:
+            torch.sum(s, 2, keepdim=True, out=total)
+            torch.bmm(s, v, out=weighted)
+            first = False
+        else:
+            shrink = torch.add(shift, peak, alpha=LOG2E * factor).exp2_()
+            total.mul_(shrink).add_(s.sum(2, keepdim=True))
+            weighted.mul_(shrink).baddbmm_(s, v)
+        peak = highest
+    return peak.mul_(factor), total, weighted
+
+
+def _scored(tile: Tile, visit: Visit, s: Tensor, after: float) -> Tensor:
+    """The score's core, for all pairs of the tile; `s` is overwritten or not."""
+    functions = tile.problem.functions
+    if functions.score is not None:
+        relative = tile.relative(functions.score_relative, visit.begin, visit.end)
+        scored = functions.score(tile.places(s), *tile.arguments(visit.begin, visit.end), relative)
+        s = filled(scored, tile.places(s)).reshape(s.shape)
+    return s.mul_(after) if after != 1.0 else s
+
+
+def filled(value: Tensor | float, like: Tensor) -> Tensor:
+    """A value that may lack axes, or be a number, in the shape of `like`."""
+    if not isinstance(value, Tensor):
+        return torch.full_like(like, value)
+    return value if value.shape == like.shape and value.is_contiguous() else value.expand(like.shape).contiguous()
+
+
+def masked(tile: Tile, visit: Visit, s: Tensor, *, careful: bool) -> Tensor:
+    """Logits with minus infinity under the mask. The fast way leaves a nan a nan, whence the careful one."""
+    if visit.keep is None or visit.limit is None:
+        return s
+    places = tile.places(s)
+    if careful:
+        places.masked_fill_(~visit.keep, -math.inf)
+    else:
+        torch.minimum(places, visit.limit, out=places)
+    return s
+
+
+def seen_keys(tile: Tile, keep: Tensor, rows: Tensor) -> Tensor:
+    """Rows of keys or values `[matrices, keys, D]`, zero where the tile sees none of them."""
+    seen = keep.any(2).expand(tile.b1 - tile.b0, tile.h1 - tile.h0, -1)
+    seen = seen.reshape(tile.matrices, tile.shared, -1).any(1)
+    return rows.masked_fill(~seen.unsqueeze(-1), 0.0)
+
+
+def _finish(tile: Tile, state: State, sink: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """Let the sink join the denominator, then write the rows; a row that saw nothing gives 0 and minus infinity."""
+    peak, total, weighted = state
+    if sink is not None:
+        logits = sink[tile.b0 : tile.b1, tile.h0 : tile.h1].reshape(tile.matrices, tile.shared, 1)
+        logits = logits.expand(-1, -1, tile.rows).reshape(peak.shape)
+        highest = torch.maximum(peak, logits)
+        shrink = torch.where(highest == -math.inf, 0.0, torch.exp(peak - highest))
+        total = total * shrink + torch.where(highest == -math.inf, 0.0, torch.exp(logits - highest))
+        weighted = weighted.mul_(shrink)
+        peak = highest
+    empty = total == 0
+    tile.scatter(out, (weighted / total.masked_fill(empty, 1.0)).to(out.dtype))
+    tile.scatter(lse, (peak + total.log()).masked_fill_(empty, -math.inf))

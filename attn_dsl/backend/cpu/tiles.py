@@ -1,0 +1,345 @@
+"""Which tiles a call visits, and what each of them is: positions, masks, heads.
+
+A tile is some query rows of some heads against a run of keys. The schedule's integer functions give the runs of each
+row of tiles, in closed form; where the mask reads tensors at positions, which no closed form knows, the mask itself is
+evaluated run by run and the blocks that it leaves empty are passed over. No memory grows with the length squared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.cpu.functions import Emitted, ScheduleFunctions, TileFunctions
+from attn_dsl.backend.cpu.relative import antidiagonals
+
+BLOCK = 64
+"""Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
+CACHE = 1 << 20
+"""Bytes of logits for each thread: what stays in the second-level cache from one operation to the next."""
+WIDE = 4096
+"""Keys at a time for which a mask that reads tensors is evaluated."""
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Query rows, keys and key/value heads that are processed together."""
+
+    rows: int
+    keys: int
+    heads: int
+
+    @staticmethod
+    def choose(q_len: int, kv_len: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
+        """256 rows by 512 keys where there are so many, and so many heads that every thread has its cache full.
+
+        Measured on two Zen cores: smaller tiles lose to the cost of a call, larger ones to the cache.
+        """
+        rows = min(q_len, max(256 // group, 32))
+        keys = min(max((256 * 512) // (rows * group), 512), 4096, -(-kv_len // BLOCK) * BLOCK)
+        heads = max(threads * CACHE // (rows * group * keys * dtype.itemsize), 1)
+        return TileShape(rows, keys, -(-heads // threads) * threads)
+
+
+class Run(NamedTuple):
+    """The keys `[begin, end)`; unless `masked`, every row sees them all."""
+
+    begin: int
+    end: int
+    masked: bool
+
+
+class Visit(NamedTuple):
+    """A run and, where it is masked, its mask, broadcastable to `[batches, heads, rows, keys]`.
+
+    `keep` is bool; `limit` is plus infinity where it is true, minus infinity elsewhere: the logits' upper bound.
+    """
+
+    begin: int
+    end: int
+    keep: Tensor | None = None
+    limit: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A checked call. `dtype` is that of the arithmetic: float32, or float64 for float64 inputs."""
+
+    functions: TileFunctions
+    schedule: ScheduleFunctions
+    shape: TileShape
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    q_len: int
+    kv_len: int
+    scale: float
+    offsets: tuple[int, ...]
+    """Position of the first query: one for all batches, or one for each."""
+    scalars: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+    @cached_property
+    def lists(self) -> tuple[Any, ...]:
+        """The captured tensors that the schedule reads, as nested lists."""
+        names = self.schedule.slots
+        return tuple(t.tolist() if i in names else None for i, t in enumerate(self.tensors))
+
+    @cached_property
+    def keys(self) -> Tensor:
+        return torch.arange(self.kv_len).view(1, 1, 1, -1)
+
+    @cached_property
+    def steps(self) -> Tensor:
+        return torch.arange(self.q_len + self.kv_len)
+
+    def tiles(self) -> Iterator[Tile]:
+        """Every tile row of every head once, heads with equal runs together."""
+        for start in range(0, self.q_len, self.shape.rows):
+            stop = min(start + self.shape.rows, self.q_len)
+            for rectangle, runs in self._rectangles(start, stop):
+                for b0, b1, h0, h1 in self._chunks(*rectangle):
+                    yield Tile(self, start, stop, b0, b1, h0, h1, runs)
+
+    def _rectangles(self, start: int, stop: int) -> Iterator[tuple[tuple[int, int, int, int], tuple[Run, ...]]]:
+        """`(b0, b1, h0, h1)` with equal runs; of several batches all heads, else whole groups or part of one."""
+        per_batch = self.schedule.per_batch or len(self.offsets) > 1
+        if not self.schedule.per_head:
+            rows = [self.runs(b, 0, start, stop) for b in range(self.batch if per_batch else 1)]
+            for b0, b1 in _equal(rows) if per_batch else [(0, self.batch)]:
+                yield (b0, b1, 0, self.heads), rows[b0]
+            return
+        for b in range(self.batch):
+            heads = [self.runs(b, h, start, stop) for h in range(self.heads)]
+            for h0, h1 in _equal(heads):
+                for low, high in _cut(h0, h1, self.group):
+                    yield (b, b + 1, low, high), heads[low]
+
+    def _chunks(self, b0: int, b1: int, h0: int, h1: int) -> Iterator[tuple[int, int, int, int]]:
+        """The rectangle in pieces of at most `shape.heads` key/value heads."""
+        groups = max((h1 - h0) // self.group, 1)
+        if groups >= self.shape.heads or b1 - b0 == 1:
+            step = self.shape.heads * self.group
+            for b in range(b0, b1):
+                yield from ((b, b + 1, h, min(h + step, h1)) for h in range(h0, h1, step))
+        else:
+            several = self.shape.heads // groups
+            yield from ((b, min(b + several, b1), h0, h1) for b in range(b0, b1, several))
+
+    def runs(self, b: int, h: int, start: int, stop: int) -> tuple[Run, ...]:
+        """The runs that the rows `[start, stop)` of a head visit, ascending."""
+        offset = self.offsets[b] if len(self.offsets) > 1 else self.offsets[0]
+        q0, q1 = offset + start, offset + stop - 1
+        ranges = self.schedule.kv_ranges(b, h, q0, q1, offset, BLOCK, self.scalars, self.lists)
+        found = (
+            Run(begin * BLOCK, min(end * BLOCK, self.kv_len), masked) for begin, end, masked in ranges if begin < end
+        )
+        blocks = (block for run in found for block in self._decided(run, b, h, q0, q1, offset))
+        whole = _joined(sorted(blocks), math.inf)
+        if self.functions.mask_reads_positions:
+            return tuple(piece for run in whole for piece in _pieces(run, WIDE if run.masked else self.shape.keys))
+        near = _joined((piece for run in whole for piece in _pieces(run, self.shape.keys)), self.shape.keys)
+        return tuple(near)
+
+    def _decided(self, run: Run, b: int, h: int, q0: int, q1: int, offset: int) -> Iterator[Run]:
+        """The run without the blocks that are proved empty, those proved full unmasked."""
+        skip, full = self.schedule.kv_skip, self.schedule.kv_full
+        if skip is None and (full is None or not run.masked):
+            yield run
+            return
+        for begin in range(run.begin, run.end, BLOCK):
+            end = min(begin + BLOCK, run.end)
+            place = (b, h, q0, q1, begin, end - 1, offset, self.scalars, self.lists)
+            if skip is None or not skip(*place):
+                yield Run(begin, end, run.masked and not (full is not None and full(*place)))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The query rows `[start, stop)` of the heads `[h0, h1)` of the batches `[b0, b1)`, the last row first.
+
+    Its matrices are `[(b1 - b0) * key/value heads, query heads of each * rows, ...]`; seen as
+    `[batches, heads, rows, ...]` they have no copy.
+    """
+
+    problem: Problem
+    start: int
+    stop: int
+    b0: int
+    b1: int
+    h0: int
+    h1: int
+    runs: tuple[Run, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def shared(self) -> int:
+        """Query heads of the tile for each of its key/value heads."""
+        return min(self.problem.group, self.h1 - self.h0)
+
+    @property
+    def kv(self) -> slice:
+        """The key/value heads in tensors `[B * HK, KV, D]`."""
+        problem = self.problem
+        first = self.b0 * problem.kv_heads + self.h0 // problem.group
+        return slice(first, first + self.matrices)
+
+    @property
+    def matrices(self) -> int:
+        return (self.b1 - self.b0) * (self.h1 - self.h0) // self.shared
+
+    @property
+    def index(self) -> tuple[slice, slice, slice]:
+        """The rows in tensors `[B, H, Q, ...]`."""
+        return slice(self.b0, self.b1), slice(self.h0, self.h1), slice(self.start, self.stop)
+
+    def gather(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """The rows of `x [B, H, Q, D]`, times a factor, as a fresh matrix for each key/value head."""
+        rows = x[self.index].flip(2).to(self.problem.dtype)
+        return (rows * factor if factor != 1.0 else rows).reshape(self.matrices, self.shared * self.rows, x.shape[3])
+
+    def scatter(self, x: Tensor, rows: Tensor) -> None:
+        """Write matrices back to the rows of `x [B, H, Q, ...]`."""
+        x[self.index] = rows.view(self.b1 - self.b0, self.h1 - self.h0, self.rows, *x.shape[3:]).flip(2)
+
+    def places(self, x: Tensor) -> Tensor:
+        """Matrices `[matrices, shared * rows, keys]` as `[batches, heads, rows, keys]`."""
+        return x.view(self.b1 - self.b0, self.h1 - self.h0, self.rows, x.shape[-1])
+
+    @cached_property
+    def b(self) -> Tensor:
+        return torch.arange(self.b0, self.b1).view(-1, 1, 1, 1)
+
+    @cached_property
+    def h(self) -> Tensor:
+        return torch.arange(self.h0, self.h1).view(1, -1, 1, 1)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """Positions of the rows, descending: `[1 or batches, 1, rows, 1]`."""
+        return self.last.view(-1, 1, 1, 1) - torch.arange(self.rows).view(1, 1, -1, 1)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """Position of the last query: `[1]`, or one for each batch."""
+        offsets = self.problem.offsets
+        return torch.tensor(offsets if len(offsets) == 1 else offsets[self.b0 : self.b1]) + (self.stop - 1)
+
+    def arguments(self, begin: int, end: int) -> tuple[Any, ...]:
+        """`b, h, q, k, scalars, tensors` of the tile functions."""
+        problem = self.problem
+        return self.b, self.h, self.q, problem.keys[..., begin:end], problem.scalars, problem.tensors
+
+    def by_distance(self, function: Emitted, begin: int, end: int) -> Sequence[Any]:
+        """What a function of `q - k` says along the antidiagonals: `[1 or batches, 1 or heads, rows + keys - 1]`."""
+        distance = (self.last - begin).view(-1, 1, 1) - self.problem.steps[: self.rows + end - begin - 1]
+        problem = self.problem
+        return function(self.b[..., 0], self.h[..., 0], distance, problem.scalars, problem.tensors)  # type: ignore[no-any-return]
+
+    def relative(self, function: Emitted, begin: int, end: int) -> tuple[Tensor, ...]:
+        """The same, spread over the tile."""
+        return tuple(antidiagonals(v, self.rows, end - begin) for v in self.by_distance(function, begin, end))
+
+    def visits(self) -> Iterator[Visit]:
+        """The runs with their masks, cut to the tile shape; what the mask leaves empty is left out."""
+        functions = self.problem.functions
+        for run in self.runs:
+            if not run.masked or functions.mask is None:
+                yield Visit(run.begin, run.end)
+            elif functions.mask_by_distance:
+                (keep,) = self.by_distance(functions.mask_relative, run.begin, run.end)
+                keep, limit = (antidiagonals(v, self.rows, run.end - run.begin) for v in (keep, self.limit(keep)))
+                yield Visit(run.begin, run.end, keep, limit)
+            else:
+                yield from self._visits(run, functions.mask)
+
+    def _visits(self, run: Run, mask: Emitted) -> Iterator[Visit]:
+        relative = self.relative(self.problem.functions.mask_relative, run.begin, run.end)
+        keep = mask(*self.arguments(run.begin, run.end), relative)
+        if not isinstance(keep, Tensor):
+            keep = torch.tensor(keep).view(1, 1, 1, 1)
+        keep = keep.expand(*keep.shape[:3], run.end - run.begin)
+        runs: Sequence[Run] = (run,)
+        if self.problem.functions.mask_reads_positions:
+            runs = self._seen(run, keep)
+        for begin, end, masked in runs:
+            if masked:
+                piece = keep[..., begin - run.begin : end - run.begin]
+                yield Visit(begin, end, piece, self.limit(piece))
+            else:
+                yield Visit(begin, end)
+
+    def _seen(self, run: Run, keep: Tensor) -> list[Run]:
+        """The run in pieces, without the blocks of which no row sees any key."""
+        keys = run.end - run.begin
+        blocks = -(-keys // BLOCK)
+        seen = keep.new_zeros(blocks * BLOCK)
+        full = keep.new_ones(blocks * BLOCK)
+        flat = keep.reshape(-1, keys)
+        seen[:keys], full[:keys] = flat.any(0), flat.all(0)
+        answers = zip(seen.view(-1, BLOCK).any(1).tolist(), full.view(-1, BLOCK).all(1).tolist(), strict=True)
+        begins = range(run.begin, run.end, BLOCK)
+        found = (
+            Run(at, min(at + BLOCK, run.end), not whole)
+            for at, (some, whole) in zip(begins, answers, strict=True)
+            if some
+        )
+        limit = self.problem.shape.keys
+        pieces = (piece for run in _joined(found, math.inf) for piece in _pieces(run, limit))
+        return list(_joined(pieces, limit))
+
+    def limit(self, keep: Tensor) -> Tensor:
+        return keep.to(self.problem.dtype).sub_(0.5).mul_(math.inf)
+
+
+def _joined(runs: Iterator[Run] | Sequence[Run], limit: float) -> list[Run]:
+    """Adjacent runs made one: those of one kind or, given a limit, all that stay within it."""
+    result: list[Run] = []
+    for run in runs:
+        if result and result[-1].end == run.begin:
+            begin, _, masked = result[-1]
+            if masked == run.masked if limit == math.inf else run.end - begin <= limit:
+                result[-1] = Run(begin, run.end, masked or run.masked)
+                continue
+        result.append(run)
+    return result
+
+
+def _pieces(run: Run, keys: int) -> Iterator[Run]:
+    """The run in pieces of at most `keys`, about equal, that begin at blocks."""
+    count = -(-(run.end - run.begin) // keys)
+    step = math.ceil((run.end - run.begin) / (count * BLOCK)) * BLOCK
+    for begin in range(run.begin, run.end, step):
+        yield Run(begin, min(begin + step, run.end), run.masked)
+
+
+def _equal(rows: Sequence[tuple[Run, ...]]) -> Iterator[tuple[int, int]]:
+    """The half-open ranges of equal neighbours."""
+    begin = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[begin]:
+            yield begin, i
+            begin = i
+
+
+def _cut(h0: int, h1: int, group: int) -> Iterator[tuple[int, int]]:
+    """`[h0, h1)` cut into whole groups of heads, in one piece, and parts of groups at its ends."""
+    low, high = min(-(-h0 // group) * group, h1), max(h1 // group * group, h0)
+    if high <= low and h0 // group == (h1 - 1) // group:
+        yield h0, h1
+        return
+    yield from ((a, b) for a, b in ((h0, low), (low, high), (high, h1)) if a < b)
