@@ -7,6 +7,8 @@ is summed first. Sums over keys are made by the dQ kernel, sums over queries by 
 both are added tile by tile by the dQ kernel.
 """
 
+# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+
 import triton
 import triton.language as tl
 
@@ -53,29 +55,29 @@ def attention_delta(out, grad_out, grad_lse, delta, out_strides, grad_strides, s
 
 
 @triton.jit
-def _gradient(products, upstream, lse, delta, b, h, q, k, loaded, factor, scalars, tensors, SCORE: tl.constexpr,
-              MASK: tl.constexpr, SCORE_GRAD: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """(p, gradient of the scaled product, shares of captured tensors, which pairs count), in the shape of `products`.
+def _gradient(products, upstream, lse, delta, b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE: tl.constexpr,
+              SCORE_GRAD: tl.constexpr):  # fmt: skip
+    """(p, gradient of the scaled product, shares of captured tensors), in the shape of `products`.
 
-    SCORE is None: the logit is factor * product. lse is in base 2, plus infinity for rows without a key. None of the results is poisoned by what is under the mask.
+    SCORE is None: the logit is factor * product. lse is in base 2, plus infinity for rows without a key. `keep` says
+    which pairs the mask keeps, None all; p and gradient are not poisoned by what the others hold.
     """
     if SCORE is None:
         x = products * factor
     else:
-        x = SCORE(products, b, h, q, k, not MASKED, scalars, tensors)
+        x = SCORE(products, b, h, q, k, keep is None, scalars, tensors)
+    if ramp is not None:
+        x = x + ramp
     p = tl.exp2(x - lse)
-    keep = loaded
-    if MASKED:
-        if MASK is not None:
-            keep = keep & MASK(b, h, q, k, False, scalars, tensors)
+    if keep is not None:
         p = tl.where(keep, p, 0.0)
     grad = p * (upstream - delta)
     shares = ()
     if SCORE_GRAD is not None:
-        grad, shares = SCORE_GRAD(grad, products, b, h, q, k, not MASKED, scalars, tensors)
-    if MASKED:
+        grad, shares = SCORE_GRAD(grad, products, b, h, q, k, keep is None, scalars, tensors)
+    if keep is not None:
         grad = tl.where(keep, grad, 0.0)
-    return p, grad, shares, keep
+    return p, grad, shares
 
 
 @triton.jit
@@ -87,12 +89,12 @@ def _zeros(N: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _add_sums(totals, shares, keep, MASKED: tl.constexpr):
+def _add_sums(totals, shares, keep):
     """Add to each total the row sums of its share; there may be more shares than totals."""
     result = ()
     for i in tl.static_range(len(totals)):
         share = shares[i]
-        if MASKED:
+        if keep is not None:
             share = tl.where(keep, share, 0.0)
         result = result + (totals[i] + tl.sum(share, 1, keep_dims=True),)
     return result
@@ -103,7 +105,8 @@ def _add_sums(totals, shares, keep, MASKED: tl.constexpr):
 
 @triton.jit
 def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len,
-                   factor, b, h, start, k, loaded, scalars, tensors, SCORE: tl.constexpr, MASK: tl.constexpr,
+                   factor, slope, b, h, start, k, k0, loaded, scalars, tensors,
+                   SCORE: tl.constexpr, MASK: tl.constexpr,
                    QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
                    CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
                    DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -123,23 +126,29 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
     )
     products = inner_products(keys, queries, PRECISION)
     if MASKED:
-        l = tl.load(lse + first + lines, mask=keep, other=float("inf"))  # noqa: E741
+        l = tl.load(lse + first + lines, mask=keep, other=float("inf"))
         row_delta = tl.load(delta + first + lines, mask=keep, other=0.0)
     else:
-        l = tl.load(lse + first + lines)  # noqa: E741
+        l = tl.load(lse + first + lines)
         row_delta = tl.load(delta + first + lines)
-    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)  # noqa: E741
+    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)
+    ramp = None
+    if slope is not None:  # slope * (k - k0), the same for all tiles; k0 - q goes to the row
+        ramp = (slope * tl.arange(0, k.shape[0]).to(tl.float32))[:, None]
+        l -= slope * (k0 - (start + first + lines)).to(tl.float32)
     outs = load_rows(
         grad_out + wide * (grad_strides[2] * UNIT), lines, grad_strides, keep, UNIT, CONTIGUOUS, DV, DV0, DV1
     )
     upstream = inner_products(rows_of_values, outs, PRECISION)
     if MASKED:
         keep = keep[None, :] & loaded[:, None]
-    p, grad, shares, keep = _gradient(products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor,
-                                      scalars, tensors, SCORE, MASK, KEY_GRAD, MASKED)  # fmt: skip
+        if MASK is not None:
+            keep = keep & MASK(b, h, q, k, False, scalars, tensors)
+    p, grad, shares = _gradient(products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor, ramp,
+                                scalars, tensors, SCORE, KEY_GRAD)  # fmt: skip
     dv = weighted_sum(dv, p.to(grad_out.dtype.element_ty), outs, PRECISION)
     dk = weighted_sum(dk, grad.to(query.dtype.element_ty), queries, PRECISION)
-    return dk, dv, _add_sums(totals, shares, keep, MASKED)
+    return dk, dv, _add_sums(totals, shares, keep)
 
 
 @triton.jit(do_not_specialize=[
@@ -148,7 +157,7 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
 def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides,
                             key_strides, value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes,
                             tensors, grads, peaks, factors, scale, section,
-                            SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+                            SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
                             QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr, SKIP: tl.constexpr, KEY_GRAD: tl.constexpr,
                             SCATTER: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
                             D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
@@ -179,6 +188,7 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
     key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT) + k0 * (key_strides[2] * UNIT)
     value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT) + k0 * (value_strides[2] * UNIT)
+    slope = None
     state = (zero_rows(BN, D0, D1), zero_rows(BN, DV0, DV1), _zeros(TOTALS, BN))
     group = heads // kv_heads
     for member in range(group):
@@ -190,6 +200,8 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
         factor = 1.0
         if FACTOR is not None:
             factor = FACTOR(b, h, scalars, tensors)
+        if SLOPE is not None:
+            slope = SLOPE(b, h, scalars, tensors)
         loaded = inside
         if KEY_MASK is not None:
             loaded = loaded & KEY_MASK(b, h, k, False, scalars, tensors)
@@ -202,7 +214,7 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                 if SKIP is None:
                     state = _visit_queries(
                         i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len, query_strides,
-                        grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars, tensors, SCORE, MASK,
+                        grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors, SCORE, MASK,
                         QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
                         PRECISION)  # fmt: skip
                 else:
@@ -210,14 +222,14 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                     if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
                         state = _visit_queries(
                             i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
-                            query_strides, grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars,
+                            query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars,
                             tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
                             DV1, BM, PRECISION)  # fmt: skip
         if len(full) > 0:
             for n in range(count(full)):
                 state = _visit_queries(
                     nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
-                    query_strides, grad_strides, q_len, factor, b, h, start, k[:, None], loaded, scalars, tensors,
+                    query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors,
                     SCORE, MASK, QUERY_MASK, KEY_GRAD, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
                     PRECISION)  # fmt: skip
         if SCATTER is not None:  # the index may depend on the head
@@ -237,7 +249,7 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
 
 
 @triton.jit
-def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, b, h, q,
+def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, slope, b, h, q,
                 inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
                 KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
                 MASKED: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
@@ -257,17 +269,23 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
     keys = load_rows(key + wide * (key_strides[2] * UNIT), columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
     rows = load_rows(value + wide * (value_strides[2] * UNIT), columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0,
                      DV1)  # fmt: skip
+    ramp = None
+    if slope is not None:  # slope * (k - first), the same for all tiles; first - q goes to the row
+        ramp = (slope * columns.to(tl.float32))[None, :]
+        lse -= slope * (first - tl.reshape(q, [q.shape[0]])).to(tl.float32)
     products = inner_products(queries, keys, PRECISION)
     upstream = inner_products(outs, rows, PRECISION)
     keep = None
     if MASKED:
         keep = loaded[None, :] & inside[:, None]
-    p, grad, shares, keep = _gradient(products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor,
-                                      scalars, tensors, SCORE, MASK, QUERY_GRAD, MASKED)  # fmt: skip
+        if MASK is not None:
+            keep = keep & MASK(b, h, q, k, False, scalars, tensors)
+    _, grad, shares = _gradient(products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor, ramp,
+                                scalars, tensors, SCORE, QUERY_GRAD)  # fmt: skip
     dq = weighted_sum(dq, grad.to(key.dtype.element_ty), keys, PRECISION)
     if SCATTER_PAIRS is not None:
         SCATTER_PAIRS(shares, b, h, q, k, keep, not MASKED, scalars, tensors, grads, peaks, factors, MODE)
-    return dq, _add_sums(totals, shares, keep, MASKED)
+    return dq, _add_sums(totals, shares, keep)
 
 
 @triton.jit(do_not_specialize=[
@@ -276,7 +294,7 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
 def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides,
                                value_strides, grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks,
                                factors, scale, section,
-                               SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr,
+                               SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
                                KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr,
                                QUERY_GRAD: tl.constexpr, SCATTER: tl.constexpr, SCATTER_PAIRS: tl.constexpr,
                                TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
@@ -317,13 +335,16 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
     queries = load_rows(query, lines, query_strides, seen, UNIT, CONTIGUOUS, D, D0, D1)
     outs = load_rows(grad_out, lines, grad_strides, inside, UNIT, CONTIGUOUS, DV, DV0, DV1)
     place = pair.to(tl.int64) * q_len + first + lines
-    l = tl.load(lse + place, mask=inside, other=float("inf"))  # noqa: E741
-    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)  # noqa: E741
+    l = tl.load(lse + place, mask=inside, other=float("inf"))
+    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)
     row_delta = tl.load(delta + place, mask=inside, other=0.0)
 
     factor = 1.0
     if FACTOR is not None:
         factor = FACTOR(b, h, scalars, tensors)
+    slope = None
+    if SLOPE is not None:
+        slope = SLOPE(b, h, scalars, tensors)
     state = (zero_rows(BM, D0, D1), _zeros(TOTALS, BM))
     partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
     if len(partial) > 0:
@@ -331,14 +352,14 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
             j = nth(partial, n)
             if SKIP is None:
                 state = _visit_keys(
-                    j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, b, h,
+                    j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope, b, h,
                     q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
                     SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit_keys(
-                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
+                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope,
                         b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK,
                         QUERY_GRAD, SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                         PRECISION)  # fmt: skip
@@ -346,7 +367,7 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
         for n in range(count(full)):
             state = _visit_keys(
                 nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
-                b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
+                slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
                 SCATTER_PAIRS, MODE, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
 
     dq, totals = state

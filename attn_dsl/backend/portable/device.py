@@ -5,6 +5,10 @@ Positions are int32, or int64 where the caller found that int32 could overflow. 
 chunks of columns (192 = 128 + 64), so a tile of rows is a tuple of one or two blocks.
 """
 
+# ruff: noqa: RET505, RET507, SIM102, SIM108, RUF005, F841
+# Triton compiles what follows a `return` under a static condition unless it stands in an `else`, and it knows tuples
+# by concatenation only.
+
 import triton
 import triton.language as tl
 
@@ -110,9 +114,10 @@ def value_of(x, WIDE: tl.constexpr):
     """A scalar, or what a pointer to one element points to; an integer widened to 64 bits if asked."""
     if x.dtype.is_ptr():
         return tl.load(x)
-    if WIDE and x.dtype == tl.int32:
+    elif WIDE and x.dtype == tl.int32:
         return x.to(tl.int64)
-    return x
+    else:
+        return x
 
 
 @triton.jit
@@ -174,7 +179,8 @@ def element(tensor, index, VARYING: tl.constexpr, CHECKED: tl.constexpr):
     """
     if CHECKED == 0:
         return tl.load(_address(tensor, index, VARYING))
-    return tl.load(_address(tensor, index, VARYING), mask=_inside(tensor, index, CHECKED), other=0)
+    else:
+        return tl.load(_address(tensor, index, VARYING), mask=_inside(tensor, index, CHECKED), other=0)
 
 
 # ---------------------------------------------------------------- gradients of captured tensors
@@ -241,9 +247,10 @@ def _block(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constex
         if keep is not None:
             inside = inside & keep[:, None]
         return tl.load(pointers, mask=inside, other=0.0)
-    if keep is not None:
+    elif keep is not None:
         return tl.load(pointers, mask=keep[:, None], other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -256,8 +263,9 @@ def load_rows(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.cons
     """
     if D1 == 0:
         return (_block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D),)
-    first = _block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D)
-    return (first, _block(base, rows, strides, keep, UNIT, CONTIGUOUS, D0, D1, D))
+    else:
+        first = _block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D)
+        return (first, _block(base, rows, strides, keep, UNIT, CONTIGUOUS, D0, D1, D))
 
 
 @triton.jit
@@ -287,7 +295,8 @@ def store_rows(base, rows, strides, keep, tile, UNIT: tl.constexpr, CONTIGUOUS: 
 def zero_rows(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     if D1 == 0:
         return (tl.zeros([ROWS, D0], tl.float32),)
-    return (tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32))
+    else:
+        return (tl.zeros([ROWS, D0], tl.float32), tl.zeros([ROWS, D1], tl.float32))
 
 
 @triton.jit
@@ -295,14 +304,16 @@ def scale_rows(tile, factor):
     """Each row times its factor, in float32; `factor` is [R, 1] or a scalar."""
     if len(tile) == 1:
         return (tile[0].to(tl.float32) * factor,)
-    return (tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor)
+    else:
+        return (tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor)
 
 
 @triton.jit
 def round_rows(tile, DTYPE: tl.constexpr):
     if len(tile) == 1:
         return (tile[0].to(DTYPE),)
-    return (tile[0].to(DTYPE), tile[1].to(DTYPE))
+    else:
+        return (tile[0].to(DTYPE), tile[1].to(DTYPE))
 
 
 @triton.jit
@@ -311,7 +322,8 @@ def _dot(x, y, total, PRECISION: tl.constexpr):
     multiplies bfloat16 bit patterns as integers unless they are widened first."""
     if PRECISION == "widen":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(x, y, total, input_precision=PRECISION)
+    else:
+        return tl.dot(x, y, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -330,7 +342,8 @@ def weighted_sum(total, weight, tile, PRECISION: tl.constexpr):
     first = _dot(weight, tile[0], total[0], PRECISION)
     if len(tile) == 1:
         return (first,)
-    return (first, _dot(weight, tile[1], total[1], PRECISION))
+    else:
+        return (first, _dot(weight, tile[1], total[1], PRECISION))
 
 
 # ---------------------------------------------------------------- tile ranges

@@ -6,6 +6,7 @@ is left out, and the kernel then does without. Results are text; `load.py` makes
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +14,12 @@ from dataclasses import dataclass, field
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, conjuncts, times, uniform
 from attn_dsl.backend.printer import Results, Signature, emit
 from attn_dsl.backend.triton_dialect import TritonDialect, varying
-from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Load, Node, Param, Var, post_order
+from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Param, Q, Var, post_order
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import Gradient, LoadGradient, ParameterGradient, gradient
 from attn_dsl.passes.schedule import Schedule, TileRanges
+from attn_dsl.passes.separate import Terms, separate
 
 HEADER = '''"""What the compiler made of the attention variant `{name}`; the kernels of attn_dsl call these functions."""
 
@@ -26,6 +28,7 @@ import triton.language as tl
 
 from attn_dsl.backend.portable.device import *  # noqa: F403
 '''
+ZERO = Const(0.0)
 UPSTREAM = Param("upstream gradient", Type.FLOAT)
 """The gradient of the logit; the space keeps it apart from every name of a text."""
 TILE_VARS = {Var(name): name for name in ("q0", "q1", "k0", "k1", "q_offset", "block")}
@@ -58,7 +61,6 @@ class Emitted:
     targets: tuple[str, ...]
     query_totals: int
     key_totals: int
-    row_term: bool
 
 
 @dataclass
@@ -91,16 +93,19 @@ def emit_module(
     """The functions of a variant. `wanted` names the captured tensors and parameters that want a gradient."""
     plain = Signature.of(variant)
     module = _Module(variant, Signature((*plain.scalars, SCALE), plain.tensors), fast_tanh)
-    gather = Gatherer()
-    core, row = variant.score, None
-
-    logit = gather.scaled(core, LOG2E)
+    gather, derivatives = Gatherer(), gradient(variant.score)
+    terms = separate(variant.score)
+    row = terms.dropped(Q)
+    slope = terms_slope(terms)
+    logit = gather.scaled(dataclasses.replace(terms, affine=()).loop(Q), LOG2E)
     front = _uniform_multiple(logit)
     if front is not None:
         module.add("factor", ("b", "h", "scalars", "tensors"), front, tiles=False)
     else:
         module.add("score", ("s", *PAIR), logit)
-    if row is not None:
+    if slope is not ZERO:
+        module.add("slope", ("b", "h", "scalars", "tensors"), times(LOG2E, slope), tiles=False)
+    if row is not ZERO:
         module.add("row_term", ("b", "h", "q", "inside: tl.constexpr", "scalars", "tensors"), row)
 
     if variant.sink is not None:
@@ -109,13 +114,19 @@ def emit_module(
     for axis, ranges, tile in (("kv", schedule.kv, ("q0", "q1")), ("q", schedule.q, ("k0", "k1"))):
         _add_ranges(module, axis, ranges, tile)
 
-    targets = _targets(gradient(core), frozenset(wanted))
+    targets = _targets(derivatives, frozenset(wanted))
     names = tuple(dict.fromkeys(target.name for target in targets))
-    derivative = gradient(core).d_score
+    derivative = derivatives.d_score
     key_totals = _add_gradients(module, "key", gather, derivative, [t for t in targets if t.axes == {"k"}], names)
     query_totals = _add_gradients(module, "query", gather, derivative, [t for t in targets if t.axes != {"k"}], names)
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
-    return Emitted(source, frozenset(module.names), names, query_totals, key_totals, row is not None)
+    return Emitted(source, frozenset(module.names), names, query_totals, key_totals)
+
+
+def terms_slope(terms: Terms) -> Node:
+    """The growth of the logit along k: what is affine in k is `slope * (k - q)`, and for the row `row_term`."""
+    parts = [times(term.factor, Const(float(term.k_step))) for term in terms.affine if term.k_step]
+    return functools.reduce(lambda x, y: Binary(BinaryOp.ADD, x, y), parts) if parts else ZERO
 
 
 def _uniform_multiple(logit: Node) -> Node | None:

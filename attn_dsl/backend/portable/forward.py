@@ -4,6 +4,8 @@ Softmax runs online, in base 2: with x the logit times log2(e), m the running ro
 p = 2 ** (x - m). A sink is a logit without a value: m starts at it, and l at 1.
 """
 
+# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+
 import triton
 import triton.language as tl
 
@@ -27,12 +29,12 @@ from attn_dsl.backend.portable.device import (
 
 
 @triton.jit
-def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, factor, b, h, q, scalars, tensors,
-           SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
+def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
+           tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
            CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
            DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Take one key tile into the state (accumulator, m, l)."""
-    acc, m, l = state  # noqa: E741
+    acc, m, l = state
     columns = tl.arange(0, BN)
     first = tile * BN
     k = (first + columns)[None, :].to(q.dtype)
@@ -54,11 +56,18 @@ def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, f
         x = tl.where(keep, x, float("-inf"))
 
     # `factor` is positive, so the largest logit is the largest product; a row that saw nothing keeps m = -inf, p = 0.
-    peak = tl.maximum(m, tl.max(x, 1) * factor)
-    base = tl.where(peak == float("-inf"), 0.0, peak)
-    p = tl.exp2(x * factor - base[:, None])
+    if slope is None:
+        peak = tl.maximum(m, tl.max(x, 1) * factor)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        p = tl.exp2(x * factor - base[:, None])
+    else:  # slope * (k - q0) is a vector that all tiles share, plus a scalar for the tile
+        x = x * factor + (slope * columns.to(tl.float32))[None, :]
+        ahead = slope * (first - q0).to(tl.float32)
+        peak = tl.maximum(m, tl.max(x, 1) + ahead)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        p = tl.exp2(x - (base - ahead)[:, None])
     decay = tl.exp2(m - base)
-    l = l * decay + tl.sum(p, 1)  # noqa: E741
+    l = l * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay[:, None])
     rows = load_rows(value_base, columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0, DV1)
     acc = weighted_sum(acc, p.to(value.dtype.element_ty), rows, PRECISION)
@@ -70,8 +79,8 @@ def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, f
     "scale", "section"])  # fmt: skip
 def attention_forward(query, key, value, out, lse, shifted, q_offset, query_strides, key_strides, value_strides,
                       out_strides, parameters, sizes, tensors, scale, section,
-                      SCORE: tl.constexpr, FACTOR: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-                      ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+                      SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
+                      KEY_MASK: tl.constexpr, ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
                       DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                       UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr,
                       PRECISION: tl.constexpr):  # fmt: skip
@@ -79,7 +88,7 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
 
     sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
     SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR times
-    the product.
+    the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
     """
     heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
     tile, pair = program(tl.cdiv(q_len, BM), sizes[0] * heads, section)
@@ -115,14 +124,19 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
         block = round_rows(scale_rows(block, tl.where(factor < 0, -1.0, 1.0)), query.dtype.element_ty)
         factor = tl.maximum(tl.abs(factor), 1e-37)
 
-    m = tl.full([BM], float("-inf"), tl.float32)
-    l = tl.zeros([BM], tl.float32)  # noqa: E741
-    row = 0.0
+    slope = None
+    lead = 0.0  # what the loop's logits lack for a row, in base 2, when the row term is counted from the row itself
+    if SLOPE is not None:
+        slope = SLOPE(b, h, scalars, tensors)
+        lead = slope * rows.to(tl.float32)
+    row = tl.zeros([BM], tl.float32)
     if ROW is not None:
         row = tl.reshape(tl.zeros([BM, 1], tl.float32) + ROW(b, h, q, False, scalars, tensors), [BM])
+    m = tl.full([BM], float("-inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
     if SINK is not None:
-        m = (tl.zeros([BM], tl.float32) + SINK(b, h, scalars, tensors) - row) * LOG2E
-        l = tl.where(m > float("-inf"), 1.0, 0.0)  # noqa: E741
+        m = (tl.zeros([BM], tl.float32) + SINK(b, h, scalars, tensors) - row) * LOG2E + lead
+        l = tl.where(m > float("-inf"), 1.0, 0.0)
 
     state = (zero_rows(BM, DV0, DV1), m, l)
     partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
@@ -130,25 +144,25 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
         for n in range(count(partial)):
             j = nth(partial, n)
             if SKIP is None:
-                state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+                state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
                                scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
                                DV1, BN, PRECISION)  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
-                    state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+                    state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
                                    scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV,
                                    DV0, DV1, BN, PRECISION)  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
-            state = _visit(nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, b, h, q,
+            state = _visit(nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
                            scalars, tensors, SCORE, MASK, KEY_MASK, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
                            BN, PRECISION)  # fmt: skip
 
-    acc, m, l = state  # noqa: E741
-    empty = l == 0.0
-    acc = scale_rows(acc, (1.0 / tl.where(empty, 1.0, l))[:, None])
-    result = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l))) * LN2)
+    acc, m, l = state
+    empty = (l == 0.0) | (row == float("-inf"))
+    acc = scale_rows(acc, tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, l))[:, None])
+    result = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l)) - lead) * LN2)
     out += b64 * (out_strides[0] * UNIT) + h64 * (out_strides[1] * UNIT)
     out += (tile * BM).to(tl.int64) * (out_strides[2] * UNIT)
     store_rows(out, rows, out_strides, inside, acc, UNIT, True, DV, DV0, DV1)

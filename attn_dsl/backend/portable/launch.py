@@ -1,7 +1,7 @@
 """Launch the kernels for a bound call: tensors in, tensors out.
 
-Arguments are taken to be valid (`api.py` checks them): query [B, H, Q, D], key [B, HK, KV, D] and value [B, HK, KV, DV] of one
-dtype (float32, bfloat16, float16), any strides, 0 among them.
+Arguments are taken to be valid (`api.py` checks them): query [B, H, Q, D], key [B, HK, KV, D] and value [B, HK, KV, DV] of
+one dtype (float32, bfloat16, float16), any strides, 0 among them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from attn_dsl.backend.portable import device, tiles
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
 from attn_dsl.backend.portable.load import load
+from attn_dsl.backend.portable.run import Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits
-from attn_dsl.ir.nodes import Node, Size
-from attn_dsl.ir.types import DType
+from attn_dsl.backend.printer import SIZES, Signature
+from attn_dsl.ir.nodes import Node, Param, Size
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import derive_schedule
 
@@ -43,7 +44,8 @@ class Call:
 
     parameters: in declared order, numbers or tensors of one element. tensors: the captured tensors, in declared order.
     extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
-    precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`.
+    precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`. capability: compute capability to
+    compile for, where it is not that of the tensors' device.
     """
 
     query: Tensor
@@ -57,6 +59,7 @@ class Call:
     precise: bool = False
     float32_precision: str = "ieee"
     tiles: Tiles | None = None
+    capability: tuple[int, int] | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -94,20 +97,15 @@ class Kernels:
         return self._widths[key] or any(_span(tensor) >= 2**31 for tensor in call.tensors)
 
     def _fits(self, call: Call, offset: int) -> bool:
-        sizes = [Size(name) for name in ("B", "H", "HK", "Q", "KV", "D")]
-        values: dict[Node, int] = dict(zip((*sizes, *self.extents), call.sizes, strict=True))
+        values: dict[Node, int] = dict(zip((*SIZES, *self.extents), call.sizes, strict=True))
         for parameter, value in zip(self.variant.parameters, call.parameters, strict=True):
             if isinstance(value, int):
-                from attn_dsl.ir.nodes import Param
-
                 values[Param(parameter.name, parameter.type)] = value
         highest = max(offset + call.sizes[3], call.sizes[4])
         return fits(self.variant.roots, values, highest)
 
 
 def _extents(variant: Variant) -> tuple[Size, ...]:
-    from attn_dsl.backend.printer import SIZES, Signature
-
     return tuple(node for node in Signature.of(variant).scalars if isinstance(node, Size) and node not in SIZES)
 
 
@@ -125,7 +123,7 @@ def chunks(dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _section_bytes(index: int | None) -> int:
+def _cache_bytes(index: int | None) -> int:
     """What of the second-level cache keys and values may take."""
     return 2**24 if index is None else int(torch.cuda.get_device_properties(index).L2_cache_size * 0.6)
 
@@ -144,6 +142,16 @@ def _contiguous(*tensors: Tensor) -> bool:
     return all(tensor.stride(3) == 1 for tensor in tensors)
 
 
+def _number(value: Scalar | Tensor) -> Scalar | Tensor:
+    """The interpreter does not take floats in tuples."""
+    return torch.tensor(value) if interpreted() and isinstance(value, float) else value
+
+
+def _described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Captured tensors as the kernels know them."""
+    return tuple((tensor, tuple(tensor.shape), tuple(tensor.stride())) for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the kernels of one call have in common."""
@@ -153,70 +161,70 @@ class _Plan:
     functions: ModuleType
     tiles: Tiles
     common: Mapping[str, Any]
-    scalars: tuple[Any, ...]
-    captured: tuple[Any, ...]
+    run: Runner
 
-    def function(self, name: str) -> Any:
-        return getattr(self.functions, name) if name in self.emitted.functions else None
-
-    def section(self, group: int) -> int:
-        key, value = self.call.key, self.call.value
-        size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
-        index = key.device.index if key.is_cuda else None
-        return max(1, _section_bytes(index) // size) * group
-
-
-def _plan(kernels: Kernels, call: Call, wanted: frozenset[str]) -> _Plan:
-    query, value = call.query, call.value
-    cpu = interpreted()
-    fast = not call.precise and not cpu and query.dtype is not torch.float32 and torch.version.hip is None
-    emitted, functions = kernels.emitted(wanted, fast)
-    dim, value_dim = query.shape[3], value.shape[3]
-    (d0, d1), (dv0, dv1) = chunks(dim), chunks(value_dim)
-    capability = None if cpu else torch.cuda.get_device_capability(query.device)
-    precision = call.float32_precision if query.dtype is torch.float32 else "ieee"
-    if cpu and query.dtype is torch.bfloat16:
-        precision = "widen"
-    return _Plan(
-        call,
-        emitted,
-        functions,
-        call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1),
-        {
+    @staticmethod
+    def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> _Plan:
+        query, value = call.query, call.value
+        cpu = interpreted()
+        fast = not call.precise and not cpu and query.dtype is not torch.float32 and torch.version.hip is None
+        emitted, functions = kernels.emitted(wanted, fast)
+        dim, value_dim = query.shape[3], value.shape[3]
+        (d0, d1), (dv0, dv1) = chunks(dim), chunks(value_dim)
+        capability = call.capability or (None if cpu else torch.cuda.get_device_capability(query.device))
+        precision = call.float32_precision if query.dtype is torch.float32 else "ieee"
+        if cpu and query.dtype is torch.bfloat16:
+            precision = "widen"
+        common = {
             "D": dim, "D0": d0, "D1": d1, "DV": value_dim, "DV0": dv0, "DV1": dv1,
             "WIDE": kernels.wide(call), "PRECISION": precision,
-        },
-        tuple(_number(value) for value in call.parameters),
-        tuple((tensor, tuple(tensor.shape), tuple(tensor.stride())) for tensor in call.tensors),
-    )  # fmt: skip
+        }  # fmt: skip
+        chosen = call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1)
+        return _Plan(call, emitted, functions, chosen, common, run)
 
+    def named(self, **names: str) -> dict[str, Any]:
+        """Emitted functions by the name of the kernel's argument; None where the variant has none."""
+        have = self.emitted.functions
+        return {key: getattr(self.functions, name) if name in have else None for key, name in names.items()}
 
-def _number(value: Scalar | Tensor) -> Scalar | Tensor:
-    """The interpreter does not take floats in tuples."""
-    return torch.tensor(value) if interpreted() and isinstance(value, float) else value
+    @property
+    def scalars(self) -> tuple[Any, ...]:
+        """The kernels' arguments `parameters, sizes, tensors`."""
+        parameters = tuple(_number(value) for value in self.call.parameters)
+        return parameters, self.call.sizes, _described(self.call.tensors)
+
+    def section(self, group: int) -> int:
+        """How many heads run side by side, so that their keys and values stay in the cache."""
+        key, value = self.call.key, self.call.value
+        size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+        return max(1, _cache_bytes(key.device.index if key.is_cuda else None) // size) * group
 
 
 def _options(tile: Tile) -> dict[str, int]:
     return {"BM": tile.rows, "BN": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
-def forward(kernels: Kernels, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is the float32 log-sum-exp without the score's row
-    terms, which `backward` wants; it is `lse` itself where there are none."""
-    plan = _plan(kernels, call, frozenset())
+def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
+    """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is the float32 log-sum-exp without the score's
+    row terms, which `backward` wants; it is `lse` itself where there are none."""
+    plan = _Plan.of(kernels, call, frozenset(), run)
     query, key, value = call.query, call.key, call.value
     batch, heads, q_len = query.shape[:3]
     out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
-    shifted = torch.empty_like(lse) if plan.emitted.row_term else lse
+    functions = plan.named(
+        SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask", ROW="row_term", SINK="sink",
+        KV_RANGES="kv_ranges", SKIP="kv_skip",
+    )  # fmt: skip
+    shifted = lse if functions["ROW"] is None else torch.empty_like(lse)
     unit, tile = _unit(query, key, value, out), plan.tiles.forward
-    attention_forward[(batch * heads * triton.cdiv(q_len, tile.rows),)](
-        query, key, value, out, lse, shifted, call.q_offset, _strides(query, unit), _strides(key, unit),
-        _strides(value, unit), _strides(out, unit), plan.scalars, call.sizes, plan.captured, _number(call.scale),
-        plan.section(heads // key.shape[1]), SCORE=plan.function("score"), FACTOR=plan.function("factor"),
-        MASK=plan.function("mask"), KEY_MASK=plan.function("key_mask"), ROW=plan.function("row_term"),
-        SINK=plan.function("sink"), KV_RANGES=plan.function("kv_ranges"), SKIP=plan.function("kv_skip"), UNIT=unit,
-        CONTIGUOUS=_contiguous(query, key, value), **plan.common, **_options(tile),
+    strides = tuple(_strides(tensor, unit) for tensor in (query, key, value, out))
+    run(
+        attention_forward,
+        batch * heads * triton.cdiv(q_len, tile.rows),
+        (query, key, value, out, lse, shifted, call.q_offset, *strides, *plan.scalars, _number(call.scale),
+         plan.section(heads // key.shape[1])),
+        {**functions, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value), **plan.common, **_options(tile)},
     )  # fmt: skip
     return out, lse, shifted
 
@@ -243,28 +251,28 @@ def backward(
     wanted: frozenset[str] = frozenset(),
     *,
     deterministic: bool = False,
+    run: Runner = launch,
 ) -> Gradients:
     """Gradients of `forward`. `wanted` names captured float tensors and float parameters.
 
     Query, key and value gradients are the same bits in every run; so are the others if `deterministic`, at twice the
     price where there are any: a first pass finds the largest share of each target, the second adds in fixed point.
     """
-    plan = _plan(kernels, call, wanted)
+    plan = _Plan.of(kernels, call, wanted, run)
     delta = _delta(plan, out, grad_out, grad_lse)
-    shapes = {name: _shape(kernels.variant, call, name) for name in plan.emitted.targets}
+    names = plan.emitted.targets
     dtype = torch.int64 if deterministic else torch.float32
-    sums = [torch.zeros(shape, dtype=dtype, device=out.device) for shape in shapes.values()]
-    peaks = factors = None
-    if deterministic and sums:
-        peaks = torch.zeros(len(sums), dtype=torch.int32, device=out.device)
-        _gradients(plan, shifted, delta, grad_out, sums, peaks, peaks, device.PEAK.value)
-        factors = _fixed_point(peaks, call)
-    mode = device.FIXED.value if deterministic else device.ADD.value
-    dq, dk, dv = _gradients(plan, shifted, delta, grad_out, sums, peaks, factors, mode)
-    captured = dict(zip(shapes, sums, strict=True))
-    if deterministic and factors is not None:
-        captured = {name: (t.double() / factors[i].double()).float() for i, (name, t) in enumerate(captured.items())}
-    return Gradients(dq, dk, dv, captured, delta)
+    sums = [torch.zeros(_shape(kernels.variant, call, name), dtype=dtype, device=out.device) for name in names]
+    given = (shifted, delta, grad_out, sums)
+    if not (deterministic and sums):
+        dq, dk, dv = _gradients(plan, *given, None, None, device.ADD.value)
+        return Gradients(dq, dk, dv, dict(zip(names, sums, strict=True)), delta)
+    peaks = torch.zeros(len(sums), dtype=torch.int32, device=out.device)
+    _gradients(plan, *given, peaks, peaks, device.PEAK.value)
+    factors = _fixed_point(peaks, call)
+    dq, dk, dv = _gradients(plan, *given, peaks, factors, device.FIXED.value)
+    floats = [(total.double() / factor.double()).float() for total, factor in zip(sums, factors, strict=True)]
+    return Gradients(dq, dk, dv, dict(zip(names, floats, strict=True)), delta)
 
 
 def _shape(variant: Variant, call: Call, name: str) -> tuple[int, ...]:
@@ -291,10 +299,13 @@ def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) 
     batch, heads, q_len, value_dim = out.shape
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     unit, rows = _unit(out, grad_out), 64
-    backward_kernels.attention_delta[(batch * heads * triton.cdiv(q_len, rows),)](
-        out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
-        _strides(grad_out, unit), plan.call.sizes, BM=rows, DV=value_dim, DV0=plan.common["DV0"],
-        DV1=plan.common["DV1"], UNIT=unit, CONTIGUOUS=_contiguous(grad_out),
+    common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
+    plan.run(
+        backward_kernels.attention_delta,
+        batch * heads * triton.cdiv(q_len, rows),
+        (out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
+         _strides(grad_out, unit), plan.call.sizes),
+        {"BM": rows, "UNIT": unit, "CONTIGUOUS": _contiguous(grad_out), **common},
     )  # fmt: skip
     return delta
 
@@ -316,33 +327,30 @@ def _gradients(
     dq = torch.empty((batch, heads, q_len, dim), dtype=query.dtype, device=query.device)
     dk = torch.empty((batch, kv_heads, kv_len, dim), dtype=key.dtype, device=key.device)
     dv = torch.empty((batch, kv_heads, kv_len, value_dim), dtype=value.dtype, device=value.device)
-    grads = tuple((t, tuple(t.shape), tuple(t.stride())) for t in sums)
     unit = _unit(query, key, value, grad_out, dq, dk, dv)
-    strides = tuple(_strides(t, unit) for t in (query, key, value, grad_out))
-    shared: dict[str, Any] = {
-        "SCORE": plan.function("score"), "FACTOR": plan.function("factor"), "MASK": plan.function("mask"),
-        "KEY_MASK": plan.function("key_mask"), "QUERY_MASK": plan.function("query_mask"), "MODE": mode, "UNIT": unit,
-        "CONTIGUOUS": _contiguous(query, key, value, grad_out), **plan.common,
+    strides = tuple(_strides(tensor, unit) for tensor in (query, key, value, grad_out))
+    shared = {
+        **plan.named(SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
+                     QUERY_MASK="query_mask"),
+        "MODE": mode, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value, grad_out), **plan.common,
     }  # fmt: skip
-    tile = plan.tiles.keys
-    backward_kernels.attention_keys_backward[(batch * kv_heads * triton.cdiv(kv_len, tile.keys),)](
-        query, key, value, grad_out, lse, delta, dk, dv, call.q_offset, *strides, _strides(dk, unit),
-        _strides(dv, unit), plan.scalars, call.sizes, plan.captured, grads, peaks, factors, _number(call.scale),
-        plan.section(1), Q_RANGES=plan.function("q_ranges"), SKIP=plan.function("q_skip"),
-        KEY_GRAD=plan.function("key_grad"), SCATTER=plan.function("add_key_sums"), TOTALS=plan.emitted.key_totals,
-        **shared, **_options(tile),
+    inputs = (query, key, value, grad_out, lse, delta)
+    rest = (*plan.scalars, _described(sums), peaks, factors, _number(call.scale))
+    tile, totals = plan.tiles.keys, plan.emitted.key_totals
+    plan.run(
+        backward_kernels.attention_keys_backward,
+        batch * kv_heads * triton.cdiv(kv_len, tile.keys),
+        (*inputs, dk, dv, call.q_offset, *strides, _strides(dk, unit), _strides(dv, unit), *rest, plan.section(1)),
+        {**plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", SCATTER="add_key_sums"),
+         "TOTALS": totals, **shared, **_options(tile)},
     )  # fmt: skip
-    tile = plan.tiles.queries
-    backward_kernels.attention_queries_backward[(batch * heads * triton.cdiv(q_len, tile.rows),)](
-        query, key, value, grad_out, lse, delta, dq, call.q_offset, *strides, _strides(dq, unit), plan.scalars,
-        call.sizes, plan.captured, grads, peaks, factors, _number(call.scale), plan.section(heads // kv_heads),
-        KV_RANGES=plan.function("kv_ranges"), SKIP=plan.function("kv_skip"), QUERY_GRAD=plan.function("query_grad"),
-        SCATTER=plan.function("add_query_sums"), SCATTER_PAIRS=plan.function("add_pairs"),
-        TOTALS=plan.emitted.query_totals, **shared, **_options(tile),
+    tile, totals = plan.tiles.queries, plan.emitted.query_totals
+    plan.run(
+        backward_kernels.attention_queries_backward,
+        batch * heads * triton.cdiv(q_len, tile.rows),
+        (*inputs, dq, call.q_offset, *strides, _strides(dq, unit), *rest, plan.section(heads // kv_heads)),
+        {**plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad", SCATTER="add_query_sums",
+                      SCATTER_PAIRS="add_pairs"),
+         "TOTALS": totals, **shared, **_options(tile)},
     )  # fmt: skip
     return dq, dk, dv
-
-
-def storable(dtype: DType) -> bool:
-    """Whether a tensor of this type can take a gradient."""
-    return "float" in dtype.value
