@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from math import lcm
 
 from attn_dsl.ir.nodes import (
     Binary,
@@ -28,8 +29,10 @@ from attn_dsl.ir.nodes import (
     CompareOp,
     Const,
     Index,
+    K,
     Load,
     Node,
+    Q,
     Reduce,
     ReduceOp,
     Select,
@@ -39,11 +42,12 @@ from attn_dsl.ir.nodes import (
     substitute,
 )
 from attn_dsl.ir.types import Type
-from attn_dsl.passes.monotone import POSITIONS, interval, varies
-from attn_dsl.passes.symbolic import Form, Opaque, Poly, Space, constant, ratio, unknown
+from attn_dsl.passes.monotone import POSITIONS, Q0, Q1, interval, varies
+from attn_dsl.passes.symbolic import Form, Opaque, Poly, Space, as_integer, constant, number, ratio, unknown
 
 MAX_CLAUSES = 32
 MAX_UNROLL = 64
+MAX_RESIDUES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,6 +355,36 @@ class Lowering:
             return self._choice(node.condition, taken)
 
         return split
+
+
+def residues(clause: Clause, space: Space) -> tuple[Clause, ...]:
+    """An affine clause over q and k as one clause for each residue of q: q = L*y + r, L the lcm of k's coefficients.
+
+    Then L*y is a multiple of every coefficient of k, each inequality can be rounded to a bound of k with coefficient
+    1, and elimination is exact. None where that is not the form of the clause, or where L is large.
+    """
+    forms = [x.form for x in clause.literals if isinstance(x, Atom)]
+    if any(node not in (Q, K) or as_integer(c) is None for form in forms for node, c in form.terms.items()):
+        return ()
+    period = lcm(*(abs(as_integer(form.terms[K]) or 1) for form in forms if K in form.terms))
+    if period > MAX_RESIDUES:
+        return ()
+    quotient = unknown(Binary(BinaryOp.FLOORDIV, Q, Const(period))).times(number(period))
+    first, last = constant(space.poly(Q0)), constant(space.poly(Q1))
+    found = []
+    for residue in range(period):
+        q = quotient + constant(residue)
+        bounds = (Atom(form, quotient_origin) for form in (q - first, last - q) for quotient_origin in quotient.terms)
+        literals = (_replaced(x, q) if isinstance(x, Atom) else x for x in clause.literals)
+        found.append(Clause((*literals, *bounds), clause.relaxed))
+    return tuple(found)
+
+
+def _replaced(atom: Atom, q: Form) -> Atom:
+    coefficient = atom.form.terms.get(Q)
+    if coefficient is None:
+        return atom
+    return Atom(atom.form - unknown(Q).times(coefficient) + q.times(coefficient), atom.origin, atom.definition)
 
 
 def is_quotient(node: Node) -> bool:

@@ -33,7 +33,7 @@ FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
 
 
-MAX_CONSTRAINTS = 20
+MAX_CONSTRAINTS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +139,11 @@ class Projection:
     facts: tuple[Fact, ...] = ()
     exact: bool = True
     impossible: Constraint | None = None
+
+    @property
+    def conclusions(self) -> list[Constraint]:
+        """The constraints of which each must be >= 0 for the clause to hold somewhere on the tile."""
+        return [self.impossible] if self.impossible is not None else self.guards
 
 
 def project(clause: Clause, space: Space, keep: Index | None) -> Projection:
@@ -267,8 +272,10 @@ class _Elimination:
 
     def limit(self) -> None:
         """Of very many constraints keep those with the shortest derivations; what is left out is only not used."""
-        if len(self.constraints) > MAX_CONSTRAINTS:
-            self.constraints = sorted(self.constraints, key=lambda c: c.weight)[:MAX_CONSTRAINTS]
+        open_ = [c for c in self.constraints if c.form.terms]
+        if len(open_) > MAX_CONSTRAINTS:
+            kept = set(sorted(open_, key=lambda c: c.weight)[:MAX_CONSTRAINTS])
+            self.constraints = [c for c in self.constraints if not c.form.terms or c in kept]
             self.result.exact = False
 
     def combine(self, x: Constraint, y: Constraint, term: Node) -> None:

@@ -17,7 +17,7 @@ from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import FALSE, TRUE, Binary, BinaryOp, Index, K, Node, Q, Unary, UnaryOp
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.certificate import Checker
-from attn_dsl.passes.logic import Atom, Clause, Fact, Literal, Unknown, clauses, divisors
+from attn_dsl.passes.logic import Atom, Clause, Fact, Literal, Unknown, clauses, divisors, residues
 from attn_dsl.passes.project import Combined, Constraint, Given, Inverted, Projection, Rounded, project, steps
 from attn_dsl.passes.symbolic import Opaque, Space
 
@@ -30,21 +30,22 @@ class Claim:
     exact      whether the converse holds as well (iff), or the condition is only sufficient (if)
     rule       the rules of the derivation, the weightiest first
     reasons    what stopped the proof, where something did
+    tiles      the clause projected onto the tile, perhaps in several cases: the tile is empty where all of them are
     """
 
     kind: str
     clause: Clause
-    tile: Projection
+    tiles: tuple[Projection, ...]
     space: Space
     spans: tuple[Span, ...]
 
     @cached_property
     def condition(self) -> Node:
-        return never(self.tile, self.space)
+        return conjunction([never(tile, self.space) for tile in self.tiles])
 
     @property
     def exact(self) -> bool:
-        return self.tile.exact
+        return all(tile.exact for tile in self.tiles)
 
     @property
     def known(self) -> bool:
@@ -57,7 +58,7 @@ class Claim:
 
     @cached_property
     def rule(self) -> str:
-        used = {name for constraint in conclusions(self.tile) for name in _rules(constraint)}
+        used = {name for tile in self.tiles for constraint in tile.conclusions for name in _rules(constraint)}
         order = ("interval intersection", "mixed radix", "rounding", "monotone", "inverse", "corner", "constant")
         return ", ".join(name for name in order if name in used) or "three-valued logic"
 
@@ -114,13 +115,11 @@ class Proof:
 
     def check(self) -> None:
         """Verify every derivation by other means than those that found it. Raises `ProofError`."""
-        projections = [p for side in (*self.visit, *self.masked) for p in (side.claim.tile, side.kv, side.q)]
-        derived = [c for p in projections for c in (*conclusions(p), *p.lower, *p.upper)]
-        Checker(self.space, self.variant.mask).check(
-            derived,
-            visit=[side.claim.clause_node for side in self.visit],
-            masked=[side.claim.clause_node for side in self.masked],
-        )
+        checker = Checker(self.space, self.variant.mask)
+        for sides, negated in ((self.visit, False), (self.masked, True)):
+            for side in sides:
+                checker.add(side.claim.clause_node, [side.claim.tiles, (side.kv,), (side.q,)], negated=negated)
+        checker.check()
 
 
 def prove(variant: Variant) -> Proof:
@@ -139,8 +138,16 @@ def prove(variant: Variant) -> Proof:
 def _sides(variant: Variant, space: Space, *, negated: bool) -> Iterator[Side]:
     for clause in clauses(variant.mask, space, negated=negated):
         spans = dict.fromkeys(_spans(clause, variant.locations))
-        claim = Claim("full" if negated else "empty", clause, _project(clause, space, None), space, tuple(spans))
+        claim = Claim("full" if negated else "empty", clause, _tiles(clause, space), space, tuple(spans))
         yield Side(claim, _project(clause, space, K), _project(clause, space, Q))
+
+
+def _tiles(clause: Clause, space: Space) -> tuple[Projection, ...]:
+    whole = _project(clause, space, None)
+    if whole.exact or clause.unknowns or clause.relaxed:
+        return (whole,)
+    cases = tuple(_project(case, space, None) for case in residues(clause, space))
+    return cases if cases and all(case.exact for case in cases) else (whole,)
 
 
 def _project(clause: Clause, space: Space, keep: Index | None) -> Projection:
@@ -158,11 +165,6 @@ def _spans(clause: Clause, locations: Mapping[Node, Span]) -> Iterator[Span]:
 
 
 # -- conditions as expressions ----------------------------------------------------------------------------------------
-
-
-def conclusions(projection: Projection) -> list[Constraint]:
-    """The constraints of which each must be >= 0 for the clause to hold somewhere on the tile."""
-    return [projection.impossible] if projection.impossible is not None else projection.guards
 
 
 def never(projection: Projection, space: Space) -> Node:

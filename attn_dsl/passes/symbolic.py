@@ -38,7 +38,7 @@ from attn_dsl.passes.monotone import DOWN, K0, K1, Q0, Q1, Q_OFFSET, UP, directi
 Poly: TypeAlias = Any
 """An element of the ring: a polynomial with integer coefficients over the symbols of a `Space`."""
 
-MAX_SYMBOLS = 64
+MAX_SYMBOLS = 96
 
 
 class Opaque(Exception):
