@@ -22,8 +22,9 @@ from attn_dsl.backend.portable.device import (
     program,
     scale_rows,
     store_rows,
-    value_of,
-    values,
+    scalar,
+    scalars_of,
+    strides_of,
     weighted_sum,
     zero_rows,
 )
@@ -34,17 +35,18 @@ def attention_delta(out, grad_out, grad_lse, delta, out_strides, grad_strides, s
                     DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, UNIT: tl.constexpr,
                     CONTIGUOUS: tl.constexpr):  # fmt: skip
     """delta [B, H, Q] float32; one program for BM query rows of one batch and head."""
-    heads, q_len = sizes[1], sizes[3]
+    out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
+    heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
     tiles = tl.cdiv(q_len, BM)
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     lines = tl.arange(0, BM)
     inside = lines < q_len - tile * BM
     first = (tile * BM).to(tl.int64)
-    out += b * (out_strides[0] * UNIT) + h * (out_strides[1] * UNIT) + first * (out_strides[2] * UNIT)
-    grad_out += b * (grad_strides[0] * UNIT) + h * (grad_strides[1] * UNIT) + first * (grad_strides[2] * UNIT)
-    o = load_rows(out, lines, out_strides, inside, UNIT, True, DV, DV0, DV1)
-    g = load_rows(grad_out, lines, grad_strides, inside, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    out += b * out_strides[0] + h * out_strides[1] + first * out_strides[2]
+    grad_out += b * grad_strides[0] + h * grad_strides[1] + first * grad_strides[2]
+    o = load_rows(out, lines, out_strides, inside, True, DV, DV0, DV1)
+    g = load_rows(grad_out, lines, grad_strides, inside, CONTIGUOUS, DV, DV0, DV1)
     total = tl.zeros([BM], tl.float32)
     for i in tl.static_range(len(o)):
         total += tl.sum(o[i].to(tl.float32) * g[i].to(tl.float32), 1)
@@ -107,7 +109,7 @@ def _add_sums(totals, shares, keep):
 def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len,
                    factor, slope, b, h, start, k, k0, loaded, scalars, tensors,
                    SCORE: tl.constexpr, MASK: tl.constexpr,
-                   QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
+                   QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr,
                    CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
                    DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Take one query tile into the state (dK / scale, dV, totals); tiles are transposed, [keys, queries]."""
@@ -122,7 +124,7 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
         if QUERY_MASK is not None:
             keep = keep & QUERY_MASK(b, h, (start + first + lines).to(k.dtype), False, scalars, tensors)
     queries = load_rows(
-        query + wide * (query_strides[2] * UNIT), lines, query_strides, keep, UNIT, CONTIGUOUS, D, D0, D1
+        query + wide * query_strides[2], lines, query_strides, keep, CONTIGUOUS, D, D0, D1
     )
     products = inner_products(keys, queries, PRECISION)
     if MASKED:
@@ -137,7 +139,7 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
         ramp = (slope * tl.arange(0, k.shape[0]).to(tl.float32))[:, None]
         l -= slope * (k0 - (start + first + lines)).to(tl.float32)
     outs = load_rows(
-        grad_out + wide * (grad_strides[2] * UNIT), lines, grad_strides, keep, UNIT, CONTIGUOUS, DV, DV0, DV1
+        grad_out + wide * grad_strides[2], lines, grad_strides, keep, CONTIGUOUS, DV, DV0, DV1
     )
     upstream = inner_products(rows_of_values, outs, PRECISION)
     if MASKED:
@@ -164,14 +166,17 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                             DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
                             CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dK [B, HK, KV, D] and dV [B, HK, KV, DV]: one program owns BN keys and loops over the heads of their group."""
-    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
+    query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
+    value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
+    dk_strides, dv_strides = strides_of(dk_strides, UNIT), strides_of(dv_strides, UNIT)
+    batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
     tiles = tl.cdiv(kv_len, BN)
-    tile, pair = program(tiles, sizes[0] * kv_heads, section)
+    tile, pair = program(tiles, batch * kv_heads, section)
     tile = tiles - 1 - tile  # under a causal mask the first keys have the most queries
     b, hk = pair // kv_heads, pair % kv_heads
-    scale = value_of(scale, False)
-    scalars_64, wide = values(parameters + sizes + (scale,), True), captured(tensors, True)
-    scalars, tensors = values(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
+    scale = scalar(scale, False)
+    scalars_64, wide = scalars_of(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 
     if q_offset.dtype.is_ptr():
@@ -186,18 +191,17 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
         k = k.to(tl.int32)
 
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
-    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT) + k0 * (key_strides[2] * UNIT)
-    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT) + k0 * (value_strides[2] * UNIT)
-    slope = None
+    key += b64 * key_strides[0] + hk64 * key_strides[1] + k0 * key_strides[2]
+    value += b64 * value_strides[0] + hk64 * value_strides[1] + k0 * value_strides[2]
     state = (zero_rows(BN, D0, D1), zero_rows(BN, DV0, DV1), _zeros(TOTALS, BN))
     group = heads // kv_heads
     for member in range(group):
         h = hk * group + member
         row = pair.to(tl.int64) * group + member
         h64 = h.to(tl.int64)
-        q_base = query + b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT)
-        g_base = grad_out + b64 * (grad_strides[0] * UNIT) + h64 * (grad_strides[1] * UNIT)
-        factor = 1.0
+        q_base = query + b64 * query_strides[0] + h64 * query_strides[1]
+        g_base = grad_out + b64 * grad_strides[0] + h64 * grad_strides[1]
+        factor, slope = 1.0, None
         if FACTOR is not None:
             factor = FACTOR(b, h, scalars, tensors)
         if SLOPE is not None:
@@ -205,8 +209,8 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
         loaded = inside
         if KEY_MASK is not None:
             loaded = loaded & KEY_MASK(b, h, k, False, scalars, tensors)
-        keys = load_rows(key, columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
-        rows = load_rows(value, columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0, DV1)
+        keys = load_rows(key, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
+        rows = load_rows(value, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
         partial, full = Q_RANGES(b, h, k0, k0 + (BN - 1), start, BM, scalars_64, wide)
         if len(partial) > 0:
             for n in range(count(partial)):
@@ -215,7 +219,7 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                     state = _visit_queries(
                         i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len, query_strides,
                         grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors, SCORE, MASK,
-                        QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
+                        QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
                         PRECISION)  # fmt: skip
                 else:
                     q0 = start + i.to(tl.int64) * BM
@@ -223,14 +227,14 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                         state = _visit_queries(
                             i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
                             query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars,
-                            tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
+                            tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0,
                             DV1, BM, PRECISION)  # fmt: skip
         if len(full) > 0:
             for n in range(count(full)):
                 state = _visit_queries(
                     nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
                     query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors,
-                    SCORE, MASK, QUERY_MASK, KEY_GRAD, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
+                    SCORE, MASK, QUERY_MASK, KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
                     PRECISION)  # fmt: skip
         if SCATTER is not None:  # the index may depend on the head
             SCATTER(
@@ -239,10 +243,10 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
             state = (state[0], state[1], _zeros(TOTALS, BN))
 
     dk, dv, _ = state
-    dk_out += b64 * (dk_strides[0] * UNIT) + hk64 * (dk_strides[1] * UNIT) + k0 * (dk_strides[2] * UNIT)
-    dv_out += b64 * (dv_strides[0] * UNIT) + hk64 * (dv_strides[1] * UNIT) + k0 * (dv_strides[2] * UNIT)
-    store_rows(dk_out, columns, dk_strides, inside, scale_rows(dk, scale), UNIT, True, D, D0, D1)
-    store_rows(dv_out, columns, dv_strides, inside, dv, UNIT, True, DV, DV0, DV1)
+    dk_out += b64 * dk_strides[0] + hk64 * dk_strides[1] + k0 * dk_strides[2]
+    dv_out += b64 * dv_strides[0] + hk64 * dv_strides[1] + k0 * dv_strides[2]
+    store_rows(dk_out, columns, dk_strides, inside, scale_rows(dk, scale), True, D, D0, D1)
+    store_rows(dv_out, columns, dv_strides, inside, dv, True, DV, DV0, DV1)
 
 
 # ---------------------------------------------------------------- dQ
@@ -252,7 +256,7 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
 def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, slope, b, h, q,
                 inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
                 KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
-                MASKED: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+                MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
                 D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
                 BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Take one key tile into the state (dQ / scale, totals)."""
@@ -266,8 +270,8 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
         if KEY_MASK is not None:
             loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
     wide = first.to(tl.int64)
-    keys = load_rows(key + wide * (key_strides[2] * UNIT), columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
-    rows = load_rows(value + wide * (value_strides[2] * UNIT), columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0,
+    keys = load_rows(key + wide * key_strides[2], columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
+    rows = load_rows(value + wide * value_strides[2], columns, value_strides, loaded, CONTIGUOUS, DV, DV0,
                      DV1)  # fmt: skip
     ramp = None
     if slope is not None:  # slope * (k - first), the same for all tiles; first - q goes to the row
@@ -302,13 +306,16 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
                                BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
                                WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dQ [B, H, Q, D]: one program owns BM queries of one batch and head."""
-    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
-    tile, pair = program(tl.cdiv(q_len, BM), sizes[0] * heads, section)
+    query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
+    value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
+    dq_strides = strides_of(dq_strides, UNIT)
+    batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
+    tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
     b, h = pair // heads, pair % heads
     hk = h // (heads // kv_heads)
-    scale = value_of(scale, False)
-    scalars_64, wide = values(parameters + sizes + (scale,), True), captured(tensors, True)
-    scalars, tensors = values(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
+    scale = scalar(scale, False)
+    scalars_64, wide = scalars_of(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 
     if q_offset.dtype.is_ptr():
@@ -328,21 +335,20 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
         seen = inside
 
     b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
-    query += b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT) + first * (query_strides[2] * UNIT)
-    grad_out += b64 * (grad_strides[0] * UNIT) + h64 * (grad_strides[1] * UNIT) + first * (grad_strides[2] * UNIT)
-    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT)
-    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT)
-    queries = load_rows(query, lines, query_strides, seen, UNIT, CONTIGUOUS, D, D0, D1)
-    outs = load_rows(grad_out, lines, grad_strides, inside, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    query += b64 * query_strides[0] + h64 * query_strides[1] + first * query_strides[2]
+    grad_out += b64 * grad_strides[0] + h64 * grad_strides[1] + first * grad_strides[2]
+    key += b64 * key_strides[0] + hk64 * key_strides[1]
+    value += b64 * value_strides[0] + hk64 * value_strides[1]
+    queries = load_rows(query, lines, query_strides, seen, CONTIGUOUS, D, D0, D1)
+    outs = load_rows(grad_out, lines, grad_strides, inside, CONTIGUOUS, DV, DV0, DV1)
     place = pair.to(tl.int64) * q_len + first + lines
     l = tl.load(lse + place, mask=inside, other=float("inf"))
     l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)
     row_delta = tl.load(delta + place, mask=inside, other=0.0)
 
-    factor = 1.0
+    factor, slope = 1.0, None
     if FACTOR is not None:
         factor = FACTOR(b, h, scalars, tensors)
-    slope = None
     if SLOPE is not None:
         slope = SLOPE(b, h, scalars, tensors)
     state = (zero_rows(BM, D0, D1), _zeros(TOTALS, BM))
@@ -354,24 +360,24 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
                 state = _visit_keys(
                     j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope, b, h,
                     q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
-                    SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+                    SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit_keys(
                         j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope,
                         b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK,
-                        QUERY_GRAD, SCATTER_PAIRS, MODE, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                        QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                         PRECISION)  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
             state = _visit_keys(
                 nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
                 slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
-                SCATTER_PAIRS, MODE, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+                SCATTER_PAIRS, MODE, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
 
     dq, totals = state
     if SCATTER is not None:
         SCATTER(totals, b, h, q[:, None], 0, inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE)
-    dq_out += b64 * (dq_strides[0] * UNIT) + h64 * (dq_strides[1] * UNIT) + first * (dq_strides[2] * UNIT)
-    store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), UNIT, True, D, D0, D1)
+    dq_out += b64 * dq_strides[0] + h64 * dq_strides[1] + first * dq_strides[2]
+    store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), True, D, D0, D1)

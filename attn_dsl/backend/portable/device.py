@@ -107,34 +107,60 @@ def sign(x):
 
 
 # ---------------------------------------------------------------- arguments
+#
+# Triton compiles anew for each integer of a tuple that is 1 or a multiple of 16, or that changes its width. None of
+# that may happen when a length changes, so integers travel as `plain(v)`, which is odd, not 1 and always 64 bits wide.
+
+HIDDEN: tl.constexpr = tl.constexpr(2**50 + 17)
+
+
+def plain(value: int) -> int:
+    """An integer of a tuple argument, |value| < 2 ** 44, as the kernels expect it."""
+    return 32 * value + HIDDEN.value
 
 
 @triton.jit
-def value_of(x, WIDE: tl.constexpr):
-    """A scalar, or what a pointer to one element points to; an integer widened to 64 bits if asked."""
+def scalar(x, WIDE: tl.constexpr):
+    """A scalar of a tuple argument: a number, or what a pointer to one element points to. Integers have 32 bits, or 64."""
     if x.dtype.is_ptr():
-        return tl.load(x)
-    elif WIDE and x.dtype == tl.int32:
-        return x.to(tl.int64)
+        if x.dtype.element_ty == tl.int64 and not WIDE:
+            return tl.load(x).to(tl.int32)
+        else:
+            return tl.load(x)
+    elif x.dtype == tl.int64:
+        if WIDE:
+            return (x - HIDDEN) >> 5
+        else:
+            return ((x - HIDDEN) >> 5).to(tl.int32)
     else:
         return x
 
 
 @triton.jit
-def values(items, WIDE: tl.constexpr):
-    """Scalars of a tuple of scalars and of pointers to one element; integers widened to 64 bits if asked."""
+def scalars_of(items, WIDE: tl.constexpr):
+    """The scalars of a tuple argument."""
     result = ()
     for i in tl.static_range(len(items)):
-        result = result + (value_of(items[i], WIDE),)
+        result = result + (scalar(items[i], WIDE),)
     return result
 
 
 @triton.jit
+def strides_of(items, UNIT: tl.constexpr):
+    """(batch, head, row, column) strides in elements; rows and columns of a tile are reached in 32 bits.
+
+    The argument counts the first three in units of UNIT elements, which tells the compiler what they are multiples of.
+    """
+    batch, head = scalar(items[0], True) * UNIT, scalar(items[1], True) * UNIT
+    return batch, head, scalar(items[2], False) * UNIT, scalar(items[3], False)
+
+
+@triton.jit
 def captured(tensors, WIDE: tl.constexpr):
-    """The captured tensors, with strides of 64 bits if asked."""
+    """The captured tensors of a tuple argument."""
     result = ()
     for i in tl.static_range(len(tensors)):
-        result = result + ((tensors[i][0], tensors[i][1], values(tensors[i][2], WIDE)),)
+        result = result + ((tensors[i][0], scalars_of(tensors[i][1], WIDE), scalars_of(tensors[i][2], WIDE)),)
     return result
 
 
@@ -235,13 +261,13 @@ def scatter(grad, index, amount, keep, VARYING: tl.constexpr, CHECKED: tl.conste
 
 
 @triton.jit
-def _block(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
+def _block(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
            WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
     columns = FIRST + tl.arange(0, WIDTH)
     if CONTIGUOUS:
-        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :]
+        pointers = base + rows[:, None] * strides[2] + columns[None, :]
     else:
-        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :] * strides[3]
+        pointers = base + rows[:, None] * strides[2] + columns[None, :] * strides[3]
     if FIRST + WIDTH > D:
         inside = columns[None, :] < D
         if keep is not None:
@@ -254,28 +280,28 @@ def _block(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constex
 
 
 @triton.jit
-def load_rows(base, rows, strides, keep, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+def load_rows(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
               D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
     """Rows of D columns as chunks of D0 and, unless it is 0, D1 columns; 0 where `keep` is false and past D.
 
-    base: pointer to row 0. rows: [R] row numbers, small. strides: (batch, head, row) in units of UNIT elements, which
-    tells the compiler what they are multiples of, and the column stride in elements, 1 if CONTIGUOUS.
+    base: pointer to row 0. rows: [R] row numbers, small. strides: as `strides_of` gives them; the last is
+    1 if CONTIGUOUS.
     """
     if D1 == 0:
-        return (_block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D),)
+        return (_block(base, rows, strides, keep, CONTIGUOUS, 0, D0, D),)
     else:
-        first = _block(base, rows, strides, keep, UNIT, CONTIGUOUS, 0, D0, D)
-        return (first, _block(base, rows, strides, keep, UNIT, CONTIGUOUS, D0, D1, D))
+        first = _block(base, rows, strides, keep, CONTIGUOUS, 0, D0, D)
+        return (first, _block(base, rows, strides, keep, CONTIGUOUS, D0, D1, D))
 
 
 @triton.jit
-def _store_block(base, rows, strides, keep, block, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
+def _store_block(base, rows, strides, keep, block, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
                  WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
     columns = FIRST + tl.arange(0, WIDTH)
     if CONTIGUOUS:
-        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :]
+        pointers = base + rows[:, None] * strides[2] + columns[None, :]
     else:
-        pointers = base + rows[:, None] * (strides[2] * UNIT) + columns[None, :] * strides[3]
+        pointers = base + rows[:, None] * strides[2] + columns[None, :] * strides[3]
     inside = keep[:, None]
     if FIRST + WIDTH > D:
         inside = inside & (columns[None, :] < D)
@@ -283,12 +309,12 @@ def _store_block(base, rows, strides, keep, block, UNIT: tl.constexpr, CONTIGUOU
 
 
 @triton.jit
-def store_rows(base, rows, strides, keep, tile, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
+def store_rows(base, rows, strides, keep, tile, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
                D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
     """The converse of `load_rows`, in the storage type."""
-    _store_block(base, rows, strides, keep, tile[0], UNIT, CONTIGUOUS, 0, D0, D)
+    _store_block(base, rows, strides, keep, tile[0], CONTIGUOUS, 0, D0, D)
     if D1 > 0:
-        _store_block(base, rows, strides, keep, tile[1], UNIT, CONTIGUOUS, D0, D1, D)
+        _store_block(base, rows, strides, keep, tile[1], CONTIGUOUS, D0, D1, D)
 
 
 @triton.jit

@@ -21,8 +21,9 @@ from attn_dsl.backend.portable.device import (
     round_rows,
     scale_rows,
     store_rows,
-    value_of,
-    values,
+    scalar,
+    scalars_of,
+    strides_of,
     weighted_sum,
     zero_rows,
 )
@@ -30,8 +31,7 @@ from attn_dsl.backend.portable.device import (
 
 @triton.jit
 def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
-           tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
-           CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+           tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
            DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Take one key tile into the state (accumulator, m, l)."""
     acc, m, l = state
@@ -43,9 +43,9 @@ def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, f
         loaded = columns < kv_len - first
         if KEY_MASK is not None:
             loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
-    key_base = key + first.to(tl.int64) * (key_strides[2] * UNIT)
-    value_base = value + first.to(tl.int64) * (value_strides[2] * UNIT)
-    keys = load_rows(key_base, columns, key_strides, loaded, UNIT, CONTIGUOUS, D, D0, D1)
+    key_base = key + first.to(tl.int64) * key_strides[2]
+    value_base = value + first.to(tl.int64) * value_strides[2]
+    keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
     x = inner_products(query, keys, PRECISION)
     if SCORE is not None:
         x = SCORE(x, b, h, q, k, not MASKED, scalars, tensors)
@@ -69,7 +69,7 @@ def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, f
     decay = tl.exp2(m - base)
     l = l * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay[:, None])
-    rows = load_rows(value_base, columns, value_strides, loaded, UNIT, CONTIGUOUS, DV, DV0, DV1)
+    rows = load_rows(value_base, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
     acc = weighted_sum(acc, p.to(value.dtype.element_ty), rows, PRECISION)
     return acc, peak, l
 
@@ -90,14 +90,16 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
     SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR times
     the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
     """
-    heads, kv_heads, q_len, kv_len = sizes[1], sizes[2], sizes[3], sizes[4]
-    tile, pair = program(tl.cdiv(q_len, BM), sizes[0] * heads, section)
+    query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
+    value_strides, out_strides = strides_of(value_strides, UNIT), strides_of(out_strides, UNIT)
+    batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
+    tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
     b, h = pair // heads, pair % heads
     hk = h // (heads // kv_heads)
     wide = captured(tensors, True)
-    scale = value_of(scale, False)
-    scalars_64 = values(parameters + sizes + (scale,), True)
-    scalars = values(parameters + sizes + (scale,), WIDE)
+    scale = scalar(scale, False)
+    scalars_64 = scalars_of(parameters + sizes + (scale,), True)
+    scalars = scalars_of(parameters + sizes + (scale,), WIDE)
     tensors = captured(tensors, WIDE)
 
     if q_offset.dtype.is_ptr():
@@ -112,11 +114,11 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
         q = q.to(tl.int32)
 
     b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
-    query += b64 * (query_strides[0] * UNIT) + h64 * (query_strides[1] * UNIT)
-    query += (tile * BM).to(tl.int64) * (query_strides[2] * UNIT)
-    key += b64 * (key_strides[0] * UNIT) + hk64 * (key_strides[1] * UNIT)
-    value += b64 * (value_strides[0] * UNIT) + hk64 * (value_strides[1] * UNIT)
-    block = load_rows(query, rows, query_strides, inside, UNIT, CONTIGUOUS, D, D0, D1)
+    query += b64 * query_strides[0] + h64 * query_strides[1]
+    query += (tile * BM).to(tl.int64) * query_strides[2]
+    key += b64 * key_strides[0] + hk64 * key_strides[1]
+    value += b64 * value_strides[0] + hk64 * value_strides[1]
+    block = load_rows(query, rows, query_strides, inside, CONTIGUOUS, D, D0, D1)
 
     factor = 1.0
     if FACTOR is not None:  # its sign goes into the query, lest the largest product be the smallest logit
@@ -145,27 +147,27 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
             j = nth(partial, n)
             if SKIP is None:
                 state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                               scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0,
+                               scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0,
                                DV1, BN, PRECISION)  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                                   scalars, tensors, SCORE, MASK, KEY_MASK, True, UNIT, CONTIGUOUS, D, D0, D1, DV,
+                                   scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV,
                                    DV0, DV1, BN, PRECISION)  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
             state = _visit(nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                           scalars, tensors, SCORE, MASK, KEY_MASK, False, UNIT, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
+                           scalars, tensors, SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
                            BN, PRECISION)  # fmt: skip
 
     acc, m, l = state
     empty = (l == 0.0) | (row == float("-inf"))
     acc = scale_rows(acc, tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, l))[:, None])
     result = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l)) - lead) * LN2)
-    out += b64 * (out_strides[0] * UNIT) + h64 * (out_strides[1] * UNIT)
-    out += (tile * BM).to(tl.int64) * (out_strides[2] * UNIT)
-    store_rows(out, rows, out_strides, inside, acc, UNIT, True, DV, DV0, DV1)
+    out += b64 * out_strides[0] + h64 * out_strides[1]
+    out += (tile * BM).to(tl.int64) * out_strides[2]
+    store_rows(out, rows, out_strides, inside, acc, True, DV, DV0, DV1)
     place = pair.to(tl.int64) * q_len + tile * BM + rows
     if ROW is not None:
         tl.store(shifted + place, result, mask=inside)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attn_dsl.backend.portable import backward as backward_kernels
 from attn_dsl.backend.portable import device, tiles
+from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
 from attn_dsl.backend.portable.load import load
@@ -28,7 +29,7 @@ from attn_dsl.backend.portable.width import fits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Node, Param, Size
 from attn_dsl.ir.variant import Variant
-from attn_dsl.passes.schedule import derive_schedule
+from attn_dsl.passes.schedule import Schedule
 
 Scalar = bool | int | float
 
@@ -69,13 +70,13 @@ class Call:
 
 @dataclass
 class Kernels:
-    """A simplified variant, without `const` parameters, ready to launch. Its functions are emitted on first use."""
+    """A simplified variant without `const` parameters, and its schedule for padded tiles. Functions are emitted on first
+    use."""
 
     variant: Variant
-    extents: tuple[Size, ...] = field(init=False)
+    schedule: Schedule
 
     def __post_init__(self) -> None:
-        self.schedule = derive_schedule(self.variant, padded=True)
         self.extents = _extents(self.variant)
         self._widths: dict[tuple[Any, ...], bool] = {}
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
@@ -130,7 +131,7 @@ def _cache_bytes(index: int | None) -> int:
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, int, int, int]:
     batch, heads, rows, column = tensor.stride()
-    return batch // unit, heads // unit, rows // unit, column
+    return plain(batch // unit), plain(heads // unit), plain(rows // unit), plain(column)
 
 
 def _unit(*tensors: Tensor) -> int:
@@ -143,13 +144,15 @@ def _contiguous(*tensors: Tensor) -> bool:
 
 
 def _number(value: Scalar | Tensor) -> Scalar | Tensor:
-    """The interpreter does not take floats in tuples."""
+    """A parameter as the kernels take it; the interpreter does not take floats in tuples."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return plain(value)
     return torch.tensor(value) if interpreted() and isinstance(value, float) else value
 
 
 def _described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """Captured tensors as the kernels know them."""
-    return tuple((tensor, tuple(tensor.shape), tuple(tensor.stride())) for tensor in tensors)
+    return tuple((t, tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,11 @@ class _Plan:
     def scalars(self) -> tuple[Any, ...]:
         """The kernels' arguments `parameters, sizes, tensors`."""
         parameters = tuple(_number(value) for value in self.call.parameters)
-        return parameters, self.call.sizes, _described(self.call.tensors)
+        return parameters, self.sizes, _described(self.call.tensors)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(map(plain, self.call.sizes))
 
     def section(self, group: int) -> int:
         """How many heads run side by side, so that their keys and values stay in the cache."""
@@ -222,7 +229,7 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     run(
         attention_forward,
         batch * heads * triton.cdiv(q_len, tile.rows),
-        (query, key, value, out, lse, shifted, call.q_offset, *strides, *plan.scalars, _number(call.scale),
+        (query, key, value, out, lse, shifted, call.q_offset, *strides, *plan.scalars, _number(float(call.scale)),
          plan.section(heads // key.shape[1])),
         {**functions, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value), **plan.common, **_options(tile)},
     )  # fmt: skip
@@ -304,7 +311,7 @@ def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) 
         backward_kernels.attention_delta,
         batch * heads * triton.cdiv(q_len, rows),
         (out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
-         _strides(grad_out, unit), plan.call.sizes),
+         _strides(grad_out, unit), plan.sizes),
         {"BM": rows, "UNIT": unit, "CONTIGUOUS": _contiguous(grad_out), **common},
     )  # fmt: skip
     return delta
@@ -335,7 +342,7 @@ def _gradients(
         "MODE": mode, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value, grad_out), **plan.common,
     }  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
-    rest = (*plan.scalars, _described(sums), peaks, factors, _number(call.scale))
+    rest = (*plan.scalars, _described(sums), peaks, factors, _number(float(call.scale)))
     tile, totals = plan.tiles.keys, plan.emitted.key_totals
     plan.run(
         backward_kernels.attention_keys_backward,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -18,8 +19,13 @@ class Runner(Protocol):
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Run on the current stream of the current device."""
-    kernel[(programs,)](*arguments, **options)
+    """Run on the current stream of the device of the first argument, a tensor."""
+    tensor = arguments[0]
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            kernel[(programs,)](*arguments, **options)
+    else:
+        kernel[(programs,)](*arguments, **options)
 
 
 @dataclass

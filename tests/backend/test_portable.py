@@ -1,0 +1,198 @@
+"""The portable kernels against the evaluator, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/backend`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+import strategies
+from portable_support import Problem, assert_close, kernels_for, kernels_of
+from variant_cases import Case, Sizes, cases
+
+FLOAT32 = 3e-5
+
+
+def one_of_each() -> list[Case]:
+    """The second case of each variant where there are two: other lengths and an offset."""
+    chosen: dict[str, Case] = {}
+    for case in cases():
+        if case.name not in chosen or chosen[case.name].sizes.q_offset == 0:
+            chosen[case.name] = replace(case, sizes=replace(case.sizes, B=min(case.sizes.B, 2)))
+    return list(chosen.values())
+
+
+@pytest.mark.parametrize("case", one_of_each(), ids=lambda case: case.id)
+def test_every_shipped_variant_agrees_forward_and_backward(case: Case) -> None:
+    problem = Problem.of(case)
+    upstream = problem.upstream()
+    assert_close(problem.portable(upstream), problem.truth(upstream), FLOAT32)
+
+
+def small(name: str = "causal", **sizes: int) -> Case:
+    return Case(name, {}, replace(Sizes(B=1, H=2, HK=1, Q=19, KV=35, D=16, DV=16, q_offset=16), **sizes))
+
+
+def check(problem: Problem, tolerance: float = FLOAT32) -> None:
+    upstream = problem.upstream()
+    assert_close(problem.portable(upstream), problem.truth(upstream), tolerance)
+
+
+@pytest.mark.parametrize("dims", [(16, 24), (80, 16), (96, 121), (192, 128), (33, 7)], ids=str)
+def test_head_dimensions_of_any_size(dims: tuple[int, int]) -> None:
+    check(Problem.of(small(D=dims[0], DV=dims[1])))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_near_the_truth(dtype: torch.dtype) -> None:
+    check(Problem.of(small("alibi"), dtype), 0.02)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 40), (40, 1), (33, 16)], ids=str)
+def test_lengths_from_one(lengths: tuple[int, int]) -> None:
+    check(Problem.of(small(Q=lengths[0], KV=lengths[1], q_offset=max(0, lengths[1] - lengths[0]))))
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0, 3.0])
+@pytest.mark.parametrize("name", ["causal", "softcap"])
+def test_scale_of_any_sign(name: str, scale: float) -> None:
+    check(replace(Problem.of(small(name)), scale=scale))
+
+
+def test_strides_of_any_kind() -> None:
+    problem = Problem.of(small(D=16, DV=16))
+
+    def transposed(x: Tensor) -> Tensor:
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.stack([x, x + 1], dim=-1).flatten(3)[..., ::2]
+
+    check(replace(problem, query=transposed(problem.query)))
+    check(replace(problem, key=spread(problem.key), value=transposed(problem.value)))
+    check(replace(problem, query=problem.query.transpose(1, 2).contiguous().transpose(1, 2)))
+
+
+def test_keys_and_values_broadcast_over_the_batch() -> None:
+    problem = Problem.of(small(B=3))
+    check(replace(problem, key=problem.key[:1], value=problem.value[:1]))
+
+
+def test_query_offset_of_each_batch() -> None:
+    check(replace(Problem.of(small(B=3)), q_offset=torch.tensor([0, 16, 5], dtype=torch.int32)))
+
+
+def test_rows_that_see_nothing_give_zero_and_minus_infinity() -> None:
+    problem = replace(Problem.of(small("sliding_window")), bindings={"window": 3}, q_offset=30)
+    found = problem.portable(problem.upstream())
+    empty = found.lse == -torch.inf
+    assert empty.any() and (found.out[empty] == 0).all()
+    check(problem)
+
+
+def test_a_window_at_the_end_of_32_bits() -> None:
+    for window in (2**31 - 1, 2**31, 2**40):
+        check(replace(Problem.of(small("sliding_window")), bindings={"window": window}))
+
+
+CAPTURES = {
+    "bias[q, k]": ("float32[QK, KV]", "bias[q, k]"),
+    "bias[h, q, k]": ("float16[H, QK, KV]", "bias[h, q, k]"),
+    "bias[b, h, q, k]": ("bfloat16[B, H, QK, KV]", "bias[b, h, q, k]"),
+    "bias[q]": ("float32[QK]", "score * bias[q]"),
+    "bias[k]": ("float64[KV]", "bias[k]"),
+    "bias[k, q]": ("float32[KV, QK]", "bias[k, q]"),
+    "bias[q + k]": ("float32[QK + KV]", "bias[q + k]"),
+    "bias[clamp(q - k)]": ("float32[9]", "bias[clamp(q - k, -4, 4) + 4]"),
+    "bias[half(q)]": ("float32[QK]", "bias[q // 2] * score"),
+    "gate[h]": ("float32[H]", "score * sigmoid(bias[h])"),
+    "bias[0]": ("float32[1]", "bias[0] * k"),
+}
+
+
+def capture(pattern: str) -> Problem:
+    dtype, term = CAPTURES[pattern]
+    text = f"attention capture\ntensor bias: {dtype}\nscore = score + {term}\nmask = q >= k\n"
+    case = small(q_offset=0, Q=35)
+    kernels = kernels_of(text)
+    query, key, value = case.inputs()
+    sizes = {"H": 2, "B": 1, "KV": 35, "QK": 35, "QK + KV": 70}
+    shape = [int(sizes.get(extent.strip(), 0) or extent) for extent in dtype[dtype.index("[") + 1 : -1].split(",")]
+    kind = getattr(torch, dtype[: dtype.index("[")])
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(kind)
+    return Problem(kernels, query, key, value, {"bias": bias})
+
+
+@pytest.mark.parametrize("pattern", CAPTURES)
+def test_gradients_reach_captures_of_any_pattern(pattern: str) -> None:
+    check(capture(pattern), 5e-3 if "16" in CAPTURES[pattern][0] else FLOAT32)
+
+
+@pytest.mark.parametrize("pattern", ["bias[clamp(q - k)]", "bias[q]", "bias[k]", "gate[h]"])
+def test_deterministic_gradients_are_right_and_the_same_bits(pattern: str) -> None:
+    problem = capture(pattern)
+    upstream = problem.upstream()
+    first, second = (problem.portable(upstream, deterministic=True) for _ in range(2))
+    assert_close(first, problem.truth(upstream), FLOAT32)
+    assert torch.equal(first.grads["bias"], second.grads["bias"])
+
+
+def test_captures_of_any_strides() -> None:
+    problem = capture("bias[k, q]")
+    check(replace(problem, bindings={"bias": problem.bindings["bias"].T.contiguous().T}))
+    check(replace(problem, bindings={"bias": torch.randn(1, 35).expand(35, 35)}))
+
+
+@pytest.mark.parametrize(
+    "score",
+    ["score / (q - k)", "log(q - k) + score", "score * (1.0 / (q - k)) ** 2", "score + sqrt(q - k - 1)"],
+)
+def test_values_under_the_mask_do_not_poison(score: str) -> None:
+    kernels = kernels_of(f"attention poison\nscore = {score}\nmask = q - k > 0\n")
+    check(Problem(kernels, *small().inputs(), {}, 16), 1e-4)
+
+
+def test_padding_of_infinities_and_nan_does_not_poison() -> None:
+    problem = Problem.of(small("padded", B=2, Q=40, KV=40, q_offset=0))
+    length = torch.tensor([23, 40], dtype=torch.int32)
+    key, value = problem.key.clone(), problem.value.clone()
+    key[0, :, 23:], value[0, :, 23:] = torch.nan, torch.inf
+    problem = replace(problem, key=key, value=value, bindings={"length": length})
+    found, clean = problem.portable(problem.upstream()), Problem.of(small("padded", B=2, Q=40, KV=40, q_offset=0))
+    for tensor in (found.out, *found.grads.values()):
+        assert not tensor.isnan().any()
+    clean = replace(clean, bindings={"length": length})
+    assert torch.equal(found.out, clean.portable().out)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_variants_agree(data: st.DataObject) -> None:
+    variant = data.draw(strategies.variants())
+    seed = data.draw(st.integers(0, 100))
+    generator = torch.Generator().manual_seed(seed)
+    sizes = strategies.SIZES
+
+    def random(heads: int, rows: int) -> Tensor:
+        return torch.randn(sizes["B"], heads, rows, sizes["D"], generator=generator)
+
+    bindings = {name: x for name, x in strategies.bindings(seed).items() if name in _names(variant)}
+    problem = Problem(
+        kernels_for(variant), random(sizes["H"], sizes["Q"]), random(sizes["HK"], sizes["KV"]),
+        random(sizes["HK"], sizes["KV"]), bindings,
+    )  # fmt: skip
+    truth = problem.truth(problem.upstream())
+    if all(grad.isfinite().all() and grad.abs().max() < 1e4 for grad in truth.grads.values()):
+        assert_close(problem.portable(problem.upstream()), truth, 1e-3)
+
+
+def _names(variant: object) -> set[str]:
+    return {p.name for p in (*variant.parameters, *variant.tensors)}  # type: ignore[attr-defined]

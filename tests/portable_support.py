@@ -1,0 +1,165 @@
+"""Calls of the portable kernels beside the definition of truth, for tests in the interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from variant_cases import Case, Value
+
+from attn_dsl.backend.portable.attention import attention as portable
+from attn_dsl.backend.portable.launch import Kernels
+from attn_dsl.frontend import load
+from attn_dsl.ir import evaluate
+from attn_dsl.ir.types import Type
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes import pipeline
+from attn_dsl.passes.schedule import derive_schedule
+
+
+@functools.lru_cache(maxsize=64)
+def kernels_of(text: str, constants: tuple[tuple[str, Value], ...] = ()) -> Kernels:
+    """The kernels of a shipped name or of a text, `const` parameters bound."""
+    return kernels_for(load(text), dict(constants))
+
+
+def kernels_for(variant: Variant, constants: Mapping[str, Value] | None = None) -> Kernels:
+    program = pipeline.run(variant, constants or {})
+    assert program.proof is not None
+    return Kernels(program.variant, derive_schedule(program.variant, program.proof, padded=True))
+
+
+@dataclass
+class Result:
+    """Outputs and the gradients that were found, by name."""
+
+    out: Tensor
+    lse: Tensor
+    grads: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Problem:
+    """One call: tensors in the types under test; `bindings` holds parameters and captured tensors."""
+
+    kernels: Kernels
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bindings: Mapping[str, Any]
+    q_offset: int | Tensor = 0
+    scale: float | None = None
+
+    @staticmethod
+    def of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Problem:
+        kernels = kernels_of(case.name, tuple(case.constants.items()))
+        tensors = {name: tensor.to(device) for name, tensor in case.tensors(seed).items()}
+        inputs = (x.to(device) for x in case.inputs(seed, dtype))
+        return Problem(kernels, *inputs, {**case.arguments, **tensors}, case.sizes.q_offset)
+
+    @property
+    def all_bindings(self) -> dict[str, Any]:
+        """With the defaults of parameters."""
+        return {**{p.name: p.default for p in self.kernels.variant.parameters}, **self.bindings}
+
+    def leaves(self, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(what can take a gradient, by name; all bindings). Float parameters become tensors; `dtype` widens."""
+
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().to(dtype or x.dtype).requires_grad_()
+
+        bindings = self.all_bindings
+        found = {"query": leaf(self.query), "key": leaf(self.key), "value": leaf(self.value)}
+        for parameter in self.kernels.variant.parameters:
+            if parameter.type is Type.FLOAT and not isinstance(bindings[parameter.name], Tensor):
+                bindings[parameter.name] = torch.tensor(float(bindings[parameter.name]), device=self.query.device)
+        for name, value in bindings.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                bindings[name] = found[name] = leaf(value)
+        return found, bindings
+
+    def portable(self, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
+        """By the kernels."""
+        leaves, bindings = self.leaves()
+        variant, kernels = self.kernels.variant, self.kernels
+        sizes = evaluate.environment(variant, self.query, self._key, self._value, bindings=bindings).sizes
+        scale = 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
+        out, lse = portable(
+            kernels,
+            leaves["query"],
+            leaves["key"],
+            leaves["value"],
+            scale=scale,
+            q_offset=self.q_offset,
+            sizes=sizes,
+            parameters={p.name: bindings[p.name] for p in variant.parameters},
+            tensors={t.name: bindings[t.name] for t in variant.tensors},
+            **options,
+        )
+        return _differentiated(out, lse, leaves, upstream)
+
+    def truth(self, upstream: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> Result:
+        """By the evaluator, every operation in `dtype`."""
+        leaves, bindings = self.leaves(dtype)
+        expand = self.query.shape[0]
+        out, lse = evaluate.attention(
+            self.kernels.variant,
+            leaves["query"],
+            leaves["key"].expand(expand, -1, -1, -1),
+            leaves["value"].expand(expand, -1, -1, -1),
+            scale=self.scale,
+            q_offset=self.q_offset,
+            bindings=bindings,
+            dtype=dtype,
+        )
+        return _differentiated(out, lse, leaves, upstream)
+
+    @property
+    def _key(self) -> Tensor:
+        return self.key.expand(self.query.shape[0], -1, -1, -1)
+
+    @property
+    def _value(self) -> Tensor:
+        return self.value.expand(self.query.shape[0], -1, -1, -1)
+
+    def upstream(self, seed: int = 7) -> tuple[Tensor, Tensor]:
+        """Gradients of the outputs, float64; none for the log-sum-exp of rows that see nothing."""
+        generator = torch.Generator().manual_seed(seed)
+        batch, heads, rows = self.query.shape[:3]
+        out = torch.randn(batch, heads, rows, self.value.shape[3], generator=generator, dtype=torch.float64)
+        lse = torch.randn(batch, heads, rows, generator=generator, dtype=torch.float64)
+        return out.to(self.query.dtype).double().to(self.query.device), lse.float().double().to(self.query.device)
+
+
+def _differentiated(
+    out: Tensor, lse: Tensor, leaves: dict[str, Tensor], upstream: tuple[Tensor, Tensor] | None
+) -> Result:
+    result = Result(out.detach(), lse.detach())
+    if upstream is not None:
+        grad_out, grad_lse = upstream
+        grad_lse = torch.where(lse.isinf(), 0.0, grad_lse)
+        outputs = [grad_out.to(out.dtype), grad_lse.to(lse.dtype)]
+        found = torch.autograd.grad([out, lse], list(leaves.values()), outputs, allow_unused=True)
+        result.grads = {
+            name: torch.zeros_like(leaf) if grad is None else grad
+            for (name, leaf), grad in zip(leaves.items(), found, strict=True)
+        }
+    return result
+
+
+def assert_close(found: Result, truth: Result, tolerance: float) -> None:
+    """Everything within `tolerance` of the largest true magnitude (at least 1); nothing is nan."""
+    named = {"out": (found.out, truth.out), "lse": (found.lse, truth.lse)}
+    named.update({f"grad of {name}": (grad, truth.grads[name]) for name, grad in found.grads.items()})
+    for name, (a, b) in named.items():
+        assert a.shape == b.shape, name
+        infinite = b.isinf()
+        assert torch.equal(a.isinf(), infinite), f"{name}: infinities differ"
+        error = torch.where(infinite, 0.0, a.double() - b.double()).abs().max().item()
+        largest = max(1.0, torch.where(infinite, 0.0, b).abs().max().item())
+        assert error <= tolerance * largest, f"{name}: error {error:.3g} of {largest:.3g}"
