@@ -8,7 +8,8 @@ number yet, and tensors read at q or k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import islpy as isl
@@ -53,8 +54,16 @@ _COMPARE: dict[CompareOp, str] = {
 }
 
 
-class NotAffine(Exception):
-    """A condition is no set of integer points; carries the reason."""
+class NoAnswer(Exception):
+    """A condition is no set of integer points, or one of too many pieces; carries the reason."""
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    try:
+        yield
+    except isl.Error as error:
+        raise NoAnswer(f"gave up: {str(error).splitlines()[0]}") from None
 
 
 class Islpy:
@@ -62,8 +71,6 @@ class Islpy:
 
     def __init__(self, leaves: Iterable[Node]) -> None:
         self.leaves = sorted(leaves, key=lambda node: node in (Q, K))
-        if wrong := [node for node in self.leaves if varies(node) and node not in (Q, K)]:
-            raise NotAffine(f"`{infix(wrong[0])}` is not affine in q and k")
         self.pair = len(self.leaves) - sum(node in (Q, K) for node in self.leaves)
         self.context = isl.Context()
         self.context.set_max_operations(MAX_OPERATIONS)
@@ -72,11 +79,15 @@ class Islpy:
 
     def find(self, conditions: Sequence[Node]) -> dict[Node, int] | None:
         """Values of the leaves at which the conditions hold; None where there are none."""
-        return self._point(self._all(conditions))
+        with _answering():
+            return self._point(self._all(conditions))
 
     def find_tile(self, tile: Sequence[Node], pair: Sequence[Node]) -> dict[Node, int] | None:
         """Where `tile` holds, and `pair` for no q and k; None where there is no such place."""
-        return self._point(self._tiles(self._all(tile)).subtract(self._tiles(self._all(pair))))
+        if wrong := [node for node in self.leaves if varies(node) and node not in (Q, K)]:
+            raise NoAnswer(f"`{infix(wrong[0])}` is not affine in q and k")
+        with _answering():
+            return self._point(self._tiles(self._all(tile)).subtract(self._tiles(self._all(pair))))
 
     def _all(self, conditions: Sequence[Node]) -> Any:
         total = isl.Set.universe(self.space)
@@ -137,7 +148,7 @@ class Islpy:
             case Cast(x):
                 return self.terms[x].indicator_function()
             case _:
-                raise NotAffine(f"`{infix(node)}` is not affine")
+                raise NoAnswer(f"`{infix(node)}` is not affine")
 
     def _number(self, value: int) -> Any:
         return isl.PwAff(isl.Aff.zero_on_domain(isl.LocalSpace.from_space(self.space)).add_constant_val(value))
@@ -172,7 +183,7 @@ class Islpy:
             case BinaryOp.MOD if number is not None and number > 0:
                 return self.terms[x].mod_val(number)
             case _:
-                raise NotAffine(f"`{infix(node)}` is not affine")
+                raise NoAnswer(f"`{infix(node)}` is not affine")
 
     def _value(self, node: Node) -> int | None:
         """The value of a node that is a number."""

@@ -7,10 +7,9 @@ ways to hold than it has, so that "never" is a proof, and a way to hold is an an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from itertools import permutations
 from typing import Any
 
 import z3
@@ -30,8 +29,6 @@ from attn_dsl.ir.nodes import (
     post_order,
 )
 from attn_dsl.ir.types import Type
-from attn_dsl.ir.variant import InRange, Nondecreasing, Tensor
-from attn_dsl.passes.unroll import unroll_node
 
 SMALL = (16, 256, 4096)
 """Bounds that are tried, in turn, for the numbers of a counterexample: small ones are easier to follow."""
@@ -57,12 +54,14 @@ _COMPARE: dict[CompareOp, Callable[[Any, Any], Any]] = {
 
 @dataclass
 class Z3:
-    """One question to z3: whether all of `conditions` can hold at once. `leaves` are nodes that are not looked into."""
+    """One question to z3: whether all of `conditions` can hold at once.
+
+    `leaves` are nodes that are not looked into; the conditions say of `positive` nodes that they are at least 1.
+    """
 
     conditions: Sequence[Node]
     leaves: frozenset[Node]
     positive: frozenset[Node]
-    tensors: Mapping[str, Tensor]
     terms: dict[Node, Any] = field(default_factory=dict)
 
     def find(self, timeout: float) -> dict[Node, int] | str | None:
@@ -72,10 +71,8 @@ class Z3:
         """
         solver = z3.Solver()
         solver.set("timeout", int(timeout * 1000))
-        self._translate(*self.conditions, *self.positive)
+        self._translate(*self.conditions)
         solver.add(*(self.terms[condition] for condition in self.conditions))
-        solver.add(*(self.terms[node] >= 1 for node in self.positive))
-        solver.add(*self._promises())
         answer = solver.check()
         if answer == z3.unsat:
             return None
@@ -119,8 +116,8 @@ class Z3:
             case Load(tensor, indices):
                 sort = z3.BoolSort() if node.type is Type.BOOL else z3.IntSort()
                 return z3.Function(tensor, *[z3.IntSort()] * len(indices), sort)(*(self.terms[i] for i in indices))
-            case _ if node in self.leaves:
-                name = f"{len(self.terms)}"
+            case _ if node in self.leaves or not (node.children or isinstance(node, Const)):
+                name = str(len(self.terms))
                 return z3.Bool(name) if node.type is Type.BOOL else z3.Int(name)
             case Const(value):
                 return z3.BoolVal(value) if node.type is Type.BOOL else z3.IntVal(value)
@@ -144,30 +141,9 @@ class Z3:
     def _division(self, op: BinaryOp, x: Any, divisor: Node) -> Any:
         """z3 rounds so that the remainder is >= 0, which is the floor where the divisor is positive."""
         y = self.terms[divisor]
-        if divisor in self.positive or (isinstance(divisor, Const) and divisor.value > 0):
-            quotient = x / y
-        else:
-            quotient = z3.If(y > 0, x / y, (-x) / (-y))
+        is_positive = divisor in self.positive or (isinstance(divisor, Const) and divisor.value > 0)
+        quotient = x / y if is_positive else z3.If(y > 0, x / y, (-x) / (-y))
         return quotient if op is BinaryOp.FLOORDIV else x - y * quotient
-
-    def _promises(self) -> Iterator[Any]:
-        """What the declarations say of the elements that the conditions look at."""
-        loads = [node for node in self.terms if isinstance(node, Load)]
-        for load in loads:
-            for promise in self.tensors[load.tensor].promises:
-                if isinstance(promise, InRange):
-                    self._translate(promise.low, promise.high)
-                    yield self.terms[promise.low] <= self.terms[load]
-                    yield self.terms[load] < self.terms[promise.high]
-        for x, y in permutations(loads, 2):
-            if x.tensor == y.tensor:
-                for promise in self.tensors[x.tensor].promises:
-                    if isinstance(promise, Nondecreasing):
-                        yield z3.Implies(self._is_before(x, y, promise.axis), self.terms[x] <= self.terms[y])
-
-    def _is_before(self, x: Load, y: Load, axis: int) -> Any:
-        pairs = [(self.terms[i], self.terms[j]) for i, j in zip(x.indices, y.indices, strict=True)]
-        return z3.And(*(i <= j if at == axis else i == j for at, (i, j) in enumerate(pairs)))
 
 
 def _unary(op: UnaryOp, x: Any) -> Any:
