@@ -28,7 +28,7 @@ from attn_dsl.passes.monotone import K0, K1, Q0, Q1
 from attn_dsl.passes.project import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.symbolic import Form, Monomial, Poly, Space
 
-SAMPLES = 8
+SAMPLES = 6
 Values = dict[Node, int]
 
 

@@ -18,7 +18,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Const, Index, Node, Select, Unary, UnaryOp
+from attn_dsl.ir.nodes import (
+    Binary,
+    BinaryOp,
+    Compare,
+    CompareOp,
+    Const,
+    Index,
+    Node,
+    Select,
+    Unary,
+    UnaryOp,
+    post_order,
+)
 from attn_dsl.passes.logic import (
     Atom,
     Clause,
@@ -26,14 +38,16 @@ from attn_dsl.passes.logic import (
     Lowering,
     is_quotient,
 )
-from attn_dsl.passes.monotone import CORNERS, POSITIONS, interval, varies
+from attn_dsl.passes.monotone import CORNERS, K0, K1, POSITIONS, Q0, Q1, interval, varies
 from attn_dsl.passes.symbolic import Form, Poly, Space, as_integer, constant, number, unknown
 
 FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
 
 
-MAX_CONSTRAINTS = 12
+MAX_DERIVED = 8
+MAX_GUARDS = 12
+"""Where a projection is not exact anyway, this many of its constraints are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +176,9 @@ class _Elimination:
     def run(self, clause: Clause) -> Projection:
         self.result.facts = tuple(x for x in clause.literals if isinstance(x, Fact))
         self.result.exact = not clause.relaxed and not clause.unknowns
-        for atom in clause.literals:
-            if isinstance(atom, Atom):
-                rule = "quotient" if atom.definition else "comparison"
-                self.add(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
+        for atom in _without_coarse_laws([x for x in clause.literals if isinstance(x, Atom)]):
+            rule = "quotient" if atom.definition else "comparison"
+            self.add(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
         self.bound_positions()
         while (term := self.next_unknown()) is not None:
             if self.is_kept_side(term):
@@ -272,10 +285,10 @@ class _Elimination:
 
     def limit(self) -> None:
         """Of very many constraints keep those with the shortest derivations; what is left out is only not used."""
-        open_ = [c for c in self.constraints if c.form.terms]
-        if len(open_) > MAX_CONSTRAINTS:
-            kept = set(sorted(open_, key=lambda c: c.weight)[:MAX_CONSTRAINTS])
-            self.constraints = [c for c in self.constraints if not c.form.terms or c in kept]
+        derived = [c for c in self.constraints if c.form.terms and c.weight > 1]
+        if len(derived) > MAX_DERIVED:
+            dropped = set(sorted(derived, key=lambda c: c.weight)[MAX_DERIVED:])
+            self.constraints = [c for c in self.constraints if c not in dropped]
             self.result.exact = False
 
     def combine(self, x: Constraint, y: Constraint, term: Node) -> None:
@@ -350,6 +363,29 @@ class _Elimination:
                 self.result.guards.append(constraint)
             elif constraint.own:
                 (self.result.lower if self.space.nonnegative(coefficient) else self.result.upper).append(constraint)
+        if not self.result.exact:
+            self.result.guards = sorted(self.result.guards, key=self.interest)[:MAX_GUARDS]
+
+    def interest(self, guard: Constraint) -> tuple[bool, int]:
+        """First what relates the positions of both axes: the rest seldom tells one tile from another."""
+        leaves = {
+            leaf
+            for _, factors in self.space.symbols(guard.form.const)
+            for node, _ in factors
+            for leaf in post_order(node)
+        }
+        return not (leaves & {Q0, Q1} and leaves & {K0, K1}), guard.weight
+
+
+def _without_coarse_laws(atoms: list[Atom]) -> list[Atom]:
+    """Leave out 0 <= k - W*H*z < W*H where 0 <= a - H*z < H and 0 <= k - W*a < W stand, which imply it."""
+    chained = {x.origin for x in atoms if x.definition and _is_chained(x)}
+    return [x for x in atoms if not (x.definition and x.origin in chained and not _is_chained(x))]
+
+
+def _is_chained(law: Atom) -> bool:
+    """Whether a law of a quotient speaks of another quotient of the same argument."""
+    return any(term is not law.origin and is_quotient(term) and term.x is law.origin.x for term in law.form.terms)  # type: ignore[attr-defined]
 
 
 def _is_law_of(quotient: Node, constraint: Constraint) -> bool:

@@ -85,7 +85,7 @@ class Form:
     def times(self, factor: Poly) -> Form:
         if not factor:
             return Form({}, factor)
-        if as_integer(factor) == 1:
+        if factor == 1:
             return self
         return Form({u: c * factor for u, c in self.terms.items()}, self.const * factor)
 
@@ -119,6 +119,7 @@ class Space:
     _symbols: dict[Node, Poly] = field(default_factory=dict)
     _least: list[int | None] = field(default_factory=list)
     _shift: dict[int, Poly] = field(default_factory=dict)
+    _related: set[int] = field(default_factory=set)
     _signs: dict[Poly, bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,30 +171,39 @@ class Space:
         moved = direction(node)
         if moved not in (UP, DOWN):
             return
-        first = self.symbol(substitute(node, {Q1: Q0, K1: K0}))
+        at_first = substitute(node, {Q1: Q0, K1: K0})
+        first = self.symbol(at_first)
         slack = self.symbol(Var(f"slack{position}"))
         self._shift[position] = first + slack if moved == UP else first - slack
+        self._related |= {position, self._nodes.index(at_first)}
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
     def nonnegative(self, poly: Poly) -> bool | None:
         """Whether `poly >= 0` for all values of its symbols: True, False (always negative), or None: don't know."""
         if poly not in self._signs:
-            shifted = self._shifted(poly)
-            least, greatest = self._minimum(shifted), self._minimum(-shifted)
-            is_never_below = least is not None and least >= 0
-            is_always_below = greatest is not None and greatest > 0
-            self._signs[poly] = True if is_never_below else False if is_always_below else None
+            self._signs[poly] = None if self._is_free(poly) else self._sign(self._shifted(poly))
         return self._signs[poly]
+
+    def _is_free(self, poly: Poly) -> bool:
+        """Whether a symbol of unknown sign occurs that nothing can cancel."""
+        free = [p for p, least in enumerate(self._least) if least is None and p not in self._related]
+        return any(exponents[p] for exponents in poly for p in free)
+
+    def _sign(self, poly: Poly) -> bool | None:
+        least = self._minimum(poly)
+        if least is not None and least >= 0:
+            return True
+        greatest = self._minimum(-poly)
+        return False if greatest is not None and greatest > 0 else None
 
     def _minimum(self, poly: Poly) -> int | None:
         """A constant that the polynomial is never below: each monomial's, by the lower bounds of its symbols."""
         total = 0
-        for exponents, coefficient in poly.terms():
+        for exponents, coefficient in poly.items():
             bound = int(coefficient)
-            for position, exponent in enumerate(exponents):
+            for least, exponent in zip(self._least, exponents, strict=False):
                 if exponent:
-                    least = self._least[position]
                     if least is None or coefficient < 0:
                         return None
                     bound *= least**exponent
@@ -202,10 +212,10 @@ class Space:
 
     def _shifted(self, poly: Poly) -> Poly:
         """The polynomial in terms of first positions and slacks."""
-        if not any(exponents[p] for exponents in poly.itermonoms() for p in self._shift):
+        if not any(exponents[p] for exponents in poly for p in self._shift):
             return poly
         total = number(0)
-        for exponents, coefficient in poly.terms():
+        for exponents, coefficient in poly.items():
             moved = [p for p in self._shift if exponents[p]]
             rest = tuple(0 if p in moved else e for p, e in enumerate(exponents)) if moved else exponents
             term = _ring().term_new(rest, coefficient)
@@ -296,7 +306,7 @@ class Space:
 
     def _monomials(self, poly: Poly) -> Iterator[Monomial]:
         for exponents, coefficient in poly.terms():
-            yield int(coefficient), [(self._nodes[p], e) for p, e in enumerate(exponents) if e]
+            yield int(coefficient), [(node, e) for node, e in zip(self._nodes, exponents, strict=False) if e]
 
 
 def ratio(poly: Poly, divisor: Poly) -> Poly | None:
