@@ -1,4 +1,4 @@
-"""What happens to a kernel with its arguments: it is launched, or compiled ahead of time for a machine that is not here."""
+"""What happens to a kernel and its arguments: it is launched, or compiled ahead of time for a machine that is not here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from attn_dsl.backend.cache_triton import compiling
+from attn_dsl.backend.portable.load import PREFIX
 
 
 class Runner(Protocol):
@@ -23,9 +26,39 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapp
     tensor = arguments[0]
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         with torch.cuda.device(tensor.device):
+            launch(kernel, programs, arguments, options)
+    elif tensor.is_cuda:
+        with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
             kernel[(programs,)](*arguments, **options)
     else:
         kernel[(programs,)](*arguments, **options)
+
+
+def variant_of(options: Mapping[str, Any]) -> str:
+    """The name of the variant whose functions a kernel gets; `any` where it gets none."""
+    modules = (option.module for option in options.values() if isinstance(option, JITFunction))
+    return next((name.removeprefix(PREFIX).partition("_")[2] for name in modules if name.startswith(PREFIX)), "any")
+
+
+def inputs_of(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> dict[str, str]:
+    """What a kernel is compiled from, by the names of its arguments, for people."""
+    named = {"kernel": f"{kernel.__name__} {kernel.cache_key[:12]}"}
+    named.update({name: _described(value) for name, value in zip(kernel.arg_names, arguments, strict=False)})
+    named.update({name: _described(value, constant=True) for name, value in options.items()})
+    return named
+
+
+def _described(value: Any, *, constant: bool = False) -> str:
+    match value:
+        case torch.Tensor():
+            aligned = "" if value.data_ptr() % 16 == 0 else ", not aligned"
+            return f"{str(value.dtype).removeprefix('torch.')}*{aligned}"
+        case JITFunction():
+            return f"{value.__name__} {value.cache_key[:12]}"
+        case tuple():
+            return f"({', '.join(_described(item, constant=constant) for item in value)})"
+        case _:
+            return str(value) if constant or value is None else type(value).__name__
 
 
 @dataclass
@@ -45,4 +78,5 @@ class Compiler:
         bound, specialization, rest = bind(*arguments, **keywords)
         chosen, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
         source = ASTSource(kernel, signature, constants, attributes)
-        self.compiled.append(triton.compile(source, target=self.target, options=chosen.__dict__))
+        with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
+            self.compiled.append(triton.compile(source, target=self.target, options=chosen.__dict__))

@@ -1,0 +1,102 @@
+"""Triton's compiler writes into this package's cache while it compiles this package's kernels, and only then.
+
+Triton asks one class of the process for its cache. Inside `compiling(...)` that is a switch: the thread that compiles
+for this package gets `KernelCache`, every other thread gets what Triton would have given it. Outside, nothing changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from triton import knobs
+from triton.runtime.cache import CacheManager, FileCacheManager
+
+from attn_dsl.backend import cache
+
+Inputs = Callable[[], Mapping[str, Any]]
+"""What a kernel is compiled from, for `attn-dsl cache why`; asked only when something is stored."""
+
+_here = threading.local()
+_lock = threading.Lock()
+_inside = 0
+_before: list[Any] = []
+
+
+@contextlib.contextmanager
+def compiling(name: str, inputs: Inputs) -> Iterator[None]:
+    """What this thread compiles in the block is cached under `name`, the variant's."""
+    outer = getattr(_here, "job", None)
+    _here.job = (name, inputs)
+    _switch(+1)
+    try:
+        yield
+    finally:
+        _switch(-1)
+        _here.job = outer
+
+
+def _switch(step: int) -> None:
+    """The first block of the process to begin puts the switch in; the last to end restores what was there."""
+    global _inside
+    with _lock:
+        if _inside == 0:
+            _before[:] = [vars(knobs.cache).get("manager_class")] if "manager_class" in vars(knobs.cache) else []
+            knobs.cache.manager_class = _manager
+        _inside += step
+        if _inside == 0:
+            del knobs.cache.manager_class
+            if _before:
+                knobs.cache.manager_class = _before[0]
+
+
+def _manager(key: str, override: bool = False, dump: bool = False) -> Any:
+    """Triton's `manager_class(key, ...)`."""
+    job = getattr(_here, "job", None)
+    if job is not None and not (override or dump):
+        return KernelCache(key, *job)
+    with _lock:
+        theirs = _before[0] if _before else type(knobs.cache).__dict__["manager_class"].get()
+    return (theirs or FileCacheManager)(key, override=override, dump=dump)
+
+
+class KernelCache(CacheManager):  # type: ignore[misc]
+    """One key of Triton's: a compiled kernel, which is a group of files, or a single native module.
+
+    A group is collected in a folder of its own until `put_group`, which stores it whole.
+    """
+
+    def __init__(self, key: str, name: str, inputs: Inputs) -> None:
+        self.key, self.name, self.inputs = key, name, inputs
+        self.group: dict[str, bytes] | None = None
+
+    def get_group(self, filename: str) -> dict[str, str] | None:
+        self.group = {}
+        self.name = f"{self.name}.{filename.removesuffix('.json')}"
+        entry = cache.find(cache.KERNELS, self.name, self.key)
+        return None if entry is None else {file: str(path) for file, path in entry.files.items()}
+
+    def put_group(self, filename: str, group: dict[str, str]) -> None:
+        """Store what was put; `group` gets the paths, which Triton reads from it."""
+        assert self.group is not None
+        metadata = json.loads(self.group[filename])
+        inputs = {**self.inputs(), "target": metadata.get("target"), "triton": metadata.get("triton_version")}
+        entry = cache.put(cache.KERNELS, self.name, self.key, self.group, inputs)
+        group.update({file: str(path) for file, path in entry.files.items()})
+
+    def get_file(self, filename: str) -> str | None:
+        entry = cache.find(cache.KERNELS, f"module.{filename.partition('.')[0]}", self.key)
+        return None if entry is None else str(entry.files[filename])
+
+    def put(self, data: Any, filename: str, binary: bool = True) -> str:
+        encoded = data if isinstance(data, bytes) else str(data).encode()
+        if self.group is not None:
+            self.group[filename] = encoded
+            return filename  # no path yet: `put_group` gives it
+        entry = cache.put(
+            cache.KERNELS, f"module.{filename.partition('.')[0]}", self.key, {filename: encoded}, {"file": filename}
+        )
+        return str(entry.files[filename])
