@@ -40,7 +40,8 @@ def attention(
     names = tuple(name for name, tensor in tensors.items() if tensor.is_floating_point())
     numbers = tuple(name for name, v in parameters.items() if isinstance(v, Tensor) and v.is_floating_point())
     wanted = [tensors[name] for name in names] + [parameters[name] for name in numbers]
-    return _Attention.apply(problem, names, numbers, query, key, value, *wanted)  # type: ignore[no-untyped-call]
+    out, lse = _Attention.apply(problem, names, numbers, query, key, value, *wanted)  # type: ignore[no-untyped-call]
+    return out, lse
 
 
 def problem_of(
@@ -63,7 +64,8 @@ def problem_of(
     return Problem(
         functions=functions,
         schedule=schedule_functions(variant, schedule),
-        shape=TileShape.choose(q_len, kv_len, heads // kv_heads, dtype, torch.get_num_threads()),
+        shape=TileShape.choose(q_len, kv_len, batch * kv_heads, heads // kv_heads, dtype, torch.get_num_threads()),
+        threads=torch.get_num_threads(),
         dtype=dtype,
         batch=batch,
         heads=heads,

@@ -5,24 +5,26 @@ With p the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dLSE:
     dS = p (dP - delta),   dV = p^T dO,   dQ = scale dX K,   dK = scale dX^T Q,   dX = dS d score / d s
 
 and dS times the score's other partial derivatives goes to the captured tensors and parameters. One pass over the tiles
-yields everything; sums go in the order of the tiles, so that results are the same in every run.
+yields everything; sums go in the order of the tiles, so that results are
+the same in every run with as many threads.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.cpu.elementary import clip
-from attn_dsl.backend.cpu.forward import LOG2E, filled, masked, seen_keys
+from attn_dsl.backend.cpu.forward import LOG2E, LOWEST, filled, masked, seen_keys
 from attn_dsl.backend.cpu.functions import Derivative, Target
 from attn_dsl.backend.cpu.relative import sum_antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
 from attn_dsl.backend.cpu.tiles import Problem, Tile, Visit
+from attn_dsl.backend.cpu.workers import spread
 
 
 @dataclass
@@ -34,6 +36,18 @@ class Gradients:
     value: Tensor
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
+
+    def apart(self) -> Gradients:
+        """The same query, key and value, of which threads write different heads; tensors and parameters of its own."""
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+        parameters = {name: torch.zeros_like(tensor) for name, tensor in self.parameters.items()}
+        return Gradients(self.query, self.key, self.value, tensors, parameters)
+
+    def add(self, share: Gradients) -> None:
+        for name, tensor in share.tensors.items():
+            self.tensors[name] += tensor
+        for name, tensor in share.parameters.items():
+            self.parameters[name] += tensor
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,19 @@ def backward(problem: Problem, saved: Saved, d_out: Tensor, d_lse: Tensor | None
     if d_lse is not None:
         delta -= d_lse
     careful = saved.careful or not bool(saved.key.isfinite().all() and saved.query.isfinite().all())
-    for tile in problem.tiles():
-        _tile_backward(tile, saved, d_out, delta, gradients, careful=careful)
+    parts = problem.parts()
+    workers = problem.workers(len(parts))
+    shares = [gradients.apart() for _ in range(workers)]
+
+    def work(numbers: Iterator[int]) -> None:
+        for number in numbers:
+            for part in parts[number::workers]:
+                for tile in problem.tiles(part):
+                    _tile_backward(tile, saved, d_out, delta, shares[number], careful=careful)
+
+    spread(work, iter(range(workers)), workers)
+    for share in shares:
+        gradients.add(share)
     if saved.sink is not None and problem.functions.sink_grad is not None:
         weight = torch.exp(saved.sink.unsqueeze(-1) - lse).masked_fill_(lse == -math.inf, 0.0)
         _sink_backward(problem, problem.functions.sink_grad, -(weight * delta).sum(-1), gradients)
@@ -71,7 +96,7 @@ def _tile_backward(
     rows, d_rows = tile.gather(saved.query, scale), tile.gather(d_out)
     # 2^(log2(e) (s - lse)) is the probability; where nothing was seen every logit is minus infinity.
     shift = tile.gather(saved.lse.unsqueeze(-1))
-    shift = shift.masked_fill(shift == -math.inf, 0.0).mul_(-LOG2E)
+    shift = shift.clamp_(min=LOWEST).mul_(-LOG2E)
     delta_rows = tile.gather(delta.unsqueeze(-1))
     d_query = torch.zeros_like(rows)
     for visit in tile.visits():

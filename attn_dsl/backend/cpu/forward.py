@@ -8,14 +8,20 @@ Base-2 exponentials throughout, since torch's `exp2` is several times as fast as
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.cpu.scratch import scratch
 from attn_dsl.backend.cpu.tiles import Problem, Tile, Visit
+from attn_dsl.backend.cpu.workers import spread
 
+TINY = 1e-38
+"""A row sum is zero or at least one."""
 LOG2E = math.log2(math.e)
+LOWEST = -1e38
+"""In place of the maximum of a row that has seen nothing, since minus infinity less itself is no number."""
 
 
 def forward(
@@ -30,16 +36,21 @@ def forward(
     out = torch.empty((*shape, value.shape[-1]), dtype=query.dtype)
     lse = torch.empty(shape, dtype=problem.dtype)
     before, after = logit_factors(problem)
-    any_careful = False
-    for tile in problem.tiles():
-        rows = tile.gather(query, problem.scale * before)
-        k, v = key[tile.kv], value[tile.kv]
-        state = _attend(tile, rows, k, v, after, careful=False)
-        if state[2].isnan().any():
-            any_careful = True
-            state = _attend(tile, rows, k, v, after, careful=True)
-        _finish(tile, state, sink, out, lse)
-    return out, lse, any_careful
+    careful: list[Tile] = []
+
+    def work(tiles: Iterator[Tile]) -> None:
+        for tile in tiles:
+            rows = tile.gather(query, problem.scale * before)
+            k, v = key[tile.kv], value[tile.kv]
+            state = _attend(tile, rows, k, v, after, careful=False)
+            if math.isnan(state[2].sum().item()):
+                careful.append(tile)
+                state = _attend(tile, rows, k, v, after, careful=True)
+            _finish(tile, state, sink, out, lse)
+
+    count = math.ceil(problem.q_len / problem.shape.rows) * len(problem.parts())
+    spread(work, problem.tiles(), problem.workers(count))
+    return out, lse, bool(careful)
 
 
 State = tuple[Tensor, Tensor, Tensor]
@@ -54,11 +65,8 @@ def logit_factors(problem: Problem) -> tuple[float, float]:
 def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, *, careful: bool) -> State:
     """The softmax state over all visits. `careful`: what no row of a tile sees does not even meet a weight of zero."""
     matrices, height = rows.shape[:2]
-    peak = rows.new_full((matrices, height, 1), -math.inf)
-    total = torch.zeros_like(peak)
-    weighted = rows.new_zeros((matrices, height, value.shape[2]))
     factor = after if after > 0 else 1.0
-    first = True
+    state: State | None = None
     for visit in tile.visits():
         k, v = key[:, visit.begin : visit.end], value[:, visit.begin : visit.end]
         if careful and visit.keep is not None:
@@ -66,19 +74,23 @@ def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, 
         s = torch.bmm(rows, k.transpose(1, 2), out=scratch("logits", (matrices, height, k.shape[1]), rows.dtype))
         s = _scored(tile, visit, s, 1.0 if after > 0 else after)
         s = masked(tile, visit, s, careful=careful)
-        highest = torch.maximum(peak, s.amax(2, keepdim=True))
-        shift = highest.masked_fill(highest == -math.inf, 0.0).mul_(-LOG2E * factor)
+        highest = s.amax(2, keepdim=True)
+        if state is not None:
+            highest = torch.maximum(state[0], highest, out=highest)
+        shift = highest.clamp(min=LOWEST).mul_(-LOG2E * factor)
         torch.add(shift, s, alpha=LOG2E * factor, out=s).exp2_()
-        if first:
-            torch.sum(s, 2, keepdim=True, out=total)
-            torch.bmm(s, v, out=weighted)
-            first = False
+        if state is None:
+            state = highest, s.sum(2, keepdim=True), torch.bmm(s, v)
         else:
-            shrink = torch.add(shift, peak, alpha=LOG2E * factor).exp2_()
+            peak, total, weighted = state
+            shrink = shift.add_(peak, alpha=LOG2E * factor).exp2_()
             total.mul_(shrink).add_(s.sum(2, keepdim=True))
             weighted.mul_(shrink).baddbmm_(s, v)
-        peak = highest
-    return peak.mul_(factor), total, weighted
+            state = highest, total, weighted
+    if state is None:
+        nothing = rows.new_zeros((matrices, height, 1))
+        return nothing - math.inf, nothing, rows.new_zeros((matrices, height, value.shape[2]))
+    return state[0].mul_(factor), state[1], state[2]
 
 
 def _scored(tile: Tile, visit: Visit, s: Tensor, after: float) -> Tensor:
@@ -124,10 +136,9 @@ def _finish(tile: Tile, state: State, sink: Tensor | None, out: Tensor, lse: Ten
         logits = sink[tile.b0 : tile.b1, tile.h0 : tile.h1].reshape(tile.matrices, tile.shared, 1)
         logits = logits.expand(-1, -1, tile.rows).reshape(peak.shape)
         highest = torch.maximum(peak, logits)
-        shrink = torch.where(highest == -math.inf, 0.0, torch.exp(peak - highest))
-        total = total * shrink + torch.where(highest == -math.inf, 0.0, torch.exp(logits - highest))
-        weighted = weighted.mul_(shrink)
+        shift = highest.clamp(min=LOWEST)
+        shrink = torch.exp(peak - shift)
+        total, weighted = total * shrink + torch.exp(logits - shift), weighted.mul_(shrink)
         peak = highest
-    empty = total == 0
-    tile.scatter(out, (weighted / total.masked_fill(empty, 1.0)).to(out.dtype))
-    tile.scatter(lse, (peak + total.log()).masked_fill_(empty, -math.inf))
+    tile.scatter(lse, torch.add(peak, total.log()))
+    tile.scatter(out, weighted.div_(total.clamp_(min=TINY)))

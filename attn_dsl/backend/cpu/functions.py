@@ -81,6 +81,8 @@ class TileFunctions:
     after: Emitted
     mask: Emitted | None
     mask_relative: Emitted
+    by_distance: bool
+    """Some of the functions work along antidiagonals."""
     mask_by_distance: bool
     """The mask is a function of `q - k` (and of b and h)."""
     mask_reads_positions: bool
@@ -148,6 +150,7 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
         after=names["after"],
         mask=None if mask is TRUE else names["mask"],
         mask_relative=names["mask_relative"],
+        by_distance=bool(score_parts or mask_parts or grad_parts) or any(load.relative for load in score_loads),
         mask_by_distance=mask in mask_parts,
         mask_reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
         score_grad=derivative("score_grad", slope, score_loads),

@@ -21,8 +21,10 @@ from attn_dsl.backend.cpu.relative import antidiagonals
 
 BLOCK = 64
 """Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
-CACHE = 1 << 20
-"""Bytes of logits for each thread: what stays in the second-level cache from one operation to the next."""
+CACHE = 2 << 20
+"""Bytes of logits in a tile: about what a core's cache holds from one operation to the next."""
+FEW_OPERATIONS = 50_000_000
+"""Below so many floating-point operations threads cost more than they bring."""
 WIDE = 4096
 """Keys at a time for which a mask that reads tensors is evaluated."""
 
@@ -36,15 +38,20 @@ class TileShape:
     heads: int
 
     @staticmethod
-    def choose(q_len: int, kv_len: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
-        """256 rows by 512 keys where there are so many, and so many heads that every thread has its cache full.
+    def choose(q_len: int, kv_len: int, kv_heads: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
+        """256 rows by 512 keys where there are so many, and as many heads as the cache holds and every thread gets.
 
-        Measured on two Zen cores: smaller tiles lose to the cost of a call, larger ones to the cache.
+        `kv_heads` counts those of all batches. Measured on two Zen cores: smaller tiles lose to the cost of a call,
+        larger ones to the cache.
         """
         rows = min(q_len, max(256 // group, 32))
-        keys = min(max((256 * 512) // (rows * group), 512), 4096, -(-kv_len // BLOCK) * BLOCK)
-        heads = max(threads * CACHE // (rows * group * keys * dtype.itemsize), 1)
-        return TileShape(rows, keys, -(-heads // threads) * threads)
+        keys = min(max((256 * 512) // (rows * group), 512), 4096, math.ceil(kv_len / BLOCK) * BLOCK)
+        heads = max(CACHE // (rows * group * keys * dtype.itemsize), 1)
+        return TileShape(rows, keys, min(heads, math.ceil(kv_heads / threads)))
+
+
+Part = tuple[int, int, int, int]
+"""The heads `[h0, h1)` of the batches `[b0, b1)`, as `(b0, b1, h0, h1)`: whole groups, or a part of one."""
 
 
 class Run(NamedTuple):
@@ -74,6 +81,7 @@ class Problem:
     functions: TileFunctions
     schedule: ScheduleFunctions
     shape: TileShape
+    threads: int
     dtype: torch.dtype
     batch: int
     heads: int
@@ -90,6 +98,11 @@ class Problem:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
+    def workers(self, tiles: int) -> int:
+        """Threads that share so many independent pieces of work; with one, torch's own operations are threaded."""
+        operations = 4 * self.batch * self.heads * self.q_len * self.kv_len * 64
+        return self.threads if tiles >= self.threads and operations > FEW_OPERATIONS else 1
+
     @cached_property
     def lists(self) -> tuple[Any, ...]:
         """The captured tensors that the schedule reads, as nested lists."""
@@ -104,32 +117,37 @@ class Problem:
     def steps(self) -> Tensor:
         return torch.arange(self.q_len + self.kv_len)
 
-    def tiles(self) -> Iterator[Tile]:
-        """Every tile row of every head once, heads with equal runs together."""
-        for start in range(0, self.q_len, self.shape.rows):
+    def parts(self) -> list[Part]:
+        """All heads, in parts that share no key/value head."""
+        return list(self._chunks(0, self.batch, 0, self.heads))
+
+    def tiles(self, part: Part | None = None) -> Iterator[Tile]:
+        """Every tile row of every head (of a part) once, the last rows first, heads with equal runs together."""
+        for start in reversed(range(0, self.q_len, self.shape.rows)):
             stop = min(start + self.shape.rows, self.q_len)
-            for rectangle, runs in self._rectangles(start, stop):
+            for rectangle, runs in self._rectangles(start, stop, part or (0, self.batch, 0, self.heads)):
                 for b0, b1, h0, h1 in self._chunks(*rectangle):
                     yield Tile(self, start, stop, b0, b1, h0, h1, runs)
 
-    def _rectangles(self, start: int, stop: int) -> Iterator[tuple[tuple[int, int, int, int], tuple[Run, ...]]]:
-        """`(b0, b1, h0, h1)` with equal runs; of several batches all heads, else whole groups or part of one."""
-        per_batch = self.schedule.per_batch or len(self.offsets) > 1
+    def _rectangles(self, start: int, stop: int, part: Part) -> Iterator[tuple[Part, tuple[Run, ...]]]:
+        """The part, cut into parts with equal runs."""
+        b0, b1, h0, h1 = part
         if not self.schedule.per_head:
-            rows = [self.runs(b, 0, start, stop) for b in range(self.batch if per_batch else 1)]
-            for b0, b1 in _equal(rows) if per_batch else [(0, self.batch)]:
-                yield (b0, b1, 0, self.heads), rows[b0]
+            per_batch = self.schedule.per_batch or len(self.offsets) > 1
+            rows = [self.runs(b, h0, start, stop) for b in (range(b0, b1) if per_batch else (b0,))]
+            for low, high in _equal(rows) if per_batch else [(0, b1 - b0)]:
+                yield (b0 + low, b0 + high, h0, h1), rows[low]
             return
-        for b in range(self.batch):
-            heads = [self.runs(b, h, start, stop) for h in range(self.heads)]
-            for h0, h1 in _equal(heads):
-                for low, high in _cut(h0, h1, self.group):
-                    yield (b, b + 1, low, high), heads[low]
+        for b in range(b0, b1):
+            heads = [self.runs(b, h, start, stop) for h in range(h0, h1)]
+            for first, last in _equal(heads):
+                for low, high in _cut(h0 + first, h0 + last, self.group):
+                    yield (b, b + 1, low, high), heads[low - h0]
 
-    def _chunks(self, b0: int, b1: int, h0: int, h1: int) -> Iterator[tuple[int, int, int, int]]:
+    def _chunks(self, b0: int, b1: int, h0: int, h1: int) -> Iterator[Part]:
         """The rectangle in pieces of at most `shape.heads` key/value heads."""
         groups = max((h1 - h0) // self.group, 1)
-        if groups >= self.shape.heads or b1 - b0 == 1:
+        if groups > self.shape.heads // 2 or b1 - b0 == 1:
             step = self.shape.heads * self.group
             for b in range(b0, b1):
                 yield from ((b, b + 1, h, min(h + step, h1)) for h in range(h0, h1, step))
@@ -167,7 +185,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Tile:
-    """The query rows `[start, stop)` of the heads `[h0, h1)` of the batches `[b0, b1)`, the last row first.
+    """The query rows `[start, stop)` of the heads `[h0, h1)` of the batches `[b0, b1)`; the last row
+    first where the functions are `by_distance`.
 
     Its matrices are `[(b1 - b0) * key/value heads, query heads of each * rows, ...]`; seen as
     `[batches, heads, rows, ...]` they have no copy.
@@ -209,12 +228,15 @@ class Tile:
 
     def gather(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """The rows of `x [B, H, Q, D]`, times a factor, as a fresh matrix for each key/value head."""
-        rows = x[self.index].flip(2).to(self.problem.dtype)
-        return (rows * factor if factor != 1.0 else rows).reshape(self.matrices, self.shared * self.rows, x.shape[3])
+        rows = x[self.index].to(self.problem.dtype)
+        if self.problem.functions.by_distance:
+            rows = rows.flip(2)
+        return (rows * factor).view(self.matrices, self.shared * self.rows, x.shape[3])
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """Write matrices back to the rows of `x [B, H, Q, ...]`."""
-        x[self.index] = rows.view(self.b1 - self.b0, self.h1 - self.h0, self.rows, *x.shape[3:]).flip(2)
+        rows = rows.view(self.b1 - self.b0, self.h1 - self.h0, self.rows, *x.shape[3:])
+        x[self.index] = rows.flip(2) if self.problem.functions.by_distance else rows
 
     def places(self, x: Tensor) -> Tensor:
         """Matrices `[matrices, shared * rows, keys]` as `[batches, heads, rows, keys]`."""
@@ -230,8 +252,11 @@ class Tile:
 
     @cached_property
     def q(self) -> Tensor:
-        """Positions of the rows, descending: `[1 or batches, 1, rows, 1]`."""
-        return self.last.view(-1, 1, 1, 1) - torch.arange(self.rows).view(1, 1, -1, 1)
+        """Positions of the rows: `[1 or batches, 1, rows, 1]`."""
+        steps = self.problem.steps[: self.rows]
+        return self.last.view(-1, 1, 1, 1) - (steps if self.problem.functions.by_distance else steps.flip(0)).view(
+            -1, 1
+        )
 
     @cached_property
     def last(self) -> Tensor:
