@@ -31,7 +31,7 @@ def varies(node: Node) -> bool:
     return bool(node.depends & POSITIONS)
 
 
-CORNERS: dict[Node, tuple[Node, Node]] = {Q: (Q0, Q1), K: (K0, K1)}
+CORNERS: dict[Index, tuple[Node, Node]] = {Q: (Q0, Q1), K: (K0, K1)}
 Interval = tuple[Node, Node]
 
 

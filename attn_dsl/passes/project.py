@@ -88,11 +88,16 @@ Derivation = Given | Combined | Rounded | Inverted
 
 @dataclass(eq=False)
 class Constraint:
-    """`form >= 0` and how it was derived. `own` is False for what holds on every tile, whatever the mask."""
+    """`form >= 0` and how it was derived.
+
+    own     False for what holds on every tile, whatever the mask
+    rising  for each unknown, whether the constraint bounds it from below (its coefficient is positive) or from above
+    """
 
     form: Form
     why: Derivation
     own: bool
+    rising: dict[Node, bool] = field(default_factory=dict)
 
     @cached_property
     def premises(self) -> frozenset[Constraint]:
@@ -194,9 +199,12 @@ class _Elimination:
         """Keep a constraint, rounded, unless another one implies it; drop those that it implies."""
         constraint = self.rounded(constraint)
         form = constraint.form
-        if any(self.space.nonnegative(c) is None and self.space.nonnegative(-c) is None for c in form.terms.values()):
-            self.result.exact = False  # neither a lower nor an upper bound
-            return
+        for term, coefficient in form.terms.items():
+            rising = self.space.nonnegative(coefficient)
+            if rising is None and self.space.nonnegative(-coefficient) is None:
+                self.result.exact = False  # neither a lower nor an upper bound
+                return
+            constraint.rising[term] = rising is True
         if not form.terms:
             verdict = self.space.nonnegative(form.const)
             if verdict is False:
@@ -220,8 +228,8 @@ class _Elimination:
 
     def bound_positions(self) -> None:
         """Corner bounds of every term of an eliminated position: q itself, and monotone terms of q."""
-        unknowns = {u for c in self.constraints for u in c.form.terms}
-        for term in sorted(unknowns, key=lambda u: len(u.depends & POSITIONS)):
+        unknowns = self.unknowns()
+        for term in unknowns:
             if term is self.keep or self.is_kept_side(term):
                 continue
             if isinstance(term, Index):
@@ -235,18 +243,18 @@ class _Elimination:
             if position is not self.keep and position not in unknowns and self.under_quotient(position, unknowns):
                 self.add_bounds(position, *CORNERS[position])
 
-    def under_quotient(self, position: Node, unknowns: Iterable[Node]) -> bool:
-        return any(is_quotient(u) and str(getattr(position, "name", "")) in u.depends for u in unknowns)
+    def under_quotient(self, position: Index, unknowns: Iterable[Node]) -> bool:
+        return any(is_quotient(u) and position.name in u.depends for u in unknowns)
 
     def add_bounds(self, term: Node, low: Node, high: Node) -> None:
         here = unknown(term)
         self.add(Constraint(here - constant(self.space.poly(low)), Given(term, "corner"), False))
         self.add(Constraint(constant(self.space.poly(high)) - here, Given(term, "corner"), False))
 
-    def is_lone(self, term: Node, unknowns: set[Node]) -> bool:
+    def is_lone(self, term: Node, unknowns: Iterable[Node]) -> bool:
         """Whether the corner bounds of a monotone term lose nothing: it takes every value between, or is bounded from
         one side only, and nothing else in the clause moves with its position."""
-        signs = {self.space.nonnegative(c.form.terms[term]) for c in self.constraints if term in c.form.terms and c.own}
+        signs = {c.rising[term] for c in self.constraints if term in c.rising and c.own}
         others = any(u is not term and u.depends & term.depends & POSITIONS for u in unknowns)
         return not others and (len(signs) == 1 or _is_gapless(term))
 
@@ -254,24 +262,25 @@ class _Elimination:
 
     def next_unknown(self) -> Node | None:
         """The cheapest term to eliminate: exact pairs first, then the fewest; terms of the kept side come last."""
-        unknowns = {u for c in self.constraints for u in c.form.terms if u is not self.keep}
-        best: tuple[tuple[bool, bool, int, int], Node] | None = None
-        for order, term in enumerate(sorted(unknowns, key=lambda u: (len(u.depends), repr(u), id(u)))):
-            lower, upper = self.sides(term)
-            inexact = any(not _is_unit_pair(x, y, term) for x in lower for y in upper if x.own or y.own)
-            cost = (self.is_kept_side(term), inexact, len(lower) * len(upper), order)
-            if best is None or cost < best[0]:
-                best = (cost, term)
-        return None if best is None else best[1]
+        return min((u for u in self.unknowns() if u is not self.keep), key=self.cost, default=None)
+
+    def unknowns(self) -> dict[Node, None]:
+        """The unknowns of the constraints, in the order of their first use: what comes out is the same every time."""
+        return dict.fromkeys(u for c in self.constraints for u in c.form.terms)
+
+    def cost(self, term: Node) -> tuple[bool, bool, int]:
+        lower, upper = self.sides(term)
+        inexact = any(not _is_unit_pair(x, y, term) for x in lower for y in upper if x.own or y.own)
+        return self.is_kept_side(term), inexact, len(lower) * len(upper)
 
     def sides(self, term: Node) -> tuple[list[Constraint], list[Constraint]]:
-        """The constraints that bound an term from below, and from above."""
+        """The constraints that bound a term from below, and from above."""
         lower: list[Constraint] = []
         upper: list[Constraint] = []
         for constraint in self.constraints:
-            coefficient = constraint.form.terms.get(term)
-            if coefficient is not None:
-                (lower if self.space.nonnegative(coefficient) else upper).append(constraint)
+            rising = constraint.rising.get(term)
+            if rising is not None:
+                (lower if rising else upper).append(constraint)
         return lower, upper
 
     def eliminate(self, term: Node) -> None:
@@ -321,7 +330,7 @@ class _Elimination:
             if len(constraint.form.terms) > 1 or not isinstance(term, Binary):
                 self.result.exact = False
                 continue
-            rising = bool(self.space.nonnegative(constraint.form.terms[term]))
+            rising = constraint.rising[term]
             for form in self.inverse(term, constraint.form, rising):
                 self.add_with_laws(Constraint(form, Inverted(constraint), constraint.own))
 
@@ -358,11 +367,11 @@ class _Elimination:
 
     def collect(self) -> None:
         for constraint in self.constraints:
-            coefficient = constraint.form.terms.get(self.keep) if self.keep is not None else None
-            if coefficient is None:
+            rising = None if self.keep is None else constraint.rising.get(self.keep)
+            if rising is None:
                 self.result.guards.append(constraint)
             elif constraint.own:
-                (self.result.lower if self.space.nonnegative(coefficient) else self.result.upper).append(constraint)
+                (self.result.lower if rising else self.result.upper).append(constraint)
         if not self.result.exact:
             self.result.guards = sorted(self.result.guards, key=self.interest)[:MAX_GUARDS]
 

@@ -295,8 +295,11 @@ class Space:
         return more, less, rest
 
     def symbols(self, poly: Poly) -> list[Monomial]:
-        """The monomials of a polynomial: (coefficient, [(node, exponent)])."""
-        return list(self._monomials(poly))
+        """The monomials of a polynomial, in no particular order: (coefficient, [(node, exponent)])."""
+        return [
+            (int(coefficient), [(node, e) for node, e in zip(self._nodes, exponents, strict=False) if e])
+            for exponents, coefficient in poly.items()
+        ]
 
     def _form_monomials(self, form: Form) -> Iterator[Monomial]:
         for node, coefficient in form.terms.items():
