@@ -1,0 +1,126 @@
+"""What the Hopper kernels do on registers and barriers, between the tensor-core products.
+
+A warpgroup holds a tile of logits in the registers of its 128 threads: a thread has two rows, and of every eight columns
+two neighbours. Reductions over the columns stay in a thread for as long as they can.
+"""
+
+# ruff: noqa: RET505, SIM108 (static conditions as Triton knows them)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def pin(x):
+    """x, for x >= 0, and a store that never happens.
+
+    ptxas knows nothing of the registers that `wgmma.wait_group` waits for, and moves it up at will; it keeps the order of
+    memory operations. A branch or a trap in this place would serialize every product of the kernel.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 a; setp.lt.f32 p, $1, 0fBF800000; mov.u32 a, 0; @p st.shared.f32 [a], $1;"
+        " mov.f32 $0, $1; }",
+        "=f,f", [x], dtype=gl.float32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def opaque(x):
+    """x, of 32 bits, of which the compiler does not know that it has seen it before: what is computed from it is computed
+    again, instead of being kept in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pack_pairs(x, DTYPE: gl.constexpr):
+    """[M, N] float32 to [M, N // 2] int32, each a pair of neighbours in a 16-bit type."""
+    low, high = gl.split(gl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def unpack_pairs(x, DTYPE: gl.constexpr):
+    """The converse of `pack_pairs`, [M, N] of DTYPE."""
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [x], dtype=(gl.int16, gl.int16), is_pure=True, pack=1)  # fmt: skip
+    return gl.reshape(gl.join(low, high), [x.shape[0], x.shape[1] * 2]).to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def thread_sums(x):
+    """Row sums of [M, N] over the columns of each thread, [M, 4]; `row_sums` adds the four."""
+    return gl.sum(gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def row_sums(x, LAYOUT: gl.constexpr):
+    """[M, 4] to [M], in the layout of rows of a tile."""
+    return gl.convert_layout(gl.sum(x, 1), gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
+def per_row(x, LAYOUT: gl.constexpr):
+    """[M] of any row layout as the column [M, 1] of a tile of LAYOUT; each thread keeps what it has."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
+
+
+@gluon.constexpr_function
+def _columns_by_owner(keys):
+    """The layout of [keys // 8, 4, 2] that is, reshaped, the columns [keys] of a tile."""
+    registers = [[0, 0, 1]] + [[2**i, 0, 0] for i in range((keys // 8).bit_length() - 1)]
+    lanes = [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[0, 0, 0], [0, 0, 0]], [], [keys // 8, 4, 2])
+
+
+@gluon.jit
+def _column_parts(KEYS: gl.constexpr):
+    """(what of a column's number is the thread's own, what is a literal): [1, 4, 1] and [KEYS // 8, 1, 2], int32."""
+    owner: gl.constexpr = _columns_by_owner(KEYS)
+    eights = gl.arange(0, KEYS // 8, layout=gl.SliceLayout(1, gl.SliceLayout(2, owner))) * 8
+    pairs = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, owner))) * 2
+    ones = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, owner)))
+    literal = gl.expand_dims(gl.expand_dims(eights, 1), 2) + gl.expand_dims(gl.expand_dims(ones, 0), 1)
+    return gl.expand_dims(gl.expand_dims(pairs, 0), 2), literal
+
+
+@gluon.jit
+def _row_of_tile(x, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    return gl.convert_layout(gl.reshape(x, [KEYS]), gl.SliceLayout(0, LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
+def columns(first, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """first, first + 1, ..., [1, KEYS] int32 along the columns of a tile of LAYOUT: one register and literals."""
+    own, literal = _column_parts(KEYS)
+    return gl.expand_dims(_row_of_tile((first + own) + literal, KEYS, LAYOUT), 0)
+
+
+@gluon.jit
+def ramp(slope, first, ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """slope * (first + column), [ROWS, KEYS] float32 in LAYOUT: one multiply-add with a literal for each column."""
+    own, literal = _column_parts(KEYS)
+    slope = opaque(slope)  # else its products with the literals would be kept in registers
+    line = gl.fma(slope, literal.to(gl.float32), slope * (first + own).to(gl.float32))
+    line = gl.expand_dims(_row_of_tile(line, KEYS, LAYOUT), 0)
+    return gl.broadcast(line, gl.zeros([ROWS, KEYS], gl.float32, LAYOUT))[0]
+
+
+@gluon.jit
+def wait_turn(GROUP: gl.constexpr):
+    """Ping-pong: wait until the other of two warpgroups has issued its products."""
+    if GROUP == 0:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(GROUP: gl.constexpr):
+    if GROUP == 0:
+        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -1,0 +1,149 @@
+"""A variant's own functions as the Hopper kernels want them: `logit = factor * residue + slope * (k - q) + row_term`.
+
+All in base 2 but `row_term`. `factor` is positive and the same for a program, so that the largest logit of a row is the
+largest residue and `factor` costs nothing: it is the multiplier of the exponential's own multiply-add. Values that depend
+on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed to the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
+from attn_dsl.backend.portable.emit import HEADER, TILE_VARS, terms_slope
+from attn_dsl.backend.printer import Results, Signature, emit, lower
+from attn_dsl.backend.triton_dialect import TritonDialect
+from attn_dsl.ir.nodes import SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Q, Unary, UnaryOp, post_order
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.schedule import Schedule
+from attn_dsl.passes.separate import Terms, separate
+
+ZERO = Const(0.0)
+PROGRAM = ("b", "h", "scalars", "tensors")
+ROWS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors")
+PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "rows", "scalars", "tensors")
+RANGES = ("b", "h", "q0", "q1", "q_offset", "block", "scalars", "tensors")
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The text of the module, and the names of the functions that it has."""
+
+    source: str
+    functions: frozenset[str]
+
+
+@dataclass
+class _Module:
+    variant: Variant
+    signature: Signature
+    fast_tanh: bool
+    bindings: dict[Node, str]
+    texts: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def add(self, name: str, arguments: Sequence[str], results: Results) -> None:
+        inside = any(argument.startswith("inside") for argument in arguments)
+        bindings = {node: text for node, text in self.bindings.items() if text.split("[")[0] in arguments}
+        text = emit(
+            name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=inside),
+            locations=self.variant.locations, bindings={**TILE_VARS, **bindings}, decorator="@triton.jit",
+        )  # fmt: skip
+        self.names.append(name)
+        self.texts.append(text)
+
+
+def emit_module(
+    variant: Variant, schedule: Schedule, positive: frozenset[Node] = frozenset((SCALE,)), *, fast_tanh: bool = True
+) -> Emitted:
+    """The functions of a variant; `positive` are the parameters (and the softmax scale) known to be > 0 in the call."""
+    plain = Signature.of(variant)
+    signature = Signature((*plain.scalars, SCALE), plain.tensors)
+    terms = separate(variant.score)
+    factor, residue = _logit(terms, positive)
+    residue, mask = lower(residue), lower(variant.mask)
+
+    uniform = _outermost([residue, mask], _is_uniform)
+    rows = _outermost([residue, mask], _is_row)
+    bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
+    bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
+    module = _Module(variant, signature, fast_tanh, bindings)
+
+    module.add("factor", PROGRAM, factor)
+    if uniform:
+        module.add("uniform", PROGRAM, tuple(uniform))
+    if rows:
+        module.add("rows", ROWS, tuple(rows))
+    if residue is not SCORE:
+        module.add("residue", ("s", *PAIR), residue)
+    if (slope := terms_slope(terms)) is not ZERO:
+        module.add("slope", PROGRAM, times(LOG2E, slope))
+    uneven = tuple(term for term in terms.affine if term.q_step + term.k_step)  # else nothing is left for the row
+    if (row := dataclasses.replace(terms, affine=uneven).dropped(Q)) is not ZERO:
+        module.add("row_term", ROWS, row)
+    if variant.sink is not None:
+        module.add("sink", PROGRAM, variant.sink)
+    if mask is not TRUE:
+        module.add("mask", PAIR, mask)
+    segments = schedule.kv.segments
+    masked = tuple((s.begin, s.end) for s in segments if s.masked)
+    module.add("kv_ranges", RANGES, (masked, tuple((s.begin, s.end) for s in segments if not s.masked)))
+    source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
+    return Emitted(source, frozenset(module.names))
+
+
+def _logit(terms: Terms, positive: frozenset[Node]) -> tuple[Node, Node]:
+    """(factor, residue): what the loop makes of the bare product, without affine terms, in base 2."""
+    gather = Gatherer()
+    logit = dataclasses.replace(terms, affine=()).loop(Q)
+    front, rest = gather.factors(logit)
+    if not _is_positive(front, positive):
+        front, rest = ONE, gather(logit)
+    return times(LOG2E, front), rest
+
+
+def _is_positive(node: Node, known: frozenset[Node]) -> bool:
+    match node:
+        case Const(value):
+            return value > 0
+        case Unary(UnaryOp.EXP | UnaryOp.EXP2 | UnaryOp.SIGMOID):
+            return True
+        case Unary(UnaryOp.SQRT | UnaryOp.RSQRT, x):
+            return _is_positive(x, known)
+        case Binary(BinaryOp.ADD | BinaryOp.MUL | BinaryOp.DIV, x, y):
+            return _is_positive(x, known) and _is_positive(y, known)
+        case _:
+            return node in known
+
+
+def _is_uniform(node: Node) -> bool:
+    """Worth a register of a program: an operation or a look-up over batch and head."""
+    return node.depends <= {"b", "h"} and bool(node.children)
+
+
+def _is_row(node: Node) -> bool:
+    """Worth a register of a row: it reads memory, which the compiler cannot move out of a loop."""
+    return (
+        "q" in node.depends
+        and node.depends <= {"b", "h", "q"}
+        and any(isinstance(inner, Load) and "q" in inner.depends for inner in post_order(node))
+    )
+
+
+def _outermost(roots: Iterable[Node], wanted: Callable[[Node], bool]) -> list[Node]:
+    """The nodes that are wanted and under no other wanted node."""
+    found: dict[Node, None] = {}
+    seen: set[Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if wanted(node):
+            found[node] = None
+        else:
+            stack.extend(reversed(node.children))
+    return list(found)

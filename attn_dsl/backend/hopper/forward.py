@@ -1,0 +1,556 @@
+"""The forward kernel: a producer warp loads, two or three warpgroups of 64 query rows each multiply and exponentiate.
+
+The producer fills rings of key and value tiles by the bulk copy engine. A consumer keeps its probabilities in registers,
+where they are the left operand of the second product. One step of its loop, with S = Q K^T and O = P V:
+
+    issue S(i);  issue O += P(i-1) V(i-1);  wait for S(i);  softmax(i) while O runs;  wait for O;  rescale O
+
+Softmax runs online, in base 2: the logit is factor * r + slope * k, with r the bare product or what the variant makes
+of it (`emit.py`); m is the running maximum of the logits, l the running sum of 2 ** (logit - m), spread over the four
+threads that share a row. `slope` travels divided by `factor`. A program takes query tile after query tile; loads run ahead across their borders.
+
+After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what.
+"""
+
+# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+from attn_dsl.backend.hopper.device import (
+    columns,
+    opaque,
+    pack_pairs,
+    pass_turn,
+    per_row,
+    pin,
+    ramp,
+    row_sums,
+    thread_sums,
+    unpack_pairs,
+    wait_turn,
+)
+from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, nth, scalars_of
+
+NEVER = gl.constexpr(float("-inf"))
+
+
+@aggregate
+class Shape:
+    """What is known when the kernel is compiled: tile shapes, the ways of `configs.Config`, and register layouts."""
+
+    D: gl.constexpr
+    DV: gl.constexpr
+    ROWS: gl.constexpr  # of one warpgroup
+    GROUPS: gl.constexpr
+    KEYS: gl.constexpr
+    STAGES: gl.constexpr
+    PIN: gl.constexpr
+    CARRY_WIDE: gl.constexpr
+    PING_PONG: gl.constexpr
+    OWN_OUTPUT: gl.constexpr
+    LOGITS: gl.constexpr
+    OUTPUT: gl.constexpr
+    WEIGHTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT):
+        self.D = gl.constexpr(D)
+        self.DV = gl.constexpr(DV)
+        self.ROWS = gl.constexpr(64)
+        self.GROUPS = gl.constexpr(GROUPS)
+        self.KEYS = gl.constexpr(KEYS)
+        self.STAGES = gl.constexpr(STAGES)
+        self.PIN = gl.constexpr(PIN)
+        self.CARRY_WIDE = gl.constexpr(CARRY_WIDE)
+        self.PING_PONG = gl.constexpr(PING_PONG)
+        self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
+        self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
+        self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
+        self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
+
+
+@aggregate
+class Functions:
+    """The emitted functions of the variant (`emit.py`); None for one that it does not need."""
+
+    FACTOR: gl.constexpr
+    UNIFORM: gl.constexpr
+    ROWS: gl.constexpr
+    RESIDUE: gl.constexpr
+    SLOPE: gl.constexpr
+    MASK: gl.constexpr
+    ROW_TERM: gl.constexpr
+    SINK: gl.constexpr
+    KV_RANGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, FACTOR, UNIFORM, ROWS, RESIDUE, SLOPE, MASK, ROW_TERM, SINK, KV_RANGES):
+        self.FACTOR = gl.constexpr(FACTOR)
+        self.UNIFORM = gl.constexpr(UNIFORM)
+        self.ROWS = gl.constexpr(ROWS)
+        self.RESIDUE = gl.constexpr(RESIDUE)
+        self.SLOPE = gl.constexpr(SLOPE)
+        self.MASK = gl.constexpr(MASK)
+        self.ROW_TERM = gl.constexpr(ROW_TERM)
+        self.SINK = gl.constexpr(SINK)
+        self.KV_RANGES = gl.constexpr(KV_RANGES)
+
+
+@aggregate
+class Ring:
+    """Tiles in shared memory with two barriers each: `full` is the producer's word, `free` that of the consumers."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full, free):
+        self.tiles = tiles
+        self.full = full
+        self.free = free
+
+    @gluon.jit
+    def tile(self, place):
+        """[rows, columns] of a place."""
+        return self.tiles.index(place).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+
+    @gluon.jit
+    def wait(self, place, round):
+        """Until the place is filled for the `round`-th time, from 0."""
+        mbarrier.wait(self.full.index(place), round & 1)
+
+    @gluon.jit
+    def release(self, place):
+        mbarrier.arrive(self.free.index(place), count=1)
+
+    @gluon.jit
+    def load(self, place, round, descriptor, b, h, row):
+        """Fill the place for the `round`-th time, with the rows from `row` on, once its consumers have freed it."""
+        mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
+        mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
+        tma.async_copy_global_to_shared(descriptor, [b, h, row, 0], self.full.index(place), self.tiles.index(place))
+
+
+@gluon.jit
+def _ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr):
+    tiles = gl.allocate_shared_memory(descriptor.dtype, [PLACES] + descriptor.block_type.shape, descriptor.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=CONSUMERS)
+    return Ring(tiles, full, free)
+
+
+@aggregate
+class Memory:
+    """Descriptors of `[B, H, S, D]` in global memory, and buffers in shared memory.
+
+    `queries` has a place for each warpgroup, filled once a query tile; `keys` and `values` are rings of key tiles.
+    """
+
+    query: tma.tensor_descriptor
+    key: tma.tensor_descriptor
+    value: tma.tensor_descriptor
+    out: tma.tensor_descriptor
+    lse: gl.tensor
+    shifted: gl.tensor
+    queries: Ring
+    keys: Ring
+    values: Ring
+    staging: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, query, key, value, out, lse, shifted, queries, keys, values, staging):
+        self.query = query
+        self.key = key
+        self.value = value
+        self.out = out
+        self.lse = lse
+        self.shifted = shifted
+        self.queries = queries
+        self.keys = keys
+        self.values = values
+        self.staging = staging
+
+
+# ---------------------------------------------------------------- which tiles
+
+
+@gluon.jit
+def _turns(total):
+    """How many query tiles this program takes."""
+    programs = gl.num_programs(0)
+    whole = total // programs
+    return whole + (_seat(whole) < total - whole * programs).to(gl.int32)
+
+
+@gluon.jit
+def _seat(turn):
+    """The place of this program in a turn: first in one, last in the next, so that long tiles even out."""
+    return gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def _work(turn, shape, sizes, section):
+    """(tile, batch, head) of a turn. Pairs of batch and head run in sections whose keys and values fit the cache together;
+    within a section the last tiles come first, since under a causal mask they are the longest."""
+    number = turn * gl.num_programs(0) + _seat(turn)
+    tiles = gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
+    first = number // (section * tiles) * section
+    width = gl.minimum(section, sizes[0] * sizes[1] - first)
+    rest = number - first * tiles
+    pair = first + rest % width
+    return tiles - 1 - rest // width, pair // sizes[1], pair % sizes[1]
+
+
+@gluon.jit
+def _start(q_offset, b):
+    """The position of the first query."""
+    if q_offset.dtype.is_ptr():
+        return gl.load(q_offset + b).to(gl.int32)
+    else:
+        return q_offset.to(gl.int32)
+
+
+@gluon.jit
+def _visits(shape, f, tile, b, h, start, scalars, tensors):
+    """(masked segments, full segments, tiles in the masked ones, tiles in all).
+
+    A query tile that sees nothing visits one tile all the same, where the mask is false throughout.
+    """
+    q0 = start + tile * (shape.GROUPS * shape.ROWS)
+    q1 = q0 + (shape.GROUPS * shape.ROWS - 1)
+    masked, full = f.KV_RANGES(b, h, q0, q1, start, shape.KEYS, scalars, tensors)
+    masked_tiles = count(masked)
+    return masked, full, masked_tiles, gl.maximum(masked_tiles + count(full), 1)
+
+
+@gluon.jit
+def _nth(masked, full, masked_tiles, n):
+    """The number of the n-th key tile that is visited: masked ones first."""
+    if len(full) == 0:
+        return nth(masked, n)
+    elif len(masked) == 0:
+        return nth(full, n)
+    else:
+        return gl.where(n < masked_tiles, nth(masked, n), nth(full, n - masked_tiles))
+
+
+# ---------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _produce(shape, f, memory, q_offset, parameters, sizes, extents, tensors, scale, section, GROUP: gl.constexpr):
+    """Load what the consumers will want, in the order in which they want it. S(i) comes before O += P(i-1) V(i-1)."""
+    scalars = scalars_of(parameters, False) + sizes + scalars_of(extents, False) + (scale,)
+    tensors = captured(tensors, False)
+    passed = 0
+    group = sizes[1] // sizes[2]
+    for turn in range(_turns(sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS))):
+        tile, b, h = _work(turn, shape, sizes, section)
+        masked, full, masked_tiles, tiles = _visits(shape, f, tile, b, h, _start(q_offset, b), scalars, tensors)
+        hk = h // group
+        row = _nth(masked, full, masked_tiles, 0) * shape.KEYS
+        memory.keys.load(passed % shape.STAGES, passed // shape.STAGES, memory.key, b, hk, row)
+        for g in gl.static_range(shape.GROUPS):
+            first = (tile * shape.GROUPS + g) * shape.ROWS
+            memory.queries.load(g, turn, memory.query, b, h, first)
+        for n in range(1, tiles):
+            at = passed + n
+            following = _nth(masked, full, masked_tiles, n) * shape.KEYS
+            memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, b, hk, following)
+            memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, b, hk, row)
+            row = following
+        passed += tiles
+        at = passed - 1
+        memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, b, hk, row)
+
+
+# ---------------------------------------------------------------- consumers
+
+
+@gluon.jit
+def _softmax(shape, f, s, m, l, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
+             MASKED: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+    """(2 ** (logit - m), the decay of what was summed before, m, l) for key tile j, from the bare products s.
+
+    `factor` is positive, so the largest logit of a row is the largest residue. A row that has seen nothing keeps m = -inf
+    and weights of 0.
+    """
+    k = columns(j * shape.KEYS, shape.KEYS, shape.LOGITS)
+    x = s
+    if f.RESIDUE is not None:
+        x = f.RESIDUE(s, b, h, q, k, not MASKED, uniform, rows, scalars, tensors)
+        if f.SLOPE is not None:
+            x += ramp(slope, j * shape.KEYS - q0, shape.ROWS, shape.KEYS, shape.LOGITS)
+    if MASKED:
+        keep = k < kv_len
+        if f.MASK is not None:
+            keep = keep & f.MASK(b, h, q, k, False, uniform, rows, scalars, tensors)
+        x = gl.where(keep, x, NEVER)
+    peak = gl.max(x, 1) * factor
+    if not FIRST:
+        peak = gl.maximum(m, peak)
+    base = peak
+    if MASKED or f.RESIDUE is not None:
+        base = gl.where(peak == NEVER, 0.0, peak)
+    p = gl.exp2(x * factor - gl.expand_dims(base, 1))
+    sums = thread_sums(p)
+    if FIRST:
+        decay = base
+    else:
+        decay = gl.exp2(m - base)
+        spread: gl.constexpr = sums.type.layout
+        sums += l * per_row(decay, spread)
+    if shape.PIN:
+        sums = pin(sums)
+    return p, decay, peak, sums
+
+
+@gluon.jit
+def _carried(shape, p, DTYPE: gl.constexpr):
+    """The weights as they cross the loop's back edge; a plain 16-bit tensor would cost two permutes a pair there."""
+    if shape.CARRY_WIDE:
+        return p
+    else:
+        return pack_pairs(p, DTYPE)
+
+
+@gluon.jit
+def _weights(shape, p, DTYPE: gl.constexpr):
+    """The carried weights as the left operand of the second product, in the registers where they are."""
+    if shape.CARRY_WIDE:
+        return gl.convert_layout(p.to(DTYPE), shape.WEIGHTS)
+    else:
+        return gl.convert_layout(unpack_pairs(p, DTYPE), shape.WEIGHTS)
+
+
+@gluon.jit
+def _issue_logits(shape, f, memory, queries, at, slope, ahead):
+    """Issue S(i) for the key tile that is number `at` of all, `ahead` positions from the first query.
+
+    A term slope * (k - q0) is what the accumulator starts with, unless the score makes something else of the product.
+    """
+    place = at % shape.STAGES
+    if f.SLOPE is not None and f.RESIDUE is None:
+        initial = ramp(slope, ahead, shape.ROWS, shape.KEYS, shape.LOGITS)
+        memory.keys.wait(place, at // shape.STAGES)
+        return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), initial, is_async=True)
+    else:
+        memory.keys.wait(place, at // shape.STAGES)
+        zero = gl.zeros([shape.ROWS, shape.KEYS], gl.float32, shape.LOGITS)
+        return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_output(shape, memory, p, acc, at):
+    """Issue O += P V for the key tile that is number `at` of all."""
+    place = at % shape.STAGES
+    memory.values.wait(place, at // shape.STAGES)
+    return warpgroup_mma(p, memory.values.tile(place), acc, is_async=True)
+
+
+@gluon.jit
+def _step(shape, f, memory, queries, at, j, p, acc, m, l, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars,
+          tensors, MASKED: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+    """Key tile j, number `at` of all, given the weights p of the tile before."""
+    narrow = _weights(shape, p, memory.keys.tiles.dtype)
+    if shape.PING_PONG:
+        wait_turn(GROUP)
+    logits = _issue_logits(shape, f, memory, queries, at, slope, j * shape.KEYS - q0)
+    output = _issue_output(shape, memory, narrow, acc, at - 1)
+    if shape.PING_PONG:
+        pass_turn(GROUP)
+    s = warpgroup_mma_wait(1, deps=[logits])
+    memory.keys.release(at % shape.STAGES)
+    p, decay, m, l = _softmax(shape, f, s, m, l, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
+                              MASKED, False)  # fmt: skip
+    # p among the dependences: the registers of the old weights are read until then, so p must not be narrowed before.
+    acc, p = warpgroup_mma_wait(0, deps=[output, p])
+    p = _carried(shape, p, memory.keys.tiles.dtype)
+    memory.values.release((at - 1) % shape.STAGES)
+    return p, acc * per_row(decay, shape.OUTPUT), m, l
+
+
+@gluon.jit
+def _attend(shape, f, memory, passed, turn, masked, full, masked_tiles, tiles, b, h, q, q0, kv_len, factor, slope, uniform,
+            rows, scalars, tensors, GROUP: gl.constexpr):  # fmt: skip
+    """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit."""
+    queries = memory.queries.tile(GROUP)
+    dtype: gl.constexpr = memory.keys.tiles.dtype
+    acc = gl.zeros([shape.ROWS, shape.DV], gl.float32, shape.OUTPUT)
+    m = gl.full([shape.ROWS], NEVER, gl.float32, gl.SliceLayout(1, shape.LOGITS))
+
+    j = _nth(masked, full, masked_tiles, 0)
+    memory.queries.wait(GROUP, turn)
+    if shape.PING_PONG:
+        wait_turn(GROUP)
+    logits = _issue_logits(shape, f, memory, queries, passed, slope, j * shape.KEYS - q0)
+    if shape.PING_PONG:
+        pass_turn(GROUP)
+    s = warpgroup_mma_wait(0, deps=[logits])
+    memory.keys.release(passed % shape.STAGES)
+    p, _, m, l = _softmax(shape, f, s, m, 0.0, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
+                          True, True)  # fmt: skip
+    p = _carried(shape, p, dtype)
+    if len(masked) > 0:
+        for n in range(1, masked_tiles):
+            p, acc, m, l = _step(shape, f, memory, queries, passed + n, nth(masked, n), p, acc, m, l, b, h, q, q0, kv_len,
+                                 factor, slope, uniform, rows, scalars, tensors, True, GROUP)  # fmt: skip
+    if len(full) > 0:
+        for n in range(gl.maximum(masked_tiles, 1), tiles):
+            p, acc, m, l = _step(shape, f, memory, queries, passed + n, nth(full, n - masked_tiles), p, acc, m, l, b, h, q,
+                                 q0, kv_len, factor, slope, uniform, rows, scalars, tensors, False, GROUP)  # fmt: skip
+    if shape.OWN_OUTPUT:
+        memory.queries.release(GROUP)
+    last = passed + tiles - 1
+    output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, last)
+    l = row_sums(l, shape.LOGITS)
+    acc, l = warpgroup_mma_wait(0, deps=[output, l])
+    memory.values.release(last % shape.STAGES)
+    return acc, m, l
+
+
+@gluon.jit
+def _finish(shape, f, memory, acc, m, l, lead, row_term, sink, inside, place):
+    """Normalize, store the log-sum-exp, and return the output. `lead` is what the loop's logits lack for a row, in base 2,
+    since their row term is counted from the row itself."""
+    if f.SINK is not None:  # a logit without a value
+        sink = (sink - row_term) * LOG2E + lead
+        peak = gl.maximum(m, sink)
+        base = gl.where(peak == NEVER, 0.0, peak)
+        decay = gl.exp2(m - base)
+        l = l * decay + gl.exp2(sink - base)
+        m = peak
+    empty = (l == 0.0) | (row_term == NEVER)
+    inverse = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l))
+    result = gl.where(empty, NEVER, (m + gl.log2(gl.where(empty, 1.0, l)) - lead) * LN2)
+    if f.ROW_TERM is not None:
+        gl.store(memory.shifted + place, result, mask=inside)
+        result += row_term
+    gl.store(memory.lse + place, result, mask=inside)
+    if f.SINK is not None:
+        inverse *= decay
+    return acc * per_row(inverse, shape.OUTPUT)
+
+
+@gluon.jit
+def _consume(shape, f, memory, q_offset, parameters, sizes, extents, tensors, scale, section, GROUP: gl.constexpr):
+    """Take the warpgroup's 64 rows of query tile after query tile."""
+    scalars = scalars_of(parameters, False) + sizes + scalars_of(extents, False) + (scale,)
+    tensors = captured(tensors, False)
+    passed = 0
+    if shape.PING_PONG:
+        if GROUP == 1:
+            pass_turn(GROUP)  # group 0 begins
+    for turn in range(_turns(sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS))):
+        tile, b, h = _work(turn, shape, sizes, section)
+        start = _start(q_offset, b)
+        masked, full, masked_tiles, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+        factor = gl.maximum(f.FACTOR(b, h, scalars, tensors), 1e-37)
+        local = GROUP * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+        row = tile * (shape.GROUPS * shape.ROWS) + local
+        q = gl.expand_dims(start + row, 1)
+        q0 = start + tile * (shape.GROUPS * shape.ROWS)
+        uniform = ()
+        if f.UNIFORM is not None:
+            uniform = f.UNIFORM(b, h, scalars, tensors)
+        rows = ()
+        if f.ROWS is not None:
+            rows = f.ROWS(b, h, q, False, uniform, scalars, tensors)
+        slope = 0.0
+        if f.SLOPE is not None:
+            slope = f.SLOPE(b, h, scalars, tensors) / factor
+        acc, m, l = _attend(shape, f, memory, passed, turn, masked, full, masked_tiles, tiles, b, h, q, q0, sizes[4], factor,
+                            slope, uniform, rows, scalars, tensors, GROUP)  # fmt: skip
+        passed += tiles
+
+        # Computed again rather than kept in registers through the loop.
+        tile, b, h = _work(opaque(turn), shape, sizes, section)
+        local = GROUP * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+        row = tile * (shape.GROUPS * shape.ROWS) + local
+        q = gl.expand_dims(_start(q_offset, b) + row, 1)
+        if f.UNIFORM is not None:
+            uniform = f.UNIFORM(b, h, scalars, tensors)
+        row_term = gl.zeros([shape.ROWS], gl.float32, gl.SliceLayout(1, shape.LOGITS))
+        if f.ROW_TERM is not None:
+            term = gl.expand_dims(row_term, 1) + f.ROW_TERM(b, h, q, False, uniform, scalars, tensors)
+            row_term = gl.convert_layout(gl.reshape(term, [shape.ROWS]), gl.SliceLayout(1, shape.LOGITS), assert_trivial=True)
+        sink = 0.0
+        if f.SINK is not None:
+            sink = f.SINK(b, h, scalars, tensors)
+        place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + row
+        lead = 0.0
+        if f.SLOPE is not None:
+            lead = f.SLOPE(b, h, scalars, tensors) * local.to(gl.float32)
+        acc = _finish(shape, f, memory, acc, m, l, lead, row_term, sink, row < sizes[3], place)
+        staging = memory.staging.index(GROUP)
+        if shape.OWN_OUTPUT:
+            tma.store_wait(0)  # of the tile before
+        staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
+        fence_async_shared()
+        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+        tma.async_copy_shared_to_global(memory.out, [b, h, first, 0], staging)
+        if not shape.OWN_OUTPUT:
+            tma.store_wait(0)
+            memory.queries.release(GROUP)
+    tma.store_wait(0)
+    if shape.PING_PONG:
+        if GROUP == 0:
+            wait_turn(GROUP)  # leave the barrier as it was found
+
+
+# ---------------------------------------------------------------- kernel
+
+
+@gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
+                              "section"])  # fmt: skip
+def attention_forward(query, key, value, out, lse, shifted, q_offset, parameters, B, H, HK, Q, KV, DIM, extents, tensors,
+                      scale, section,
+                      FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
+                      SLOPE: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr,
+                      KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr,
+                      KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr,
+                      CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr):  # fmt: skip
+    """out [B, H, Q, DV], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
+
+    query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
+    (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
+    pointer to [B], `section` how many heads run side by side. Positions are 32-bit.
+    """
+    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT)
+    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, SLOPE, MASK, ROW_TERM, SINK, KV_RANGES)
+    queries = _ring(query, GROUPS, 1)
+    keys = _ring(key, STAGES, GROUPS)
+    rows = _ring(value, STAGES, GROUPS)
+    if OWN_OUTPUT:
+        staging = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
+    else:
+        staging = queries.tiles
+    fence_async_shared()
+    memory = Memory(query, key, value, out, lse, shifted, queries, keys, rows, staging)
+    # The tuples stand in place: assigned to a name, their constants would become tensors.
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 1)),
+            (_produce, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 1)),
+            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 2)),
+            (_produce, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
