@@ -45,7 +45,7 @@ FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
 
 
-MAX_DERIVED = 8
+MAX_DERIVED = 6
 MAX_GUARDS = 12
 """Where a projection is not exact anyway, this many of its constraints are kept."""
 
