@@ -14,6 +14,7 @@ After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what
 
 # ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -454,7 +455,9 @@ def _consume(shape, f, memory, q_offset, parameters, sizes, extents, tensors, sc
     if shape.PING_PONG:
         if GROUP == 1:
             pass_turn(GROUP)  # group 0 begins
-    for turn in range(_turns(sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS))):
+    total = sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
+    # What does not change from tile to tile is computed again: kept in registers, it would push others out of the loop.
+    for turn in tl.range(_turns(total), disable_licm=True):
         tile, b, h = _work(turn, shape, sizes, section)
         start = _start(q_offset, b)
         masked, full, masked_tiles, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
