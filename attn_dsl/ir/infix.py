@@ -40,12 +40,15 @@ _COMPARISON = {
 }
 
 
-def infix(root: Node, names: Mapping[Node, str] = _NO_NAMES) -> str:
-    """The expression as a `.attn` file would say it; a named part below the root is spelt by its name."""
+def infix(root: Node, names: Mapping[Node, str] = _NO_NAMES, *, longest: int = LONGEST) -> str:
+    """The expression as a `.attn` file would say it; a named part below the root is spelt by its name.
+
+    A part of more than `longest` characters becomes `...`.
+    """
     texts: dict[Node, tuple[str, int]] = {}
     for node in ir.post_order(root):
         text, strength = (names[node], _ATOM) if node in names and node is not root else _spell(node, texts)
-        texts[node] = (text, strength) if len(text) <= LONGEST else ("...", _ATOM)
+        texts[node] = (text, strength) if len(text) <= longest else ("...", _ATOM)
     return texts[root][0]
 
 

@@ -172,9 +172,10 @@ def _text_ir(program: Program) -> str:
 
 
 def _text_proof(program: Program) -> str:
+    from attn_dsl.passes.prove_text import proof_text
+
     assert program.proof is not None
-    lines = [f"empty where {infix(program.proof.empty)}", f"full where {infix(program.proof.full)}"]
-    return "\n".join(lines) + "\n"
+    return proof_text(program.proof)
 
 
 def _text_schedule(program: Program) -> str:
