@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attn_dsl.api import Attention, compile
+    from attn_dsl.backend.merge import merge
     from attn_dsl.errors import AttnError, BindingError, CompileError, ProofError
 
 __version__ = "0.1.0"
-__all__ = ["AttnError", "Attention", "BindingError", "CompileError", "ProofError", "__version__", "compile"]
+__all__ = ["AttnError", "Attention", "BindingError", "CompileError", "ProofError", "__version__", "compile", "merge"]
 
 _MODULE_OF = {
     "Attention": "attn_dsl.api",
     "compile": "attn_dsl.api",
+    "merge": "attn_dsl.backend.merge",
     "AttnError": "attn_dsl.errors",
     "BindingError": "attn_dsl.errors",
     "CompileError": "attn_dsl.errors",

@@ -1,0 +1,281 @@
+"""One bound call on one backend, forward and backward, as plain functions of tensors.
+
+A `Program` is known by the printed form of its variant, so that an exported graph, which holds that text, needs nothing
+else. What is bound is taken to be valid: the API checks it, and the fake implementation of the operator.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.printer import SIZES
+from attn_dsl.errors import BindingError
+from attn_dsl.ir.nodes import Q, Size
+from attn_dsl.ir.parser import parse_ir
+from attn_dsl.ir.printer import print_ir
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.schedule import Schedule, derive_schedule
+from attn_dsl.passes.separate import separate
+
+if TYPE_CHECKING:
+    from attn_dsl.backend.cpu.tiles import Problem
+    from attn_dsl.backend.portable.launch import Call, Kernels
+
+Scalar = bool | int | float
+CPU, PORTABLE = "cpu", "portable"
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call may ask for beside its arguments; `text` is the same for graphs.
+
+    backend: `cpu` or `portable`. precise: exact instead of hardware functions. deterministic: the same bits in every
+    run, gradients of captured tensors too. float32_precision: `ieee` or `tf32`.
+    """
+
+    backend: str
+    precise: bool = False
+    deterministic: bool = False
+    float32_precision: str = "ieee"
+    text: str = field(init=False, repr=False, compare=False, default="")
+
+    def __post_init__(self) -> None:
+        chosen = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        object.__setattr__(self, "text", json.dumps(chosen))
+
+    @staticmethod
+    @functools.lru_cache(maxsize=256)
+    def parse(text: str) -> Options:
+        return Options(**json.loads(text))
+
+
+class Program:
+    """A simplified variant without `const` parameters, ready to run; schedules and kernels are made on first use."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.variant = variant
+        self.text = print_ir(variant, locations=False)
+        sizes = {e.name: None for t in variant.tensors for e in t.extents if isinstance(e, Size) and e not in SIZES}
+        self.extents = tuple(sizes)
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """For tiles that are clipped to the lengths."""
+        return derive_schedule(self.variant)
+
+    @functools.cached_property
+    def kernels(self) -> Kernels:
+        from attn_dsl.backend.portable.launch import Kernels
+
+        with _lock:
+            return Kernels(self.variant, derive_schedule(self.variant, padded=True))
+
+    @functools.cached_property
+    def has_row_term(self) -> bool:
+        """Whether kernels drop a term of the score, so that their log-sum-exp is not the caller's."""
+        return not _is_zero(separate(self.variant.score).dropped(Q))
+
+    def extents_of(self, tensors: tuple[Tensor, ...]) -> dict[str, int]:
+        """The sizes that only captured tensors know, each from the first axis that has it."""
+        found: dict[str, int] = {}
+        for declared, tensor in zip(self.variant.tensors, tensors, strict=True):
+            for extent, size in zip(declared.extents, tensor.shape, strict=True):
+                if isinstance(extent, Size) and extent not in SIZES:
+                    found.setdefault(extent.name, size)
+        return found
+
+
+def _is_zero(node: object) -> bool:
+    return getattr(node, "value", None) == 0.0
+
+
+_programs: dict[str, Program] = {}
+
+
+def program_for(variant: Variant) -> Program:
+    """The program of a simplified variant; the first to come keeps its source locations."""
+    return _programs.setdefault((program := Program(variant)).text, program)
+
+
+def program_of(text: str) -> Program:
+    """The program that a graph names by the printed form of its variant."""
+    found = _programs.get(text)
+    return found if found is not None else _programs.setdefault(text, Program(parse_ir(text)))
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The arguments of a call: query [B, H, Q, D], key [B, HK, KV, D], value [B, HK, KV, DV] of one dtype.
+
+    parameters: numbers or tensors of one element, in declared order. tensors: captured, in declared order.
+    q_offset: a number or an integer tensor [B].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    parameters: tuple[Scalar | Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    q_offset: int | Tensor
+    scale: float
+
+
+Outputs = tuple[Tensor, Tensor, Tensor]
+"""out [B, H, Q, DV]; lse [B, H, Q]; what backward wants beside: lse without the row terms of the score, or nothing."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """In the shapes and dtypes of what they belong to; `captured` by name, those wanted."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    captured: Mapping[str, Tensor]
+
+
+def forward(program: Program, call: Bound, options: Options) -> Outputs:
+    """Run the forward pass; nothing is saved."""
+    if options.backend == CPU:
+        return _cpu_forward(program, call)
+    if options.backend == PORTABLE:
+        return _portable_forward(program, call, options)
+    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, portable")
+
+
+def backward(
+    program: Program,
+    call: Bound,
+    options: Options,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> Gradients:
+    """Gradients of query, key, value and of the captured tensors and parameters named in `wanted`."""
+    run = _cpu_backward if options.backend == CPU else _portable_backward
+    found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
+    given = {t.name: x for t, x in zip(program.variant.tensors, call.tensors, strict=True)}
+    given |= {p.name: x for p, x in zip(program.variant.parameters, call.parameters, strict=True)}  # type: ignore[misc]
+    captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
+    return Gradients(
+        _fitted(found.query, call.query), _fitted(found.key, call.key), _fitted(found.value, call.value), captured
+    )
+
+
+def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
+    if grad is None:
+        return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    return grad.to(like.dtype).reshape(like.shape).contiguous()
+
+
+# ---------------------------------------------------------------- the CPU backend
+
+
+def _cpu_forward(program: Program, call: Bound) -> Outputs:
+    from attn_dsl.backend.cpu.attention import _flat, _sink
+    from attn_dsl.backend.cpu.forward import forward
+
+    problem = _problem(program, call)
+    out, lse, _ = forward(problem, call.query, _flat(problem, call.key), _flat(problem, call.value), _sink(problem))
+    return out, lse, lse.new_empty(0)
+
+
+def _cpu_backward(
+    program: Program,
+    call: Bound,
+    options: Options,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> Gradients:
+    from attn_dsl.backend.cpu import backward as cpu
+    from attn_dsl.backend.cpu.attention import _flat, _sink
+
+    problem = _problem(program, call)
+    key, value = _flat(problem, call.key), _flat(problem, call.value)
+    found = cpu.Gradients(
+        torch.zeros(call.query.shape, dtype=problem.dtype), torch.zeros_like(key), torch.zeros_like(value)
+    )
+    for tensor, declared in zip(call.tensors, program.variant.tensors, strict=True):
+        if declared.name in wanted:
+            found.tensors[declared.name] = torch.zeros(tensor.shape, dtype=problem.dtype)
+    for parameter in program.variant.parameters:
+        if parameter.name in wanted:
+            found.parameters[parameter.name] = torch.zeros((), dtype=problem.dtype)
+    careful = not bool(value.isfinite().all())  # what stands under the mask must not meet a weight of zero
+    saved = cpu.Saved(call.query, key, value, *outputs[:2], _sink(problem), careful)
+    cpu.backward(problem, saved, grad_out, grad_lse, found)
+    return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
+
+
+def _problem(program: Program, call: Bound) -> Problem:
+    from attn_dsl.backend.cpu.attention import problem_of
+
+    (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
+    sizes = {"B": batch, "H": heads, "HK": kv_heads, "Q": q_len, "KV": kv_len, "D": dim}
+    sizes |= program.extents_of(call.tensors)
+    values = {
+        p.name: x.item() if isinstance(x, Tensor) else x
+        for p, x in zip(program.variant.parameters, call.parameters, strict=True)
+    }
+    tensors = {t.name: x for t, x in zip(program.variant.tensors, call.tensors, strict=True)}
+    return problem_of(
+        program.variant, program.schedule, call.query, call.key, call.scale, call.q_offset, sizes, values, tensors
+    )
+
+
+# ---------------------------------------------------------------- the portable backend
+
+
+def _portable_forward(program: Program, call: Bound, options: Options) -> Outputs:
+    from attn_dsl.backend.portable import launch
+
+    out, lse, shifted = launch.forward(program.kernels, _portable_call(program, call, options))
+    return out, lse, lse.new_empty(0) if shifted is lse else shifted
+
+
+def _portable_backward(
+    program: Program,
+    call: Bound,
+    options: Options,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> Gradients:
+    from attn_dsl.backend.portable import launch
+    from attn_dsl.backend.portable.attention import _sink_gradients
+
+    out, lse, shifted = outputs
+    bound = _portable_call(program, call, options)
+    shifted = shifted if program.has_row_term else lse
+    found = launch.backward(
+        program.kernels, bound, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
+    )
+    captured = dict(found.captured)
+    if program.variant.sink is not None and wanted:
+        for name, grad in _sink_gradients(program.kernels, bound, lse, found.delta, wanted).items():
+            captured[name] = captured[name] + grad if name in captured else grad
+    return Gradients(found.query, found.key, found.value, captured)
+
+
+def _portable_call(program: Program, call: Bound, options: Options) -> Call:
+    from attn_dsl.backend.portable.launch import Call
+
+    extents = program.extents_of(call.tensors)
+    return Call(
+        call.query, call.key, call.value, call.parameters, call.tensors,
+        tuple(extents[extent.name] for extent in program.kernels.extents), call.scale, call.q_offset,
+        options.precise, options.float32_precision,
+    )  # fmt: skip

@@ -1,0 +1,216 @@
+"""Attention as operators that PyTorch knows: autograd, fake tensors, `torch.compile`, `torch.export`, autocast.
+
+    attn_dsl::attention            (out, lse, shifted)
+    attn_dsl::attention_backward   gradients of the above
+
+Everything that decides what is computed is an argument: the variant by its printed form, parameters as numbers (which
+may be symbolic, so that a new window recompiles nothing) or tensors, captured tensors as a list. `integers` begin with
+`q_offset`, `floats` with `scale`; `given` says where each parameter is: a t(ensor), i(nteger), b(ool) or f(loat), or a
+n(umber) in a tensor of the CPU, which is how a float stays symbolic in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from attn_dsl.backend.execute import PORTABLE, Bound, Options, Program, Scalar, backward, forward, program_of
+from attn_dsl.ir.types import Type
+
+_LIBRARY: Any = torch.library.Library("attn_dsl", "DEF")  # type: ignore[no-untyped-call]
+_ARGUMENTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor[] tensors, Tensor[] scalars, SymInt[] integers, float[] floats, "
+    "Tensor? offsets, str given, str variant, str options"
+)
+_LIBRARY.define(f"attention({_ARGUMENTS}) -> (Tensor out, Tensor lse, Tensor shifted)")
+_LIBRARY.define(
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor shifted, bool[] wanted, "
+    f"{_ARGUMENTS}) -> (Tensor query, Tensor key, Tensor value, Tensor[] captured)"
+)
+OPERATORS = ("attn_dsl::attention", "attn_dsl::attention_backward")
+
+
+def attention(
+    program: Program,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    parameters: Sequence[Scalar | Tensor],
+    tensors: Sequence[Tensor],
+    scale: float,
+    q_offset: int | Tensor,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, Q, DV], lse [B, H, Q])` of a checked call, differentiable once.
+
+    `parameters` and `tensors` in declared order; a batch of keys and values of size 1 is broadcast.
+    """
+    if key.shape[0] != query.shape[0]:
+        key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
+    if not torch.compiler.is_compiling() and _plain(query, key, value, parameters, tensors):
+        call = Bound(query, key, value, tuple(parameters), tuple(tensors), q_offset, scale)
+        return forward(program, call, options)[:2]
+    offsets, start = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
+    integers: list[int] = [start]  # int() would pin a symbolic number
+    scalars, floats, given = [], [scale], ""
+    for declared, x in zip(program.variant.parameters, parameters, strict=True):
+        if isinstance(x, Tensor):
+            scalars.append(x)
+            given += "t"
+        elif declared.type is Type.FLOAT and torch.compiler.is_compiling():
+            scalars.append(x * torch.ones((), dtype=torch.float64, device="cpu"))
+            given += "n"
+        elif declared.type is Type.FLOAT:
+            floats.append(float(x))
+            given += "f"
+        else:
+            integers.append(x if declared.type is Type.INT else int(x))  # type: ignore[arg-type]
+            given += "i" if declared.type is Type.INT else "b"
+    out, lse, _ = torch.ops.attn_dsl.attention(
+        query, key, value, list(tensors), scalars, integers, floats, offsets, given, program.text, options.text
+    )  # fmt: skip
+    return out, lse
+
+
+def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as `scaled_dot_product_attention` takes them under autocast; captured tensors stay."""
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in (query, key, value))  # type: ignore[return-value]  # fmt: skip  # noqa: E501
+
+
+def _plain(
+    query: Tensor, key: Tensor, value: Tensor, parameters: Sequence[Scalar | Tensor], tensors: Sequence[Tensor]
+) -> bool:
+    """Whether nobody watches: no gradient is wanted, no mode or subclass wants to see the operator."""
+    given = (query, key, value, *tensors, *(x for x in parameters if isinstance(x, Tensor)))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+
+
+# ---------------------------------------------------------------- implementations
+
+
+def _bound(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tensors: Sequence[Tensor],
+    scalars: Sequence[Tensor],
+    integers: Sequence[int],
+    floats: Sequence[float],
+    offsets: Tensor | None,
+    given: str,
+    variant: str,
+    options: str,
+) -> tuple[Program, Bound, Options]:
+    """The arguments of the operators, put together again."""
+    whole, tensor = iter(integers), iter(scalars)
+    sources: dict[str, Any] = {
+        "t": tensor,
+        "n": (x if isinstance(x, FakeTensor) else x.item() for x in tensor),
+        "f": iter(floats),
+        "i": whole,
+        "b": map(bool, whole),
+    }
+    q_offset, scale = next(whole), next(sources["f"])
+    parameters = tuple(next(sources[kind]) for kind in given)
+    call = Bound(query, key, value, parameters, tuple(tensors), q_offset if offsets is None else offsets, scale)
+    return program_of(variant), call, Options.parse(options)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return forward(*_bound(*arguments))
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    program, call, options = _bound(*arguments)
+    batch, heads, q_len, _ = call.query.shape
+    out = call.query.new_empty((batch, heads, q_len, call.value.shape[3]))
+    lse = call.query.new_empty((batch, heads, q_len), dtype=lse_dtype(call.query.dtype, options))
+    keeps = options.backend == PORTABLE and program.has_row_term
+    return out, lse, torch.empty_like(lse) if keeps else lse.new_empty(0)
+
+
+def lse_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    shifted: Tensor,
+    wanted: Sequence[bool],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    program, call, options = _bound(*arguments)
+    names = [name for name, needed in zip(_captured(program, *arguments), wanted, strict=True) if needed]
+    found = backward(program, call, options, (out, lse, shifted), grad_out, grad_lse, frozenset(names))
+    return found.query, found.key, found.value, [found.captured[name] for name in names]
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    shifted: Tensor,
+    wanted: Sequence[bool],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    query, key, value, tensors, scalars, *_ = arguments
+    found = [x.new_empty(x.shape) for x, needed in zip((*tensors, *scalars), wanted, strict=True) if needed]
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), found
+
+
+def _captured(program: Program, *arguments: Any) -> list[str]:
+    """The names of the operators' `tensors`, then those of `scalars`."""
+    given = arguments[8]
+    kinds = zip(program.variant.parameters, given, strict=True)
+    return [t.name for t in program.variant.tensors] + [p.name for p, kind in kinds if kind in "tn"]
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    query, key, value, tensors, scalars, integers, floats, offsets, *rest = inputs
+    out, lse, shifted = output
+    ctx.mark_non_differentiable(shifted)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, out, lse, shifted, offsets, *tensors, *scalars)
+    ctx.counts, ctx.numbers, ctx.rest = (len(tensors), len(scalars)), (integers, floats), rest
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Any, ...]:
+    query, key, value, out, lse, shifted, offsets, *captured = ctx.saved_tensors
+    count = ctx.counts[0]
+    needs = [*ctx.needs_input_grad[3], *ctx.needs_input_grad[4]]
+    wanted = [bool(needed and x.is_floating_point()) for needed, x in zip(needs, captured, strict=True)]
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    d_query, d_key, d_value, found = torch.ops.attn_dsl.attention_backward(
+        grad_out, grad_lse, out, lse, shifted, wanted, query, key, value, captured[:count], captured[count:],
+        *ctx.numbers, offsets, *ctx.rest,
+    )  # fmt: skip
+    grads = iter(found)
+    captured_grads = [next(grads) if needed else None for needed in wanted]
+    return (d_query, d_key, d_value, captured_grads[:count], captured_grads[count:]) + (None,) * 6
+
+
+_LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("attn_dsl::attention", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("attn_dsl::attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd("attn_dsl::attention", _differentiate, setup_context=_save, lib=_LIBRARY)
