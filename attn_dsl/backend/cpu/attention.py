@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from attn_dsl.backend.cpu.backward import Gradients, Saved, backward
 from attn_dsl.backend.cpu.forward import forward
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.tiles import Problem, TileShape
+from attn_dsl.backend.cpu.tiles import FEW_OPERATIONS, Problem, TileShape
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
@@ -57,15 +57,17 @@ def problem_of(
 ) -> Problem:
     """The call as the tile loops take it."""
     dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-    batch, heads, q_len, _ = query.shape
+    batch, heads, q_len, dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
     offsets = tuple(int(o) for o in q_offset.tolist()) if isinstance(q_offset, Tensor) else (q_offset,)
     functions = tile_functions(variant, dtype)
+    operations = 4 * batch * heads * q_len * kv_len * dim
+    threads = torch.get_num_threads() if operations > FEW_OPERATIONS else 1
     return Problem(
         functions=functions,
         schedule=schedule_functions(variant, schedule),
-        shape=TileShape.choose(q_len, kv_len, batch * kv_heads, heads // kv_heads, dtype, torch.get_num_threads()),
-        threads=torch.get_num_threads(),
+        shape=TileShape.choose(q_len, kv_len, batch * kv_heads, heads // kv_heads, dtype, threads),
+        threads=threads,
         dtype=dtype,
         batch=batch,
         heads=heads,
@@ -81,7 +83,7 @@ def problem_of(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         problem: Problem,
         names: tuple[str, ...],

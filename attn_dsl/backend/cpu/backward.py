@@ -73,15 +73,15 @@ def backward(problem: Problem, saved: Saved, d_out: Tensor, d_lse: Tensor | None
     careful = saved.careful or not bool(saved.key.isfinite().all() and saved.query.isfinite().all())
     parts = problem.parts()
     workers = problem.workers(len(parts))
-    shares = [gradients.apart() for _ in range(workers)]
+    shares = [gradients.apart() for _ in range(max(workers, 1))]
 
     def work(numbers: Iterator[int]) -> None:
         for number in numbers:
-            for part in parts[number::workers]:
+            for part in parts[number :: len(shares)]:
                 for tile in problem.tiles(part):
                     _tile_backward(tile, saved, d_out, delta, shares[number], careful=careful)
 
-    spread(work, iter(range(workers)), workers)
+    spread(work, iter(range(len(shares))), workers)
     for share in shares:
         gradients.add(share)
     if saved.sink is not None and problem.functions.sink_grad is not None:

@@ -82,6 +82,7 @@ class Problem:
     schedule: ScheduleFunctions
     shape: TileShape
     threads: int
+    """How many are worth their while."""
     dtype: torch.dtype
     batch: int
     heads: int
@@ -98,10 +99,11 @@ class Problem:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    def workers(self, tiles: int) -> int:
-        """Threads that share so many independent pieces of work; with one, torch's own operations are threaded."""
-        operations = 4 * self.batch * self.heads * self.q_len * self.kv_len * 64
-        return self.threads if tiles >= self.threads and operations > FEW_OPERATIONS else 1
+    def workers(self, pieces: int) -> int:
+        """Threads to share so many independent pieces of work; 0 where torch must thread the few that there are."""
+        if self.threads == 1:
+            return 1
+        return self.threads if pieces >= self.threads else 0
 
     @cached_property
     def lists(self) -> tuple[Any, ...]:

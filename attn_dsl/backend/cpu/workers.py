@@ -18,15 +18,18 @@ T = TypeVar("T")
 
 
 def spread(work: Callable[[Iterator[T]], None], items: Iterator[T], threads: int) -> None:
-    """Run `work(items)` on several threads that share the items, each item once. Raises what a worker raises."""
-    if threads == 1:
+    """Run `work(items)` on several threads that share the items, each item once. Raises what a worker raises.
+
+    With `threads` = 0 it runs here, and torch's own operations are threaded as they are elsewhere.
+    """
+    if threads == 0:
         work(items)
         return
     shared = _Shared(items)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrix library's setting, unlike torch's own, holds for all threads
     try:
-        futures = [_pool(threads - 1).submit(_quiet, work, shared) for _ in range(threads - 1)]
+        futures = [_pool(threads).submit(_quiet, work, shared) for _ in range(threads - 1)]
         try:
             work(shared)
         finally:

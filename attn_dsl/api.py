@@ -1,0 +1,207 @@
+"""The public API: `compile` a variant, call it, ask it what it does.
+
+attn = attn_dsl.compile("sliding_window", window=512)
+out = attn(query, key, value)                       # [B, H, Q, DV], as scaled_dot_product_attention
+out, lse = attn(query, key, value, return_lse=True)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, cast, overload
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.binding import Binder, Call
+from attn_dsl.backend.cost import Cost, cost, visited_pairs
+from attn_dsl.backend.cpu.functions import schedule_functions
+from attn_dsl.backend.select import select
+from attn_dsl.backend.validate import validate as validate_call
+from attn_dsl.errors import BindingError
+from attn_dsl.frontend import load
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes import pipeline
+from attn_dsl.passes.prove import Proof
+from attn_dsl.report import Report, report
+
+Value = bool | int | float | Tensor
+
+
+def compile(source: str | Path, **constants: bool | int | float) -> Attention:
+    """Compile a variant.
+
+    source: a path that ends in `.attn`, the name of a shipped variant, or a text. constants: values for parameters;
+    those of `const` parameters are baked in, the others become defaults of the call.
+
+    Raises CompileError with every error of the text, BindingError where the constants do not fit.
+    """
+    return Attention(load(source), constants)
+
+
+class Attention:
+    """A compiled variant: a callable on PyTorch tensors, differentiable once.
+
+    The gradients of query, key, value, captured float tensors, and of float parameters and sinks given as tensors are
+    supported; a second derivative raises.
+    """
+
+    def __init__(self, variant: Variant, constants: dict[str, bool | int | float]) -> None:
+        self._written, self._constants = variant, constants
+        self._program = pipeline.run(variant, constants, stop_after="schedule")
+        self._binder = Binder(self._program.variant)
+
+    @property
+    def variant(self) -> Variant:
+        """The checked, simplified variant, its `const` parameters bound."""
+        return self._program.variant
+
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = ...,
+        q_offset: int | Tensor = ...,
+        return_lse: Literal[False] = ...,
+        validate: bool = ...,
+        **bindings: Value,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = ...,
+        q_offset: int | Tensor = ...,
+        return_lse: Literal[True],
+        validate: bool = ...,
+        **bindings: Value,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        q_offset: int | Tensor = 0,
+        return_lse: bool = False,
+        validate: bool = False,
+        **bindings: Value,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of `query [B, H, Q, D]` to `key [B, HK, KV, D]` and `value [B, HK, KV, DV]`.
+
+        float32, bfloat16, float16 or float64, any strides; H is a multiple of HK, and query head h reads key/value head
+        h // (H // HK). A batch of 1 of key and value is broadcast.
+
+        scale       factor of the logits, 1 / sqrt(D) unless given
+        q_offset    absolute position of the first query: an int, or an int tensor [B]
+        return_lse  return also the log-sum-exp of the logits [B, H, Q] (natural logarithm; float32, or float64 for
+                    float64 inputs; minus infinity where a row sees nothing, and its output is 0)
+        validate    check promises of tensors and index ranges first, and name the first offender
+        bindings    parameters (numbers; floats also as 0-d tensors, for their gradient) and captured tensors, by name
+
+        Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
+        """
+        call = self._binder.bind(query, key, value, scale, q_offset, bindings)
+        backend = select(call.query.device)
+        if validate:
+            validate_call(self.variant, call)
+        out, lse = backend.run(self._program, call)
+        return (out, lse) if return_lse else out
+
+    def ir(self, after: str | None = None) -> str:
+        """The typed expression graph as written, or what the pass `after` made of it."""
+        if after is None:
+            return pipeline.dump(pipeline.Program(self._written))
+        return pipeline.dump(pipeline.run(self._written, self._constants, stop_after=after), after)
+
+    @property
+    def proof(self) -> Proof:
+        """The checked claims about the mask, symbolic in lengths, positions and parameters."""
+        assert self._program.proof is not None
+        return self._program.proof
+
+    def prove(
+        self, q_len: int, kv_len: int, *, block: tuple[int, int] = (128, 128), q_offset: int = 0, **bindings: Value
+    ) -> Report:
+        """The claims about the mask, and how many tiles of a call are empty, partial and full.
+
+        `block` is the tile shape (queries, keys). Counts that need a tensor which is not given are None, with a note.
+        `print(report.text())`, `report.json()`, `report.verified()`.
+        """
+        tensors = {name: x for name, x in bindings.items() if name in {t.name for t in self.variant.tensors}}
+        parameters = {name: x for name, x in bindings.items() if name not in tensors}
+        return report(
+            self._written,
+            q_len,
+            kv_len,
+            block=block,
+            q_offset=q_offset,
+            parameters={**self._constants, **parameters},
+            tensors=cast("dict[str, Tensor]", tensors),
+        )
+
+    def explain(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        q_offset: int | Tensor = 0,
+        **bindings: Value,
+    ) -> str:
+        """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
+        call = self._binder.bind(query, key, value, scale, q_offset, bindings)
+        return select(call.query.device).explain(self._program, call)
+
+    def source(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
+        """The text emitted for tensors of a device and dtype."""
+        return select(torch.device(device)).source(self._program, dtype)
+
+    def cost(
+        self,
+        B: int,
+        H: int,
+        Q: int,
+        KV: int,
+        D: int,
+        *,
+        HK: int | None = None,
+        DV: int | None = None,
+        q_offset: int = 0,
+        dtype: torch.dtype = torch.float32,
+        block: tuple[int, int] = (128, 128),
+        **bindings: Value,
+    ) -> Cost:
+        """Operations, bytes and memory of a call, dense against scheduled with tiles of `block` (rows, keys).
+
+        HK is H and DV is D unless given. Captured tensors are asked for only where the schedule reads them.
+        """
+        sizes = {"B": B, "H": H, "HK": H if HK is None else HK, "Q": Q, "KV": KV, "D": D}
+        if wrong := [name for name, size in sizes.items() if size < 1]:
+            raise BindingError(f"`{wrong[0]}`: expected at least 1, got {sizes[wrong[0]]}")
+        assert self._program.schedule is not None
+        functions = schedule_functions(self.variant, self._program.schedule)
+        scalars, lists = self._binder.bind_schedule(sizes, bindings, functions.slots)
+        visited = visited_pairs(functions, sizes, scalars, lists, q_offset, block)
+        return cost(visited, sizes, D if DV is None else DV, dtype)
+
+    def __repr__(self) -> str:
+        variant = self.variant
+        names = [
+            *(p.name if p.default is None else f"{p.name}={p.default!r}" for p in variant.parameters),
+            *(f"{t.name}: {t.dtype.value}[{len(t.extents)} axes]" for t in variant.tensors),
+        ]
+        return f"Attention({variant.name}({', '.join(names)}))"
+
+
+__all__ = ["Attention", "Call", "Cost", "compile"]

@@ -1,0 +1,291 @@
+"""From the arguments of a call to a checked call: everything that can be wrong is found here, before any work.
+
+What a variant asks for is worked out once, in `Binder`; a call then costs some microseconds. Each error is a
+BindingError that names the argument, what was expected and what came.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.printer import PythonDialect, Signature, emit
+from attn_dsl.errors import BindingError
+from attn_dsl.ir.nodes import Binary, BinaryOp, Const, Load, Node, Param, Size, post_order
+from attn_dsl.ir.types import Type
+from attn_dsl.ir.variant import Parameter, Variant
+from attn_dsl.passes.bake import coerce
+
+RESERVED = ("query", "key", "value", "scale", "q_offset", "return_lse", "validate")
+_CPU = torch.device("cpu")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUT = {"query": "[B, H, Q, D]", "key": "[B, HK, KV, D]", "value": "[B, HK, KV, DV]"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that fits its variant.
+
+    `query [B, H, Q, D]`, `key [B, HK, KV, D]`, `value [B, HK, KV, DV]` of one dtype on one device; `q_offset` is a
+    number or int64 [B]; `sizes` has `B H HK Q KV D` and the extents that tensors bind; `parameters` are numbers or,
+    floats only, 0-d tensors.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    q_offset: int | Tensor
+    sizes: Mapping[str, int]
+    parameters: Mapping[str, bool | int | float | Tensor]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """Parameters and sizes as Python numbers."""
+        parameters = {name: v.item() if isinstance(v, Tensor) else v for name, v in self.parameters.items()}
+        return {**parameters, **self.sizes}
+
+
+class Binder:
+    """Checks the calls of one variant (without `const` parameters)."""
+
+    def __init__(self, variant: Variant) -> None:
+        names = [*(p.name for p in variant.parameters), *(t.name for t in variant.tensors)]
+        for name in names:
+            if name in RESERVED:
+                raise BindingError(f"`{variant.name}` declares `{name}`, which is an argument of every call: rename it")
+        self.variant = variant
+        self.names = frozenset(names)
+        self.dtypes = {t.name: cast(torch.dtype, getattr(torch, t.dtype.value)) for t in variant.tensors}
+        self.signature = Signature.of(variant)
+        self.scalars = tuple(cast(Param | Size, node).name for node in self.signature.scalars)
+        self.divisors = _divisors(variant)
+        extents = [tensor.extents for tensor in variant.tensors]
+        self._extents = self._function("extents", extents)
+        self._divisors = self._function("divisors", self.divisors)
+
+    def _function(self, name: str, results: Sequence[Any]) -> Any:
+        source = "import math\n" + emit(name, ("scalars",), tuple(results), self.signature, PythonDialect())
+        names: dict[str, Any] = {}
+        exec(source, names)
+        return names[name]
+
+    def bind(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        q_offset: int | Tensor,
+        bindings: Mapping[str, Any],
+    ) -> Call:
+        """The checked call. Raises BindingError."""
+        key, value = _inputs(query, key, value)
+        batch, heads, q_len, dim = query.shape
+        sizes = {"B": batch, "H": heads, "HK": key.shape[1], "Q": q_len, "KV": key.shape[2], "D": dim}
+        if bindings.keys() - self.names:
+            raise BindingError(self._unknown(next(name for name in bindings if name not in self.names)))
+        parameters = {p.name: self._parameter(p, bindings, query.device) for p in self.variant.parameters}
+        tensors = {t.name: self._tensor(t.name, bindings, query.device) for t in self.variant.tensors}
+        self._bind_extents(sizes, parameters, tensors)
+        self._check_divisors(sizes, parameters)
+        return Call(
+            query, key, value, _scale(scale, dim), _q_offset(q_offset, batch, query.device), sizes, parameters, tensors
+        )
+
+    def bind_schedule(
+        self, sizes: Mapping[str, int], bindings: Mapping[str, Any], slots: frozenset[int]
+    ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """Scalars and nested lists for the schedule's functions without a call; `slots` are the tensors they read."""
+        if bindings.keys() - self.names:
+            raise BindingError(self._unknown(next(name for name in bindings if name not in self.names)))
+        parameters = {p.name: self._parameter(p, bindings, _CPU) for p in self.variant.parameters}
+        numbers = {name: v.item() if isinstance(v, Tensor) else v for name, v in parameters.items()}
+        self._check_divisors({**dict.fromkeys(self.scalars, 1), **sizes}, numbers)
+        tensors = (
+            self._tensor(tensor.name, bindings, _CPU) if i in slots else None
+            for i, tensor in enumerate(self.variant.tensors)
+        )
+        lists = tuple(None if tensor is None else tensor.tolist() for tensor in tensors)
+        return tuple({**dict.fromkeys(self.scalars, 1), **numbers, **sizes}[name] for name in self.scalars), lists
+
+    def _unknown(self, name: str) -> str:
+        near = difflib.get_close_matches(name, [*self.names, *RESERVED], n=1)
+        if near:
+            return f"`{name}`: `{self.variant.name}` has no such argument; did you mean `{near[0]}`?"
+        expected = ", ".join(f"`{known}`" for known in sorted(self.names)) or "no parameters or tensors"
+        return f"`{name}`: `{self.variant.name}` has no such argument; expected {expected}, got `{name}`"
+
+    def _parameter(
+        self, parameter: Parameter, bindings: Mapping[str, Any], device: torch.device
+    ) -> bool | int | float | Tensor:
+        name = parameter.name
+        value = bindings.get(name, parameter.default)
+        if value is None:
+            got = "got None" if name in bindings else "got nothing"
+            raise BindingError(f"`{name}`: expected {_a(parameter.type)}, {got}; it has no default")
+        if isinstance(value, Tensor):
+            return _tensor_parameter(parameter, value, device)
+        try:
+            number = coerce(parameter, value)
+        except BindingError:
+            raise _error(name, _a(parameter.type), f"{value!r} ({type(value).__name__})") from None
+        if parameter.type is Type.INT and not -(2**63) <= number < 2**63:
+            raise _error(name, "a 64-bit int", number)
+        return number
+
+    def _tensor(self, name: str, bindings: Mapping[str, Any], device: torch.device) -> Tensor:
+        tensor, dtype = bindings.get(name), self.dtypes[name]
+        if tensor is None:
+            raise _error(name, f"a {_name(dtype)} tensor", "None" if name in bindings else "nothing")
+        if not isinstance(tensor, Tensor):
+            raise _error(name, f"a {_name(dtype)} tensor", type(tensor).__name__)
+        if tensor.dtype is not dtype:
+            raise _error(name, f"dtype {_name(dtype)}", _name(tensor.dtype))
+        if tensor.device != device:
+            raise _error(name, f"device {device}, that of `query`", tensor.device)
+        extents = self.variant.tensor(name).extents
+        if tensor.dim() != len(extents):
+            raise _error(name, f"{len(extents)} axes", f"{tensor.dim()}, shape {list(tensor.shape)}")
+        return tensor
+
+    def _bind_extents(
+        self, sizes: dict[str, int], parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Extents that name no size yet are bound to what they meet first; then all must agree."""
+        if not tensors:
+            return
+        bound: dict[str, str] = {}
+        for declared in self.variant.tensors:
+            for axis, extent in enumerate(declared.extents):
+                if isinstance(extent, Size) and extent.name not in sizes:
+                    sizes[extent.name] = tensors[declared.name].shape[axis]
+                    bound[extent.name] = declared.name
+        expected = self._extents(self._scalars(sizes, parameters))
+        for declared, extents in zip(self.variant.tensors, expected, strict=True):
+            shape = tensors[declared.name].shape
+            if tuple(shape) == extents:
+                continue
+            axis = next(i for i, (size, extent) in enumerate(zip(shape, extents, strict=True)) if size != extent)
+            node = declared.extents[axis]
+            why = f" ({node.name})" if isinstance(node, Size) else ""
+            if isinstance(node, Size) and node.name in bound:
+                why = f" ({node.name}, bound by `{bound[node.name]}`)"
+            raise _error(declared.name, f"{extents[axis]} elements{why} on axis {axis}", f"shape {list(shape)}")
+
+    def _check_divisors(self, sizes: Mapping[str, int], parameters: Mapping[str, Any]) -> None:
+        if not self.divisors:
+            return
+        for node, value in zip(self.divisors, self._divisors(self._scalars(sizes, parameters)), strict=True):
+            if value <= 0:
+                named = [part.name for part in post_order(node) if isinstance(part, Param | Size)]
+                what = "a positive number" if isinstance(node, Param) else "a positive divisor"
+                raise BindingError(
+                    f"{', '.join(f'`{name}`' for name in named)}: expected {what}, since `//` or `%` divides by it,"
+                    f" got {value}"
+                )
+
+    def _scalars(self, sizes: Mapping[str, int], parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(sizes[name] if name in sizes else parameters[name] for name in self.scalars)
+
+
+def _divisors(variant: Variant) -> tuple[Node, ...]:
+    """What `//` and `%` divide integers by, where sizes and parameters alone decide it."""
+    found: dict[Node, None] = {}
+    for node in post_order(*variant.roots, *(extent for tensor in variant.tensors for extent in tensor.extents)):
+        match node:
+            case Binary(BinaryOp.FLOORDIV | BinaryOp.MOD, _, y) if y.type is Type.INT and not isinstance(y, Const):
+                if not y.depends and not any(isinstance(part, Load) for part in post_order(y)):
+                    found[y] = None
+    return tuple(found)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Key and value, a batch of 1 broadcast to that of the query, once all three fit."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise _error(name, f"a tensor {LAYOUT[name]}", type(x).__name__)
+        if x.dim() != 4:
+            raise _error(name, f"4 axes {LAYOUT[name]}", f"{x.dim()}, shape {list(x.shape)}")
+        if 0 in x.shape:
+            raise _error(name, "no empty axis", f"shape {list(x.shape)}")
+        if x.dtype not in FLOATS:
+            raise _error(name, "dtype float32, bfloat16, float16 or float64", _name(x.dtype))
+        if x.dtype is not query.dtype:
+            raise _error(name, f"dtype {_name(query.dtype)}, that of `query`", _name(x.dtype))
+        if x.device != query.device:
+            raise _error(name, f"device {query.device}, that of `query`", x.device)
+    batch, heads, _, dim = query.shape
+    if key.shape[0] not in (1, batch):
+        raise _error("key", f"batch {batch}, that of `query`, or 1", key.shape[0])
+    if heads % key.shape[1]:
+        raise _error("key", f"a number of heads that divides the {heads} of `query`", key.shape[1])
+    if key.shape[3] != dim:
+        raise _error("key", f"head dimension {dim}, that of `query`", key.shape[3])
+    for axis, what in enumerate(("batch", "heads", "length")):
+        if value.shape[axis] != key.shape[axis]:
+            raise _error("value", f"{what} {key.shape[axis]}, that of `key`", value.shape[axis])
+    if key.shape[0] != batch:
+        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+    return key, value
+
+
+def _scale(scale: float | None, dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(dim)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise _error("scale", "a finite number or None", repr(scale) if not isinstance(scale, Tensor) else "a tensor")
+    return float(scale)
+
+
+def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int | Tensor:
+    expected = f"an int >= 0 or an int tensor [{batch}] (one for each batch)"
+    if isinstance(q_offset, Tensor):
+        if q_offset.dtype not in (torch.int32, torch.int64):
+            raise _error("q_offset", expected, f"dtype {_name(q_offset.dtype)}")
+        if tuple(q_offset.shape) != (batch,):
+            raise _error("q_offset", expected, f"shape {list(q_offset.shape)}")
+        if q_offset.device != device:
+            raise _error("q_offset", f"device {device}, that of `query`", q_offset.device)
+        if device.type == "cpu" and int(q_offset.min()) < 0:
+            raise _error("q_offset", expected, f"{int(q_offset.min())}")
+        return q_offset.to(torch.int64)
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int) or not 0 <= q_offset < 2**62:
+        raise _error("q_offset", expected, repr(q_offset))
+    return q_offset
+
+
+def _tensor_parameter(parameter: Parameter, value: Tensor, device: torch.device) -> bool | int | Tensor:
+    """A float parameter may be a 0-d tensor, for its gradient; for the others it is read."""
+    kinds = {Type.FLOAT: value.is_floating_point(), Type.BOOL: value.dtype is torch.bool}
+    integral = not (value.is_floating_point() or value.is_complex() or value.dtype is torch.bool)
+    if value.dim() or not kinds.get(parameter.type, integral):
+        raise _error(
+            parameter.name,
+            f"{_a(parameter.type)} or a 0-d {parameter.type.value} tensor",
+            f"a {_name(value.dtype)} tensor of shape {list(value.shape)}",
+        )
+    if parameter.type is not Type.FLOAT:
+        return cast(bool | int, value.item())
+    if value.device != device and value.device.type != "cpu":
+        raise _error(parameter.name, f"device {device}, that of `query`", value.device)
+    return value
+
+
+def _error(name: str, expected: str, got: object) -> BindingError:
+    return BindingError(f"`{name}`: expected {expected}, got {got}")
+
+
+def _a(kind: Type) -> str:
+    return f"{'an' if kind is Type.INT else 'a'} {kind.value}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
