@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from attn_dsl.errors import AttnError, BindingError, CompileError, ProofError
 
 __version__ = "0.1.0"
-__all__ = ["AttnError", "Attention", "BindingError", "CompileError", "ProofError", "__version__", "compile", "merge"]
+__all__ = ["Attention", "AttnError", "BindingError", "CompileError", "ProofError", "__version__", "compile", "merge"]
 
 _MODULE_OF = {
     "Attention": "attn_dsl.api",
