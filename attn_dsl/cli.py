@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 from attn_dsl.errors import AttnError, BindingError, CompileError, Diagnostic, Source
 
 if TYPE_CHECKING:
+    import torch
+
     from attn_dsl.ir.variant import Variant
 
 SHIPPED = Path(__file__).parent / "variants"
@@ -119,8 +121,57 @@ def ir(arguments: argparse.Namespace) -> int:
 
 
 def prove(arguments: argparse.Namespace) -> int:
-    """Print which tiles are empty and full, the claims behind it and a picture."""
-    raise NotImplementedError
+    """Print what is proved of the tiles: claims, counts and a picture."""
+    from attn_dsl.report import report
+
+    found = report(
+        _load(arguments.file),
+        arguments.q_len,
+        arguments.kv_len,
+        block=tuple(arguments.block),
+        q_offset=arguments.q_offset,
+        parameters=dict(arguments.parameters),
+    )
+    if arguments.verify:
+        found = found.verified()
+    if arguments.format == "json":
+        _print_json(found.json())
+    elif arguments.format == "svg":
+        print(found.svg())
+    else:
+        sys.stdout.write(found.text(color=_has_color(sys.stdout)))
+    return 1 if found.is_refuted else 0
+
+
+def cost(arguments: argparse.Namespace) -> int:
+    """Print operations, bytes and memory of a call, dense against scheduled."""
+    from attn_dsl.api import Attention
+
+    counted = Attention(_load(arguments.file), dict(arguments.parameters)).cost(
+        arguments.batch,
+        arguments.heads,
+        arguments.q_len,
+        arguments.kv_len,
+        arguments.head_dim,
+        HK=arguments.kv_heads,
+        q_offset=arguments.q_offset,
+        dtype=_dtype(arguments.dtype),
+        block=tuple(arguments.block),
+    )
+    if arguments.format == "json":
+        _print_json(vars(counted))
+    else:
+        print(counted)
+    return 0
+
+
+def emit(arguments: argparse.Namespace) -> int:
+    """Print the source that a variant becomes for one kind of device."""
+    from attn_dsl.api import Attention
+
+    attention = Attention(_load(arguments.file), dict(arguments.parameters))
+    print(attention.source(arguments.device, _dtype(arguments.dtype)).rstrip())
+    return 0
 
 
 def variants(arguments: argparse.Namespace) -> int:
@@ -173,21 +224,46 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(printer)
 
     prover = command(prove)
-    prover.add_argument("file", metavar="FILE", help=FILE)
-    prover.add_argument("--q-len", type=_at_least(1), required=True, metavar="N", help="number of queries")
-    prover.add_argument("--kv-len", type=_at_least(1), required=True, metavar="N", help="number of keys")
-    prover.add_argument(
-        "--block", type=_at_least(1), nargs=2, default=[128, 128], metavar=("BM", "BN"), help="tile shape"
-    )
-    prover.add_argument("--q-offset", type=_at_least(0), default=0, metavar="O", help="position of the first query")
+    _add_call(prover)
     prover.add_argument("--verify", action="store_true", help="also hand each claim to islpy and z3")
-    _add_set(prover)
     _add_format(prover, "text", "json", "svg")
+
+    coster = command(cost)
+    _add_call(coster)
+    coster.add_argument("--batch", type=_at_least(1), default=1, metavar="B", help="(default: %(default)s)")
+    coster.add_argument("--heads", type=_at_least(1), default=1, metavar="H", help="query heads (default: %(default)s)")
+    coster.add_argument("--kv-heads", type=_at_least(1), metavar="HK", help="key/value heads (default: H)")
+    coster.add_argument("--head-dim", type=_at_least(1), default=64, metavar="D", help="(default: %(default)s)")
+    _add_dtype(coster)
+    _add_format(coster, "text", "json")
+
+    emitter = command(emit)
+    emitter.add_argument("file", metavar="FILE", help=FILE)
+    emitter.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    _add_dtype(emitter)
+    _add_set(emitter)
 
     lister = command(variants)
     lister.add_argument("name", nargs="?", metavar="NAME", help="print the text of this one")
     _add_format(lister, "text", "json")
     return parser
+
+
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is called: a file, lengths, tiles, parameters."""
+    parser.add_argument("file", metavar="FILE", help=FILE)
+    parser.add_argument("--q-len", type=_at_least(1), required=True, metavar="N", help="number of queries")
+    parser.add_argument("--kv-len", type=_at_least(1), required=True, metavar="N", help="number of keys")
+    parser.add_argument(
+        "--block", type=_at_least(1), nargs=2, default=[128, 128], metavar=("BM", "BN"), help="tile, queries by keys"
+    )
+    parser.add_argument("--q-offset", type=_at_least(0), default=0, metavar="O", help="position of the first query")
+    _add_set(parser)
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    dtypes = ("float16", "bfloat16", "float32", "float64")
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="(default: %(default)s)")
 
 
 def _add_format(parser: argparse.ArgumentParser, *formats: str) -> None:
@@ -279,6 +355,14 @@ def _summary(path: Path) -> str:
     """What the first line says after `# NAME.attn:`."""
     with path.open(encoding="utf-8") as file:
         return file.readline().partition(": ")[2].strip()
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _replace(path: Path, text: str) -> None:

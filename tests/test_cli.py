@@ -202,6 +202,21 @@ def test_prove_verifies_with_independent_solvers(capsys: pytest.CaptureFixture[s
     assert main(["prove", "sliding_window", *PROVE, "--set", "window=512", "--verify"]) == 0
 
 
+def test_cost_compares_dense_with_scheduled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cost", "causal", *PROVE, "--heads", "2", "--head-dim", "8", "--format", "json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    assert counted["pairs"] == 2 * 2048 * 2048
+    assert counted["visited"] == 2 * 136 * 128 * 128
+    assert counted["flops"] < counted["flops_dense"]
+
+
+def test_emit_prints_functions_with_the_lines_that_they_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["emit", "alibi"]) == 0
+    source = capsys.readouterr().out
+    compile(source, "emitted.py", "exec")
+    assert "def score" in source and "def kv_ranges" in source and "alibi.attn:" in source
+
+
 def test_variants_lists_all_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["variants"]) == 0
     lines = capsys.readouterr().out.splitlines()
