@@ -45,7 +45,9 @@ FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
 
 
-MAX_DERIVED = 6
+MAX_CONSTRAINTS = 24
+MIN_DERIVED = 6
+"""A clause of many constraints leaves room for fewer derived ones, since pairs grow with the square."""
 MAX_GUARDS = 12
 """Where a projection is not exact anyway, this many of its constraints are kept."""
 
@@ -175,6 +177,7 @@ class _Elimination:
     space: Space
     keep: Index | None
     constraints: list[Constraint] = field(default_factory=list)
+    given: int = 0
     eliminated: int = 0
     result: Projection = field(default_factory=Projection)
 
@@ -185,6 +188,7 @@ class _Elimination:
             rule = "quotient" if atom.definition else "comparison"
             self.add(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
         self.bound_positions()
+        self.given = len(self.constraints)
         while (term := self.next_unknown()) is not None:
             if self.is_kept_side(term):
                 self.invert(term)
@@ -295,8 +299,9 @@ class _Elimination:
     def limit(self) -> None:
         """Of very many constraints keep those with the shortest derivations; what is left out is only not used."""
         derived = [c for c in self.constraints if c.form.terms and c.weight > 1]
-        if len(derived) > MAX_DERIVED:
-            dropped = set(sorted(derived, key=lambda c: c.weight)[MAX_DERIVED:])
+        room = max(MIN_DERIVED, MAX_CONSTRAINTS - self.given)
+        if len(derived) > room:
+            dropped = set(sorted(derived, key=lambda c: c.weight)[room:])
             self.constraints = [c for c in self.constraints if c not in dropped]
             self.result.exact = False
 
