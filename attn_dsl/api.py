@@ -13,10 +13,13 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from attn_dsl.backend.binding import Binder, Call
+from attn_dsl.backend import operators
+from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
-from attn_dsl.backend.select import select
+from attn_dsl.backend.execute import program_for
+from attn_dsl.backend.operators import autocast
+from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
 from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
@@ -49,7 +52,8 @@ class Attention:
     def __init__(self, variant: Variant, constants: dict[str, bool | int | float]) -> None:
         self._written, self._constants = variant, constants
         self._program = pipeline.run(variant, constants, stop_after="schedule")
-        self._binder = Binder(self._program.variant)
+        self._executable = program_for(self._program.variant, self._program.proof)
+        self._binder = self._executable.binder
 
     @property
     def variant(self) -> Variant:
@@ -110,11 +114,12 @@ class Attention:
 
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
         """
-        call = self._binder.bind(query, key, value, scale, q_offset, bindings)
-        backend = select(call.query.device)
+        query, key, value = autocast(query, key, value)
+        bind = self._binder.assume if torch.compiler.is_compiling() else self._binder.bind
+        call = bind(query, key, value, scale, q_offset, bindings)
         if validate:
             validate_call(self.variant, call)
-        out, lse = backend.run(self._program, call)
+        out, lse = operators.attention(self._executable, call, options(call.query.device))
         return (out, lse) if return_lse else out
 
     def ir(self, after: str | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attn_dsl.backend.printer import PythonDialect, Signature, emit
 from attn_dsl.errors import BindingError
@@ -100,6 +101,32 @@ class Binder:
             query, key, value, _scale(scale, dim), _q_offset(q_offset, batch, query.device), sizes, parameters, tensors
         )
 
+    def assume(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        q_offset: int | Tensor,
+        bindings: Mapping[str, Any],
+    ) -> Call:
+        """The call, unchecked, for `torch.compile` to trace through: the operator that gets it binds and checks it."""
+        for name in bindings:
+            if name not in self.names:
+                raise BindingError(self._unknown(name))
+        parameters = {p.name: bindings.get(p.name, p.default) for p in self.variant.parameters}
+        for name, value_of in parameters.items():
+            if value_of is None:
+                raise BindingError(f"`{name}`: expected a value, got nothing; it has no default")
+        tensors = {t.name: bindings.get(t.name) for t in self.variant.tensors}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise BindingError(f"`{name}`: expected a tensor, got {type(tensor).__name__}")
+        if key.shape[0] != query.shape[0]:
+            key, value = key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return Call(query, key, value, scale, q_offset, {}, parameters, cast("dict[str, Tensor]", tensors))
+
     def bind_schedule(
         self, sizes: Mapping[str, int], bindings: Mapping[str, Any], slots: frozenset[int]
     ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -133,6 +160,8 @@ class Binder:
             raise BindingError(f"`{name}`: expected {_a(parameter.type)}, {got}; it has no default")
         if isinstance(value, Tensor):
             return _tensor_parameter(parameter, value, device)
+        if isinstance(value, torch.SymInt | torch.SymFloat):  # of a trace, checked when it is a number
+            return cast(int, value)
         try:
             number = coerce(parameter, value)
         except BindingError:
@@ -254,10 +283,10 @@ def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int |
             raise _error("q_offset", expected, f"shape {list(q_offset.shape)}")
         if q_offset.device != device:
             raise _error("q_offset", f"device {device}, that of `query`", q_offset.device)
-        if device.type == "cpu" and int(q_offset.min()) < 0:
+        if device.type == "cpu" and not isinstance(q_offset, FakeTensor) and int(q_offset.min()) < 0:
             raise _error("q_offset", expected, f"{int(q_offset.min())}")
         return q_offset.to(torch.int64)
-    if isinstance(q_offset, bool) or not isinstance(q_offset, int) or not 0 <= q_offset < 2**62:
+    if isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt) or not 0 <= q_offset < 2**62:
         raise _error("q_offset", expected, repr(q_offset))
     return q_offset
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from attn_dsl.backend.printer import SIZES
+from attn_dsl.backend.binding import Binder, Call
 from attn_dsl.errors import BindingError
-from attn_dsl.ir.nodes import Q, Size
+from attn_dsl.ir.nodes import Const, Q
 from attn_dsl.ir.parser import parse_ir
 from attn_dsl.ir.printer import print_ir
 from attn_dsl.ir.variant import Variant
@@ -27,11 +26,11 @@ from attn_dsl.passes.separate import separate
 
 if TYPE_CHECKING:
     from attn_dsl.backend.cpu.tiles import Problem
-    from attn_dsl.backend.portable.launch import Call, Kernels
+    from attn_dsl.backend.portable.launch import Call as PortableCall
+    from attn_dsl.backend.portable.launch import Kernels
+    from attn_dsl.passes.prove import Proof
 
-Scalar = bool | int | float
 CPU, PORTABLE = "cpu", "portable"
-_lock = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -61,72 +60,43 @@ class Options:
 class Program:
     """A simplified variant without `const` parameters, ready to run; schedules and kernels are made on first use."""
 
-    def __init__(self, variant: Variant) -> None:
+    def __init__(self, variant: Variant, proof: Proof | None = None) -> None:
         self.variant = variant
         self.text = print_ir(variant, locations=False)
-        sizes = {e.name: None for t in variant.tensors for e in t.extents if isinstance(e, Size) and e not in SIZES}
-        self.extents = tuple(sizes)
+        self.binder = Binder(variant)
+        self._proof = proof
 
     @functools.cached_property
     def schedule(self) -> Schedule:
         """For tiles that are clipped to the lengths."""
-        return derive_schedule(self.variant)
+        return derive_schedule(self.variant, self._proof)
 
     @functools.cached_property
     def kernels(self) -> Kernels:
         from attn_dsl.backend.portable.launch import Kernels
 
-        with _lock:
-            return Kernels(self.variant, derive_schedule(self.variant, padded=True))
+        return Kernels(self.variant, derive_schedule(self.variant, self._proof, padded=True))
 
     @functools.cached_property
     def has_row_term(self) -> bool:
         """Whether kernels drop a term of the score, so that their log-sum-exp is not the caller's."""
-        return not _is_zero(separate(self.variant.score).dropped(Q))
-
-    def extents_of(self, tensors: tuple[Tensor, ...]) -> dict[str, int]:
-        """The sizes that only captured tensors know, each from the first axis that has it."""
-        found: dict[str, int] = {}
-        for declared, tensor in zip(self.variant.tensors, tensors, strict=True):
-            for extent, size in zip(declared.extents, tensor.shape, strict=True):
-                if isinstance(extent, Size) and extent not in SIZES:
-                    found.setdefault(extent.name, size)
-        return found
-
-
-def _is_zero(node: object) -> bool:
-    return getattr(node, "value", None) == 0.0
+        dropped = separate(self.variant.score).dropped(Q)
+        return not (isinstance(dropped, Const) and dropped.value == 0.0)
 
 
 _programs: dict[str, Program] = {}
 
 
-def program_for(variant: Variant) -> Program:
-    """The program of a simplified variant; the first to come keeps its source locations."""
-    return _programs.setdefault((program := Program(variant)).text, program)
+def program_for(variant: Variant, proof: Proof | None = None) -> Program:
+    """The program of a simplified variant; among equals the first to come stays, with its source locations."""
+    program = Program(variant, proof)
+    return _programs.setdefault(program.text, program)
 
 
 def program_of(text: str) -> Program:
     """The program that a graph names by the printed form of its variant."""
     found = _programs.get(text)
-    return found if found is not None else _programs.setdefault(text, Program(parse_ir(text)))
-
-
-@dataclass(frozen=True)
-class Bound:
-    """The arguments of a call: query [B, H, Q, D], key [B, HK, KV, D], value [B, HK, KV, DV] of one dtype.
-
-    parameters: numbers or tensors of one element, in declared order. tensors: captured, in declared order.
-    q_offset: a number or an integer tensor [B].
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    parameters: tuple[Scalar | Tensor, ...]
-    tensors: tuple[Tensor, ...]
-    q_offset: int | Tensor
-    scale: float
+    return program_for(parse_ir(text)) if found is None else found
 
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -143,7 +113,7 @@ class Gradients:
     captured: Mapping[str, Tensor]
 
 
-def forward(program: Program, call: Bound, options: Options) -> Outputs:
+def forward(program: Program, call: Call, options: Options) -> Outputs:
     """Run the forward pass; nothing is saved."""
     if options.backend == CPU:
         return _cpu_forward(program, call)
@@ -154,7 +124,7 @@ def forward(program: Program, call: Bound, options: Options) -> Outputs:
 
 def backward(
     program: Program,
-    call: Bound,
+    call: Call,
     options: Options,
     outputs: Outputs,
     grad_out: Tensor,
@@ -164,8 +134,7 @@ def backward(
     """Gradients of query, key, value and of the captured tensors and parameters named in `wanted`."""
     run = _cpu_backward if options.backend == CPU else _portable_backward
     found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
-    given = {t.name: x for t, x in zip(program.variant.tensors, call.tensors, strict=True)}
-    given |= {p.name: x for p, x in zip(program.variant.parameters, call.parameters, strict=True)}  # type: ignore[misc]
+    given: dict[str, Any] = {**call.tensors, **call.parameters}
     captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
     return Gradients(
         _fitted(found.query, call.query), _fitted(found.key, call.key), _fitted(found.value, call.value), captured
@@ -181,7 +150,7 @@ def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the CPU backend
 
 
-def _cpu_forward(program: Program, call: Bound) -> Outputs:
+def _cpu_forward(program: Program, call: Call) -> Outputs:
     from attn_dsl.backend.cpu.attention import _flat, _sink
     from attn_dsl.backend.cpu.forward import forward
 
@@ -192,7 +161,7 @@ def _cpu_forward(program: Program, call: Bound) -> Outputs:
 
 def _cpu_backward(
     program: Program,
-    call: Bound,
+    call: Call,
     options: Options,
     outputs: Outputs,
     grad_out: Tensor,
@@ -207,38 +176,30 @@ def _cpu_backward(
     found = cpu.Gradients(
         torch.zeros(call.query.shape, dtype=problem.dtype), torch.zeros_like(key), torch.zeros_like(value)
     )
-    for tensor, declared in zip(call.tensors, program.variant.tensors, strict=True):
-        if declared.name in wanted:
-            found.tensors[declared.name] = torch.zeros(tensor.shape, dtype=problem.dtype)
-    for parameter in program.variant.parameters:
-        if parameter.name in wanted:
-            found.parameters[parameter.name] = torch.zeros((), dtype=problem.dtype)
+    for name in wanted:
+        if name in call.tensors:
+            found.tensors[name] = torch.zeros(call.tensors[name].shape, dtype=problem.dtype)
+        else:
+            found.parameters[name] = torch.zeros((), dtype=problem.dtype)
     careful = not bool(value.isfinite().all())  # what stands under the mask must not meet a weight of zero
     saved = cpu.Saved(call.query, key, value, *outputs[:2], _sink(problem), careful)
     cpu.backward(problem, saved, grad_out, grad_lse, found)
     return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
 
 
-def _problem(program: Program, call: Bound) -> Problem:
+def _problem(program: Program, call: Call) -> Problem:
     from attn_dsl.backend.cpu.attention import problem_of
 
-    (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
-    sizes = {"B": batch, "H": heads, "HK": kv_heads, "Q": q_len, "KV": kv_len, "D": dim}
-    sizes |= program.extents_of(call.tensors)
-    values = {
-        p.name: x.item() if isinstance(x, Tensor) else x
-        for p, x in zip(program.variant.parameters, call.parameters, strict=True)
-    }
-    tensors = {t.name: x for t, x in zip(program.variant.tensors, call.tensors, strict=True)}
+    numbers, tensors = call.numbers, call.tensors
     return problem_of(
-        program.variant, program.schedule, call.query, call.key, call.scale, call.q_offset, sizes, values, tensors
+        program.variant, program.schedule, call.query, call.key, call.scale, call.q_offset, call.sizes, numbers, tensors
     )
 
 
 # ---------------------------------------------------------------- the portable backend
 
 
-def _portable_forward(program: Program, call: Bound, options: Options) -> Outputs:
+def _portable_forward(program: Program, call: Call, options: Options) -> Outputs:
     from attn_dsl.backend.portable import launch
 
     out, lse, shifted = launch.forward(program.kernels, _portable_call(program, call, options))
@@ -247,7 +208,7 @@ def _portable_forward(program: Program, call: Bound, options: Options) -> Output
 
 def _portable_backward(
     program: Program,
-    call: Bound,
+    call: Call,
     options: Options,
     outputs: Outputs,
     grad_out: Tensor,
@@ -270,12 +231,18 @@ def _portable_backward(
     return Gradients(found.query, found.key, found.value, captured)
 
 
-def _portable_call(program: Program, call: Bound, options: Options) -> Call:
-    from attn_dsl.backend.portable.launch import Call
+def _portable_call(program: Program, call: Call, options: Options) -> PortableCall:
+    from attn_dsl.backend.portable.launch import Call as PortableCall
 
-    extents = program.extents_of(call.tensors)
-    return Call(
-        call.query, call.key, call.value, call.parameters, call.tensors,
-        tuple(extents[extent.name] for extent in program.kernels.extents), call.scale, call.q_offset,
-        options.precise, options.float32_precision,
-    )  # fmt: skip
+    return PortableCall(
+        call.query,
+        call.key,
+        call.value,
+        tuple(call.parameters.values()),
+        tuple(call.tensors.values()),
+        tuple(call.sizes[extent.name] for extent in program.kernels.extents),
+        call.scale,
+        call.q_offset,
+        options.precise,
+        options.float32_precision,
+    )

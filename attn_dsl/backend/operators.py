@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attn_dsl.backend.execute import PORTABLE, Bound, Options, Program, Scalar, backward, forward, program_of
+from attn_dsl.backend.binding import Call
+from attn_dsl.backend.execute import PORTABLE, Options, Program, backward, forward, program_of
 from attn_dsl.ir.types import Type
 
 _LIBRARY: Any = torch.library.Library("attn_dsl", "DEF")  # type: ignore[no-untyped-call]
@@ -31,34 +32,19 @@ _LIBRARY.define(
     "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor shifted, bool[] wanted, "
     f"{_ARGUMENTS}) -> (Tensor query, Tensor key, Tensor value, Tensor[] captured)"
 )
-OPERATORS = ("attn_dsl::attention", "attn_dsl::attention_backward")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def attention(
-    program: Program,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    parameters: Sequence[Scalar | Tensor],
-    tensors: Sequence[Tensor],
-    scale: float,
-    q_offset: int | Tensor,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, Q, DV], lse [B, H, Q])` of a checked call, differentiable once.
-
-    `parameters` and `tensors` in declared order; a batch of keys and values of size 1 is broadcast.
-    """
-    if key.shape[0] != query.shape[0]:
-        key, value = (x.expand(query.shape[0], -1, -1, -1) for x in (key, value))
-    if not torch.compiler.is_compiling() and _plain(query, key, value, parameters, tensors):
-        call = Bound(query, key, value, tuple(parameters), tuple(tensors), q_offset, scale)
+def attention(program: Program, call: Call, options: Options) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, Q, DV], lse [B, H, Q])` of a checked call, differentiable once."""
+    query, key, value = call.query, call.key, call.value
+    if not torch.compiler.is_compiling() and _plain(call):
         return forward(program, call, options)[:2]
-    offsets, start = (q_offset, 0) if isinstance(q_offset, Tensor) else (None, q_offset)
+    offsets, start = (call.q_offset, 0) if isinstance(call.q_offset, Tensor) else (None, call.q_offset)
     integers: list[int] = [start]  # int() would pin a symbolic number
-    scalars, floats, given = [], [scale], ""
-    for declared, x in zip(program.variant.parameters, parameters, strict=True):
+    scalars, floats, given = [], [call.scale], ""
+    for declared in program.variant.parameters:
+        x = call.parameters[declared.name]
         if isinstance(x, Tensor):
             scalars.append(x)
             given += "t"
@@ -72,7 +58,8 @@ def attention(
             integers.append(x if declared.type is Type.INT else int(x))  # type: ignore[arg-type]
             given += "i" if declared.type is Type.INT else "b"
     out, lse, _ = torch.ops.attn_dsl.attention(
-        query, key, value, list(tensors), scalars, integers, floats, offsets, given, program.text, options.text
+        query, key, value, list(call.tensors.values()), scalars, integers, floats, offsets, given, program.text,
+        options.text,
     )  # fmt: skip
     return out, lse
 
@@ -83,19 +70,22 @@ def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor,
     if not torch.is_autocast_enabled(device):
         return query, key, value
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x for x in (query, key, value))  # type: ignore[return-value]  # fmt: skip  # noqa: E501
+    return _lowered(query, dtype), _lowered(key, dtype), _lowered(value, dtype)
 
 
-def _plain(
-    query: Tensor, key: Tensor, value: Tensor, parameters: Sequence[Scalar | Tensor], tensors: Sequence[Tensor]
-) -> bool:
+def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
+
+
+def _plain(call: Call) -> bool:
     """Whether nobody watches: no gradient is wanted, no mode or subclass wants to see the operator."""
-    given = (query, key, value, *tensors, *(x for x in parameters if isinstance(x, Tensor)))
+    given = [call.query, call.key, call.value, *call.tensors.values()]
+    given += [x for x in call.parameters.values() if isinstance(x, Tensor)]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+    return all(type(x) in _PLAIN for x in given)
 
 
 # ---------------------------------------------------------------- implementations
@@ -113,8 +103,9 @@ def _bound(
     given: str,
     variant: str,
     options: str,
-) -> tuple[Program, Bound, Options]:
+) -> tuple[Program, Call, Options]:
     """The arguments of the operators, put together again."""
+    program = program_of(variant)
     whole, tensor = iter(integers), iter(scalars)
     sources: dict[str, Any] = {
         "t": tensor,
@@ -124,9 +115,11 @@ def _bound(
         "b": map(bool, whole),
     }
     q_offset, scale = next(whole), next(sources["f"])
-    parameters = tuple(next(sources[kind]) for kind in given)
-    call = Bound(query, key, value, parameters, tuple(tensors), q_offset if offsets is None else offsets, scale)
-    return program_of(variant), call, Options.parse(options)
+    parameters = {p.name: next(sources[kind]) for p, kind in zip(program.variant.parameters, given, strict=True)}
+    captured = {t.name: x for t, x in zip(program.variant.tensors, tensors, strict=True)}
+    start = q_offset if offsets is None else offsets
+    call = program.binder.bind(query, key, value, scale, start, {**parameters, **captured})
+    return program, call, Options.parse(options)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,8 +202,13 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _
     return (d_query, d_key, d_value, captured_grads[:count], captured_grads[count:]) + (None,) * 6
 
 
+def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+    raise RuntimeError("attention is differentiable once; a second derivative was asked for")
+
+
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("attn_dsl::attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("attn_dsl::attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("attn_dsl::attention", _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("attn_dsl::attention_backward", _refuse, lib=_LIBRARY)

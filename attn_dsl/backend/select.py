@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend.binding import Call
+from attn_dsl.backend.execute import Options
 from attn_dsl.errors import BindingError
 from attn_dsl.passes.pipeline import Program
 
@@ -35,3 +36,14 @@ def select(device: torch.device) -> Backend:
 
         return backend
     raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu), got one on {device}")
+
+
+def options(device: torch.device) -> Options:
+    """What the operators are told to run for tensors of a device. Raises BindingError where there is no backend."""
+    found = _OPTIONS.get(device.type)
+    if found is None:
+        raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu, cuda), got one on {device}")
+    return found
+
+
+_OPTIONS = {"cpu": Options("cpu"), "cuda": Options("portable")}
