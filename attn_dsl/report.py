@@ -248,13 +248,13 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 def _verification(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """The verdicts, those about one clause together."""
     yield "z3 and isl on the claims (sound: right where it holds; exact: only there; cover: the clauses are the mask)"
-    before = None
+    before = ""
     for verdict in verdicts:
         clause = "all clauses" if verdict.claim is None else expression(verdict.claim.clause_node)
-        if clause != before:
-            subject = f"{verdict.kind.upper()}  {clause}"
+        subject = f"{verdict.kind.upper()}  {clause}"
+        if subject != before:
             yield from textwrap.wrap(subject, WIDTH, initial_indent="  ", subsequent_indent="    ")
-        before = clause
+        before = subject
         line = f"{verdict.question}: {verdict.text()}  ({verdict.seconds * 1000:.0f} ms)"
         yield from textwrap.wrap(line, WIDTH, initial_indent="    ", subsequent_indent="      ")
 
