@@ -69,7 +69,7 @@ class Binder:
         self.scalars = tuple(cast(Param | Size, node).name for node in self.signature.scalars)
         self.divisors = _divisors(variant)
         extents = [tensor.extents for tensor in variant.tensors]
-        self._extents = self._function("extents", extents)
+        self.extents = self._function("extents", extents)
         self._divisors = self._function("divisors", self.divisors)
 
     def _function(self, name: str, results: Sequence[Any]) -> Any:
@@ -197,7 +197,7 @@ class Binder:
                 if isinstance(extent, Size) and extent.name not in sizes:
                     sizes[extent.name] = tensors[declared.name].shape[axis]
                     bound[extent.name] = declared.name
-        expected = self._extents(self._scalars(sizes, parameters))
+        expected = self.extents(self._scalars(sizes, parameters))
         for declared, extents in zip(self.variant.tensors, expected, strict=True):
             shape = tensors[declared.name].shape
             if tuple(shape) == extents:

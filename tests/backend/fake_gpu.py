@@ -1,0 +1,84 @@
+"""A GPU for Triton's own launching code on a machine that has none: everything happens but the launch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from attn_dsl.backend.cache_triton import compiling
+from attn_dsl.backend.portable import backward, forward
+from attn_dsl.backend.portable.run import inputs_of, variant_of
+
+KERNELS = (
+    forward.attention_forward,
+    backward.attention_delta,
+    backward.attention_keys_backward,
+    backward.attention_queries_backward,
+)
+
+
+class FakeDriver:
+    """The driver of one GPU of compute capability 9.0."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def fake_gpu() -> Iterator[None]:
+    """Triton takes itself to be on that GPU; kernels forget before and after what they have compiled."""
+    _forget()
+    before = driver._active
+    driver.set_active(FakeDriver())
+    try:
+        yield
+    finally:
+        driver._active = before
+        _forget()
+
+
+def _forget() -> None:
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+
+
+@contextlib.contextmanager
+def keys_only() -> Iterator[set[str]]:
+    """Collects the keys of kernels that would be compiled, and keeps Triton from compiling them."""
+    keys: set[str] = set()
+    for kernel in KERNELS:
+        kernel._do_compile = lambda key, *_, name=kernel.__name__: keys.add(f"{name} {key}")
+    try:
+        yield keys
+    finally:
+        for kernel in KERNELS:
+            del kernel._do_compile
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[bool]]:
+    """For each kernel that Triton was asked for, whether it came from the disk cache."""
+    found: list[bool] = []
+    before = knobs.compilation.listener
+    knobs.compilation.listener = lambda *, cache_hit, **_: found.append(cache_hit)
+    try:
+        yield found
+    finally:
+        knobs.compilation.listener = before
+
+
+def ask(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """A runner that does what a launch does, up to the launch."""
+    with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
+        kernel.run(*arguments, grid=(programs,), warmup=True, **options)
