@@ -25,7 +25,6 @@ from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.separate import separate
 
 if TYPE_CHECKING:
-    from attn_dsl.backend.cpu.tiles import Problem
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.prove import Proof
@@ -151,11 +150,9 @@ def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _cpu_forward(program: Program, call: Call) -> Outputs:
-    from attn_dsl.backend.cpu.attention import _flat, _sink
-    from attn_dsl.backend.cpu.forward import forward
+    from attn_dsl.backend.cpu import attention as cpu
 
-    problem = _problem(program, call)
-    out, lse, _ = forward(problem, call.query, _flat(problem, call.key), _flat(problem, call.value), _sink(problem))
+    out, lse = cpu.forward(cpu.problem_of(program.variant, program.schedule, call), call)
     return out, lse, lse.new_empty(0)
 
 
@@ -168,32 +165,11 @@ def _cpu_backward(
     grad_lse: Tensor | None,
     wanted: frozenset[str],
 ) -> Gradients:
-    from attn_dsl.backend.cpu import backward as cpu
-    from attn_dsl.backend.cpu.attention import _flat, _sink
+    from attn_dsl.backend.cpu import attention as cpu
 
-    problem = _problem(program, call)
-    key, value = _flat(problem, call.key), _flat(problem, call.value)
-    found = cpu.Gradients(
-        torch.zeros(call.query.shape, dtype=problem.dtype), torch.zeros_like(key), torch.zeros_like(value)
-    )
-    for name in wanted:
-        if name in call.tensors:
-            found.tensors[name] = torch.zeros(call.tensors[name].shape, dtype=problem.dtype)
-        else:
-            found.parameters[name] = torch.zeros((), dtype=problem.dtype)
-    careful = not bool(value.isfinite().all())  # what stands under the mask must not meet a weight of zero
-    saved = cpu.Saved(call.query, key, value, *outputs[:2], _sink(problem), careful)
-    cpu.backward(problem, saved, grad_out, grad_lse, found)
+    problem = cpu.problem_of(program.variant, program.schedule, call)
+    found = cpu.backward(problem, call, *outputs[:2], grad_out, grad_lse, wanted)
     return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
-
-
-def _problem(program: Program, call: Call) -> Problem:
-    from attn_dsl.backend.cpu.attention import problem_of
-
-    numbers, tensors = call.numbers, call.tensors
-    return problem_of(
-        program.variant, program.schedule, call.query, call.key, call.scale, call.q_offset, call.sizes, numbers, tensors
-    )
 
 
 # ---------------------------------------------------------------- the portable backend

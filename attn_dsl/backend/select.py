@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import Options
@@ -18,9 +17,6 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str: ...
-
-    def run(self, program: Program, call: Call) -> tuple[Tensor, Tensor]:
-        """`(out [B, H, Q, DV], lse [B, H, Q])`, differentiable."""
 
     def explain(self, program: Program, call: Call) -> str:
         """Which tiles the call visits and why."""

@@ -1,14 +1,13 @@
-"""The CPU backend behind the API: run a checked call, say what it does, show its text."""
+"""The CPU backend behind the API: say what a checked call does, show its text."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.cpu.attention import attention, problem_of
+from attn_dsl.backend.cpu.attention import problem_of
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
 from attn_dsl.backend.cpu.tiles import BLOCK, Problem
 from attn_dsl.errors import BindingError
@@ -18,26 +17,9 @@ from attn_dsl.passes.schedule import Schedule
 name = "cpu"
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def run(program: Program, call: Call) -> tuple[Tensor, Tensor]:
-    """`(out [B, H, Q, DV], lse [B, H, Q])`, differentiable once. A graph of `torch.compile` breaks here."""
-    return attention(
-        program.variant,
-        _schedule(program),
-        call.query,
-        call.key,
-        call.value,
-        scale=call.scale,
-        q_offset=call.q_offset,
-        sizes=call.sizes,
-        parameters=call.parameters,
-        tensors=call.tensors,
-    )
-
-
 def explain(program: Program, call: Call) -> str:
     """Which tiles the call visits and why. The schedule's functions are run for it, not the attention."""
-    problem = _problem(program, call)
+    problem = problem_of(program.variant, _schedule(program), call)
     shape, functions = problem.shape, problem.functions
     visited = {False: 0, True: 0}
     for tile in problem.tiles():
@@ -75,20 +57,6 @@ def source(program: Program, dtype: torch.dtype) -> str:
     arithmetic = torch.float64 if dtype is torch.float64 else torch.float32
     schedule = schedule_functions(program.variant, _schedule(program))
     return f"{schedule.source}\n\n{tile_functions(program.variant, arithmetic).source}"
-
-
-def _problem(program: Program, call: Call) -> Problem:
-    return problem_of(
-        program.variant,
-        _schedule(program),
-        call.query,
-        call.key,
-        call.scale,
-        call.q_offset,
-        call.sizes,
-        call.numbers,
-        call.tensors,
-    )
 
 
 def _schedule(program: Program) -> Schedule:

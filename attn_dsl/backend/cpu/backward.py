@@ -29,7 +29,7 @@ from attn_dsl.backend.cpu.workers import spread
 
 @dataclass
 class Gradients:
-    """What `backward` fills in, in the dtype of the arithmetic; `tensors` and `parameters` by name, those wanted."""
+    """What `differentiate` adds to, in the dtype of the arithmetic; of tensors and parameters those wanted."""
 
     query: Tensor
     key: Tensor
@@ -52,7 +52,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the forward left: key and value as in `forward`, `out [B, H, Q, DV]`, `lse [B, H, Q]`, `sink [B, H]`."""
+    """What the forward left: key and value as in `attend`, `out [B, H, Q, DV]`, `lse [B, H, Q]`, `sink [B, H]`."""
 
     query: Tensor
     key: Tensor
@@ -60,17 +60,16 @@ class Saved:
     out: Tensor
     lse: Tensor
     sink: Tensor | None
-    careful: bool
 
 
-def backward(problem: Problem, saved: Saved, d_out: Tensor, d_lse: Tensor | None, gradients: Gradients) -> None:
+def differentiate(problem: Problem, saved: Saved, d_out: Tensor, d_lse: Tensor | None, gradients: Gradients) -> None:
     """Add to `gradients`: query [B, H, Q, D], key [B * HK, KV, D], value [B * HK, KV, DV], zero at first."""
     out, lse = saved.out.to(problem.dtype), saved.lse
     delta = (d_out.to(problem.dtype) * out).sum(-1)
     delta.masked_fill_(lse == -math.inf, 0.0)
     if d_lse is not None:
         delta -= d_lse
-    careful = saved.careful or not bool(saved.key.isfinite().all() and saved.query.isfinite().all())
+    careful = not all(bool(x.isfinite().all()) for x in (saved.query, saved.key, saved.value))
     parts = problem.parts()
     workers = problem.workers(len(parts))
     shares = [gradients.apart() for _ in range(max(workers, 1))]
@@ -98,7 +97,7 @@ def _tile_backward(
     shift = tile.gather(saved.lse.unsqueeze(-1))
     shift = shift.clamp_(min=LOWEST).mul_(-LOG2E)
     delta_rows = tile.gather(delta.unsqueeze(-1))
-    d_query = torch.zeros_like(rows)
+    d_query, scores = torch.zeros_like(rows), tile.problem.functions.score is not None
     for visit in tile.visits():
         keys = slice(visit.begin, visit.end)
         k, v, q = saved.key[tile.kv, keys], saved.value[tile.kv, keys], rows
@@ -107,7 +106,8 @@ def _tile_backward(
         shape = (*rows.shape[:2], k.shape[1])
         s = torch.bmm(q, k.transpose(1, 2), out=scratch("logits", shape, rows.dtype))
         s, slope, partials = _scored(tile, visit, s)
-        p = torch.add(shift, masked(tile, visit, s, careful=careful), alpha=LOG2E, out=s).exp2_()
+        s = masked(tile, visit, s, careful=careful or (scores and math.isnan(s.sum().item())))
+        p = torch.add(shift, s, alpha=LOG2E, out=s).exp2_()
         gradients.value[tile.kv, keys].baddbmm_(p.transpose(1, 2), d_rows)
         ds = torch.bmm(d_rows, v.transpose(1, 2), out=scratch("d_logits", shape, rows.dtype))
         ds.sub_(delta_rows).mul_(p)

@@ -24,19 +24,15 @@ LOWEST = -1e38
 """In place of the maximum of a row that has seen nothing, since minus infinity less itself is no number."""
 
 
-def forward(
-    problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None
-) -> tuple[Tensor, Tensor, bool]:
-    """`(out [B, H, Q, DV], lse [B, H, Q], careful)`, out in the dtype of `query`, lse in that of the arithmetic.
+def attend(problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`(out [B, H, Q, DV], lse [B, H, Q])`, out in the dtype of `query`, lse in that of the arithmetic.
 
     query [B, H, Q, D]; key [B * HK, KV, D] and value [B * HK, KV, DV] in the dtype of the arithmetic; sink [B, H].
-    `careful` says that a nan stood under the mask somewhere.
     """
     shape = (problem.batch, problem.heads, problem.q_len)
     out = torch.empty((*shape, value.shape[-1]), dtype=query.dtype)
     lse = torch.empty(shape, dtype=problem.dtype)
     before, after = logit_factors(problem)
-    careful: list[Tile] = []
 
     def work(tiles: Iterator[Tile]) -> None:
         for tile in tiles:
@@ -44,13 +40,12 @@ def forward(
             k, v = key[tile.kv], value[tile.kv]
             state = _attend(tile, rows, k, v, after, careful=False)
             if math.isnan(state[2].sum().item()):
-                careful.append(tile)
                 state = _attend(tile, rows, k, v, after, careful=True)
             _finish(tile, state, sink, out, lse)
 
     count = math.ceil(problem.q_len / problem.shape.rows) * len(problem.parts())
     spread(work, problem.tiles(), problem.workers(count))
-    return out, lse, bool(careful)
+    return out, lse
 
 
 State = tuple[Tensor, Tensor, Tensor]

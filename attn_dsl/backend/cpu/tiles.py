@@ -233,7 +233,7 @@ class Tile:
         rows = x[self.index].to(self.problem.dtype)
         if self.problem.functions.by_distance:
             rows = rows.flip(2)
-        return (rows * factor).view(self.matrices, self.shared * self.rows, x.shape[3])
+        return (rows * factor).reshape(self.matrices, self.shared * self.rows, x.shape[3])
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """Write matrices back to the rows of `x [B, H, Q, ...]`."""
