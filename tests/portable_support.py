@@ -143,8 +143,9 @@ def _differentiated(
     if upstream is not None:
         grad_out, grad_lse = upstream
         grad_lse = torch.where(lse.isinf(), 0.0, grad_lse)
-        outputs = [grad_out.to(out.dtype), grad_lse.to(lse.dtype)]
-        found = torch.autograd.grad([out, lse], list(leaves.values()), outputs, allow_unused=True)
+        pairs = [(x, g.to(x.dtype)) for x, g in ((out, grad_out), (lse, grad_lse)) if x.requires_grad]
+        outputs, grads = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, list(leaves.values()), grads, allow_unused=True)
         result.grads = {
             name: torch.zeros_like(leaf) if grad is None else grad
             for (name, leaf), grad in zip(leaves.items(), found, strict=True)

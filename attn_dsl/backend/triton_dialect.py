@@ -51,7 +51,7 @@ class TritonDialect(Dialect):
             case UnaryOp.NEG:
                 return Text(f"-{x.at(Level.SIGN)}", Level.SIGN)
             case UnaryOp.NOT:
-                return Text(f"~{x.at(Level.SIGN)}", Level.SIGN)
+                return Text(f"{x.at(Level.BIT_OR)} == 0", Level.COMPARE)
             case UnaryOp.FLOOR | UnaryOp.CEIL:
                 return Text(f"tl.{node.op.value}({x.at()}).to(tl.int32)")
             case UnaryOp.RELU:

@@ -192,7 +192,8 @@ def _inside(tensor, index, CHECKED: tl.constexpr):
     for axis in tl.static_range(len(index)):
         if (CHECKED >> axis) & 1:
             # One unsigned comparison: a negative index is a huge one.
-            keep = keep & (_unsigned(index[axis]) < _unsigned(tensor[1][axis]))
+            index_here = index[axis] + tensor[1][axis] * 0  # a literal index becomes a number of the device
+            keep = keep & (_unsigned(index_here) < _unsigned(tensor[1][axis]))
     return keep
 
 

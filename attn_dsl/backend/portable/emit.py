@@ -102,7 +102,7 @@ def emit_module(
     if front is not None:
         module.add("factor", ("b", "h", "scalars", "tensors"), front, tiles=False)
     else:
-        module.add("score", ("s", *PAIR), logit)
+        _add_score(module, logit)
     if slope is not ZERO:
         module.add("slope", ("b", "h", "scalars", "tensors"), times(LOG2E, slope), tiles=False)
     if row is not ZERO:
@@ -136,6 +136,19 @@ def _uniform_multiple(logit: Node) -> Node | None:
             return front
         case _:
             return None
+
+
+def _add_score(module: _Module, logit: Node) -> None:
+    """`score` gives a whole tile, whatever the logit depends on."""
+    if "score" in logit.depends:
+        module.add("score", ("s", *PAIR), logit)
+        return
+    module.add("bias", PAIR, logit)
+    module.write(
+        "score",
+        "@triton.jit\ndef score(s, b, h, q, k, inside: tl.constexpr, scalars, tensors):\n"
+        "    return tl.zeros(s.shape, tl.float32) + bias(b, h, q, k, inside, scalars, tensors)\n",
+    )
 
 
 def _add_masks(module: _Module, mask: Node) -> None:

@@ -144,10 +144,10 @@ def _contiguous(*tensors: Tensor) -> bool:
 
 
 def _number(value: Scalar | Tensor) -> Scalar | Tensor:
-    """A parameter as the kernels take it; the interpreter does not take floats in tuples."""
+    """A parameter as the kernels take it; the interpreter takes neither floats nor bools in tuples."""
     if isinstance(value, int) and not isinstance(value, bool):
         return plain(value)
-    return torch.tensor(value) if interpreted() and isinstance(value, float) else value
+    return torch.tensor(value) if interpreted() and isinstance(value, (bool, float)) else value
 
 
 def _described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
