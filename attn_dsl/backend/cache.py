@@ -83,12 +83,23 @@ def find(kind: str, name: str, key: str) -> Entry | None:
     return None
 
 
-def put(kind: str, name: str, key: str, files: Mapping[str, bytes], inputs: Mapping[str, Any]) -> Entry:
-    """Store an entry whole and return it. Raises OSError only where not even a temporary folder can be written."""
+def put(
+    kind: str,
+    name: str,
+    key: str,
+    files: Mapping[str, bytes],
+    inputs: Mapping[str, Any],
+    *,
+    replace: bool = False,
+) -> Entry:
+    """Store an entry whole and return it; a sound one that is there already stays, unless `replace`.
+
+    Raises OSError only where not even a temporary folder can be written.
+    """
     error: OSError | None = None
     for root in _writable():
         try:
-            return _commit(root, kind, name, key, files, inputs)
+            return _commit(root, kind, name, key, files, inputs, replace=replace)
         except OSError as failed:
             error = failed
             if root != _temporary(os.getpid()):
@@ -163,7 +174,16 @@ def _user() -> int:
 # ---------------------------------------------------------------- writing
 
 
-def _commit(root: Path, kind: str, name: str, key: str, files: Mapping[str, bytes], inputs: Mapping[str, Any]) -> Entry:
+def _commit(
+    root: Path,
+    kind: str,
+    name: str,
+    key: str,
+    files: Mapping[str, bytes],
+    inputs: Mapping[str, Any],
+    *,
+    replace: bool,
+) -> Entry:
     (root / kind).mkdir(mode=0o700, exist_ok=True)
     manifest = {
         "key": key,
@@ -186,7 +206,7 @@ def _commit(root: Path, kind: str, name: str, key: str, files: Mapping[str, byte
             except OSError:  # another process was first, or what stands there is damaged
                 if not final.is_dir():
                     raise
-                entry = _checked(kind, final, key)
+                entry = None if replace else _checked(kind, final, key)
                 if entry is not None:
                     return entry
                 _discard(final)
