@@ -1,6 +1,6 @@
 """Attention for Hopper GPUs (sm_90a): warp-specialized kernels in Gluon.
 
 The kernels are ordinary modules, written once. What belongs to a variant reaches them as arguments, as in the portable
-backend: the functions that `emit.py` writes, and tuples of scalars and of tensors. Where a call does not fit these kernels
-(float32, 64-bit positions, addresses that the bulk copy engine does not take), `launch.py` says why.
+backend: the functions that `emit.py` writes, and tuples of scalars and of tensors. Where a call does not fit these
+kernels (float32, 64-bit positions, addresses that the bulk copy engine does not take), `launch.py` says why.
 """

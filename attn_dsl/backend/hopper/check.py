@@ -1,4 +1,4 @@
-"""What the assembler made of a kernel: registers spilled, tensor-core products serialized, the machine's features in use.
+"""What the assembler made of a kernel: registers spilled, products serialized, the machine's features in use.
 
 ptxas serializes asynchronous products without a word unless it is asked (`-v`; its notes C7510 to C7514), and a spill
 costs as much: either is a defect of a configuration. The words of ptxas are kept, for whoever must be told.
@@ -68,7 +68,9 @@ def sass(ptx: str) -> str:
         source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(ptx)
         subprocess.run([_tool("ptxas"), "-arch=sm_90a", str(source), "-o", str(cubin)], check=True, capture_output=True)
-        return subprocess.run([_tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [_tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def _tool(name: str) -> str:

@@ -1,10 +1,10 @@
 """What the Hopper kernels do on registers and barriers, between the tensor-core products.
 
-A warpgroup holds a tile of logits in the registers of its 128 threads: a thread has two rows, and of every eight columns
-two neighbours. Reductions over the columns stay in a thread for as long as they can.
+A warpgroup holds a tile of logits in the registers of its 128 threads: a thread has two rows, and of every eight
+columns two neighbours. Reductions over the columns stay in a thread for as long as they can.
 """
 
-# ruff: noqa: RET505, SIM108 (static conditions as Triton knows them)
+# ruff: noqa: RET505, SIM300 (static conditions as Triton knows them)
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,8 +14,8 @@ from triton.experimental.gluon import language as gl
 def pin(x):
     """x, for x >= 0, and a store that never happens.
 
-    ptxas knows nothing of the registers that `wgmma.wait_group` waits for, and moves it up at will; it keeps the order of
-    memory operations. A branch or a trap in this place would serialize every product of the kernel.
+    ptxas knows nothing of the registers that `wgmma.wait_group` waits for, and moves it up at will; it keeps the order
+    of memory operations. A branch or a trap in this place would serialize every product of the kernel.
     """
     return gl.inline_asm_elementwise(
         "{ .reg .pred p; .reg .u32 a; setp.lt.f32 p, $1, 0fBF800000; mov.u32 a, 0; @p st.shared.f32 [a], $1;"
@@ -25,8 +25,8 @@ def pin(x):
 
 @gluon.jit
 def opaque(x):
-    """x, of 32 bits, of which the compiler does not know that it has seen it before: what is computed from it is computed
-    again, instead of being kept in registers."""
+    """x, of 32 bits, of which the compiler does not know that it has seen it before: what is computed from it is
+    computed again, instead of being kept in registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
 
 

@@ -1,8 +1,8 @@
 """A variant's own functions as the Hopper kernels want them: `logit = factor * residue + slope * (k - q) + row_term`.
 
 All in base 2 but `row_term`. `factor` is positive and the same for a program, so that the largest logit of a row is the
-largest residue and `factor` costs nothing: it is the multiplier of the exponential's own multiply-add. Values that depend
-on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed to the others.
+largest residue and `factor` costs nothing: it is the multiplier of the exponential's own multiply-add. Values that
+depend on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed on.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class _Module:
 
     def add(self, name: str, arguments: Sequence[str], results: Results) -> None:
         inside = any(argument.startswith("inside") for argument in arguments)
-        bindings = {node: text for node, text in self.bindings.items() if text.split("[")[0] in arguments}
+        bindings = dict[Node, str](TILE_VARS.items())
+        bindings |= {node: text for node, text in self.bindings.items() if text.split("[")[0] in arguments}
         text = emit(
             name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=inside),
-            locations=self.variant.locations, bindings={**TILE_VARS, **bindings}, decorator="@triton.jit",
+            locations=self.variant.locations, bindings=bindings, decorator="@triton.jit",
         )  # fmt: skip
         self.names.append(name)
         self.texts.append(text)

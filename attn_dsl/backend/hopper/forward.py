@@ -1,18 +1,19 @@
 """The forward kernel: a producer warp loads, two or three warpgroups of 64 query rows each multiply and exponentiate.
 
-The producer fills rings of key and value tiles by the bulk copy engine. A consumer keeps its probabilities in registers,
-where they are the left operand of the second product. One step of its loop, with S = Q K^T and O = P V:
+The producer fills rings of key and value tiles by the bulk copy engine. A consumer keeps its probabilities in
+registers, where they are the left operand of the second product. One step of its loop, with S = Q K^T and O = P V:
 
     issue S(i);  issue O += P(i-1) V(i-1);  wait for S(i);  softmax(i) while O runs;  wait for O;  rescale O
 
-Softmax runs online, in base 2: the logit is factor * r + slope * k, with r the bare product or what the variant makes
-of it (`emit.py`); m is the running maximum of the logits, l the running sum of 2 ** (logit - m), spread over the four
-threads that share a row. `slope` travels divided by `factor`. A program takes query tile after query tile; loads run ahead across their borders.
+Softmax runs online, in base 2: the logit is factor * (r + slope * (k - q0)), with r the bare product or what the
+variant makes of it (`emit.py`) and q0 the first query of the tile; m is the running maximum of the logits, l the
+running sum of 2 ** (logit - m), spread over the four threads that share a row. A program takes query tile after query
+tile; loads run ahead across their borders.
 
 After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what.
 """
 
-# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+# ruff: noqa: RET505, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -185,12 +186,119 @@ class Memory:
         self.staging = staging
 
 
+@aggregate
+class Problem:
+    """The arguments of the kernel but its tensors: decoded anew in each warp rather than kept in registers."""
+
+    q_offset: gl.tensor
+    parameters: gl.tuple
+    sizes: gl.tuple
+    extents: gl.tuple
+    tensors: gl.tuple
+    scale: gl.tensor
+    section: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, q_offset, parameters, sizes, extents, tensors, scale, section):
+        self.q_offset = q_offset
+        self.parameters = parameters
+        self.sizes = sizes
+        self.extents = extents
+        self.tensors = tensors
+        self.scale = scale
+        self.section = section
+
+    @gluon.jit
+    def scalars(self):
+        """In the order of `printer.Signature`, and the softmax scale."""
+        return scalars_of(self.parameters, False) + self.sizes + scalars_of(self.extents, False) + (self.scale,)
+
+    @gluon.jit
+    def captured(self):
+        return captured(self.tensors, False)
+
+    @gluon.jit
+    def start(self, b):
+        """The position of the first query."""
+        if self.q_offset.dtype.is_ptr():
+            return gl.load(self.q_offset + b).to(gl.int32)
+        else:
+            return self.q_offset.to(gl.int32)
+
+
+@aggregate
+class Tile:
+    """What the elements of a query tile of one warpgroup have in common.
+
+    q: [rows, 1] positions; q0: that of the first query of all warpgroups. `uniform`, `rows`: what the emitted functions
+    of these names gave.
+    """
+
+    b: gl.tensor
+    h: gl.tensor
+    q: gl.tensor
+    q0: gl.tensor
+    kv_len: gl.tensor
+    factor: gl.tensor
+    slope: gl.tensor
+    uniform: gl.tuple
+    rows: gl.tuple
+    scalars: gl.tuple
+    tensors: gl.tuple
+
+    @gluon.constexpr_function
+    def __init__(self, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors):
+        self.b = b
+        self.h = h
+        self.q = q
+        self.q0 = q0
+        self.kv_len = kv_len
+        self.factor = factor
+        self.slope = slope
+        self.uniform = uniform
+        self.rows = rows
+        self.scalars = scalars
+        self.tensors = tensors
+
+
+@aggregate
+class Visits:
+    """The key tiles that a query tile visits: segments, masked and full, and how many tiles they hold.
+
+    A query tile that sees nothing visits one tile all the same, where the mask is false throughout.
+    """
+
+    masked: gl.tuple
+    full: gl.tuple
+    masked_tiles: gl.tensor
+    tiles: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, masked, full, masked_tiles, tiles):
+        self.masked = masked
+        self.full = full
+        self.masked_tiles = masked_tiles
+        self.tiles = tiles
+
+    @gluon.jit
+    def nth(self, n):
+        """The number of the n-th key tile: masked ones first."""
+        if len(self.full) == 0:
+            return nth(self.masked, n)
+        elif len(self.masked) == 0:
+            return nth(self.full, n)
+        else:
+            return gl.where(n < self.masked_tiles, nth(self.masked, n), nth(self.full, n - self.masked_tiles))
+
+
 # ---------------------------------------------------------------- which tiles
 
 
 @gluon.jit
-def _turns(total):
+def _turns(shape, problem):
     """How many query tiles this program takes."""
+    sizes = problem.sizes
+    total = sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
     programs = gl.num_programs(0)
     whole = total // programs
     return whole + (_seat(whole) < total - whole * programs).to(gl.int32)
@@ -203,9 +311,13 @@ def _seat(turn):
 
 
 @gluon.jit
-def _work(turn, shape, sizes, section):
-    """(tile, batch, head) of a turn. Pairs of batch and head run in sections whose keys and values fit the cache together;
-    within a section the last tiles come first, since under a causal mask they are the longest."""
+def _place(turn, shape, problem):
+    """(tile, batch, head) of a turn.
+
+    Pairs of batch and head run in sections whose keys and values fit the cache together; within a section the last
+    tiles come first, since under a causal mask they are the longest.
+    """
+    sizes, section = problem.sizes, problem.section
     number = turn * gl.num_programs(0) + _seat(turn)
     tiles = gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
     first = number // (section * tiles) * section
@@ -216,64 +328,38 @@ def _work(turn, shape, sizes, section):
 
 
 @gluon.jit
-def _start(q_offset, b):
-    """The position of the first query."""
-    if q_offset.dtype.is_ptr():
-        return gl.load(q_offset + b).to(gl.int32)
-    else:
-        return q_offset.to(gl.int32)
-
-
-@gluon.jit
 def _visits(shape, f, tile, b, h, start, scalars, tensors):
-    """(masked segments, full segments, tiles in the masked ones, tiles in all).
-
-    A query tile that sees nothing visits one tile all the same, where the mask is false throughout.
-    """
     q0 = start + tile * (shape.GROUPS * shape.ROWS)
     q1 = q0 + (shape.GROUPS * shape.ROWS - 1)
     masked, full = f.KV_RANGES(b, h, q0, q1, start, shape.KEYS, scalars, tensors)
-    masked_tiles = count(masked)
-    return masked, full, masked_tiles, gl.maximum(masked_tiles + count(full), 1)
-
-
-@gluon.jit
-def _nth(masked, full, masked_tiles, n):
-    """The number of the n-th key tile that is visited: masked ones first."""
-    if len(full) == 0:
-        return nth(masked, n)
-    elif len(masked) == 0:
-        return nth(full, n)
-    else:
-        return gl.where(n < masked_tiles, nth(masked, n), nth(full, n - masked_tiles))
+    masked_tiles = count(masked) + 0 * tile  # a tensor, even where there is no segment
+    return Visits(masked, full, masked_tiles, gl.maximum(masked_tiles + count(full), 1))
 
 
 # ---------------------------------------------------------------- producer
 
 
 @gluon.jit
-def _produce(shape, f, memory, q_offset, parameters, sizes, extents, tensors, scale, section, GROUP: gl.constexpr):
-    """Load what the consumers will want, in the order in which they want it. S(i) comes before O += P(i-1) V(i-1)."""
-    scalars = scalars_of(parameters, False) + sizes + scalars_of(extents, False) + (scale,)
-    tensors = captured(tensors, False)
+def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
+    """Load what the consumers will want, in the order in which they want it: S(i) comes before O += P(i-1) V(i-1)."""
+    scalars, tensors = problem.scalars(), problem.captured()
+    group = problem.sizes[1] // problem.sizes[2]
     passed = 0
-    group = sizes[1] // sizes[2]
-    for turn in range(_turns(sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS))):
-        tile, b, h = _work(turn, shape, sizes, section)
-        masked, full, masked_tiles, tiles = _visits(shape, f, tile, b, h, _start(q_offset, b), scalars, tensors)
+    for turn in range(_turns(shape, problem)):
+        tile, b, h = _place(turn, shape, problem)
+        visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
-        row = _nth(masked, full, masked_tiles, 0) * shape.KEYS
+        row = visits.nth(0) * shape.KEYS
         memory.keys.load(passed % shape.STAGES, passed // shape.STAGES, memory.key, b, hk, row)
         for g in gl.static_range(shape.GROUPS):
-            first = (tile * shape.GROUPS + g) * shape.ROWS
-            memory.queries.load(g, turn, memory.query, b, h, first)
-        for n in range(1, tiles):
+            memory.queries.load(g, turn, memory.query, b, h, (tile * shape.GROUPS + g) * shape.ROWS)
+        for n in range(1, visits.tiles):
             at = passed + n
-            following = _nth(masked, full, masked_tiles, n) * shape.KEYS
+            following = visits.nth(n) * shape.KEYS
             memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, b, hk, following)
             memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, b, hk, row)
             row = following
-        passed += tiles
+        passed += visits.tiles
         at = passed - 1
         memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, b, hk, row)
 
@@ -282,31 +368,30 @@ def _produce(shape, f, memory, q_offset, parameters, sizes, extents, tensors, sc
 
 
 @gluon.jit
-def _softmax(shape, f, s, m, l, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
-             MASKED: gl.constexpr, FIRST: gl.constexpr):  # fmt: skip
+def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constexpr):
     """(2 ** (logit - m), the decay of what was summed before, m, l) for key tile j, from the bare products s.
 
-    `factor` is positive, so the largest logit of a row is the largest residue. A row that has seen nothing keeps m = -inf
-    and weights of 0.
+    `factor` is positive, so the largest logit of a row is the largest residue. A row that has seen nothing keeps
+    m = -inf and weights of 0.
     """
     k = columns(j * shape.KEYS, shape.KEYS, shape.LOGITS)
     x = s
     if f.RESIDUE is not None:
-        x = f.RESIDUE(s, b, h, q, k, not MASKED, uniform, rows, scalars, tensors)
+        x = f.RESIDUE(s, tile.b, tile.h, tile.q, k, not MASKED, tile.uniform, tile.rows, tile.scalars, tile.tensors)
         if f.SLOPE is not None:
-            x += ramp(slope, j * shape.KEYS - q0, shape.ROWS, shape.KEYS, shape.LOGITS)
+            x += ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
     if MASKED:
-        keep = k < kv_len
+        keep = k < tile.kv_len
         if f.MASK is not None:
-            keep = keep & f.MASK(b, h, q, k, False, uniform, rows, scalars, tensors)
+            keep = keep & f.MASK(tile.b, tile.h, tile.q, k, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
         x = gl.where(keep, x, NEVER)
-    peak = gl.max(x, 1) * factor
+    peak = gl.max(x, 1) * tile.factor
     if not FIRST:
         peak = gl.maximum(m, peak)
     base = peak
     if MASKED or f.RESIDUE is not None:
         base = gl.where(peak == NEVER, 0.0, peak)
-    p = gl.exp2(x * factor - gl.expand_dims(base, 1))
+    p = gl.exp2(x * tile.factor - gl.expand_dims(base, 1))
     sums = thread_sums(p)
     if FIRST:
         decay = base
@@ -338,14 +423,15 @@ def _weights(shape, p, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _issue_logits(shape, f, memory, queries, at, slope, ahead):
-    """Issue S(i) for the key tile that is number `at` of all, `ahead` positions from the first query.
+def _issue_logits(shape, f, memory, tile, at, j, GROUP: gl.constexpr):
+    """Issue S(i) for key tile j, number `at` of all.
 
     A term slope * (k - q0) is what the accumulator starts with, unless the score makes something else of the product.
     """
+    queries = memory.queries.tile(GROUP)
     place = at % shape.STAGES
     if f.SLOPE is not None and f.RESIDUE is None:
-        initial = ramp(slope, ahead, shape.ROWS, shape.KEYS, shape.LOGITS)
+        initial = ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
         memory.keys.wait(place, at // shape.STAGES)
         return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), initial, is_async=True)
     else:
@@ -363,20 +449,18 @@ def _issue_output(shape, memory, p, acc, at):
 
 
 @gluon.jit
-def _step(shape, f, memory, queries, at, j, p, acc, m, l, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars,
-          tensors, MASKED: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
+def _step(shape, f, memory, tile, at, j, p, acc, m, l, MASKED: gl.constexpr, GROUP: gl.constexpr):
     """Key tile j, number `at` of all, given the weights p of the tile before."""
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
     if shape.PING_PONG:
         wait_turn(GROUP)
-    logits = _issue_logits(shape, f, memory, queries, at, slope, j * shape.KEYS - q0)
+    logits = _issue_logits(shape, f, memory, tile, at, j, GROUP)
     output = _issue_output(shape, memory, narrow, acc, at - 1)
     if shape.PING_PONG:
         pass_turn(GROUP)
     s = warpgroup_mma_wait(1, deps=[logits])
     memory.keys.release(at % shape.STAGES)
-    p, decay, m, l = _softmax(shape, f, s, m, l, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
-                              MASKED, False)  # fmt: skip
+    p, decay, m, l = _softmax(shape, f, tile, s, m, l, j, MASKED, False)
     # p among the dependences: the registers of the old weights are read until then, so p must not be narrowed before.
     acc, p = warpgroup_mma_wait(0, deps=[output, p])
     p = _carried(shape, p, memory.keys.tiles.dtype)
@@ -385,37 +469,34 @@ def _step(shape, f, memory, queries, at, j, p, acc, m, l, b, h, q, q0, kv_len, f
 
 
 @gluon.jit
-def _attend(shape, f, memory, passed, turn, masked, full, masked_tiles, tiles, b, h, q, q0, kv_len, factor, slope, uniform,
-            rows, scalars, tensors, GROUP: gl.constexpr):  # fmt: skip
+def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
     """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit."""
-    queries = memory.queries.tile(GROUP)
     dtype: gl.constexpr = memory.keys.tiles.dtype
     acc = gl.zeros([shape.ROWS, shape.DV], gl.float32, shape.OUTPUT)
     m = gl.full([shape.ROWS], NEVER, gl.float32, gl.SliceLayout(1, shape.LOGITS))
 
-    j = _nth(masked, full, masked_tiles, 0)
+    j = visits.nth(0)
     memory.queries.wait(GROUP, turn)
     if shape.PING_PONG:
         wait_turn(GROUP)
-    logits = _issue_logits(shape, f, memory, queries, passed, slope, j * shape.KEYS - q0)
+    logits = _issue_logits(shape, f, memory, tile, passed, j, GROUP)
     if shape.PING_PONG:
         pass_turn(GROUP)
     s = warpgroup_mma_wait(0, deps=[logits])
     memory.keys.release(passed % shape.STAGES)
-    p, _, m, l = _softmax(shape, f, s, m, 0.0, j, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors,
-                          True, True)  # fmt: skip
+    p, _, m, l = _softmax(shape, f, tile, s, m, 0.0, j, True, True)
     p = _carried(shape, p, dtype)
-    if len(masked) > 0:
-        for n in range(1, masked_tiles):
-            p, acc, m, l = _step(shape, f, memory, queries, passed + n, nth(masked, n), p, acc, m, l, b, h, q, q0, kv_len,
-                                 factor, slope, uniform, rows, scalars, tensors, True, GROUP)  # fmt: skip
-    if len(full) > 0:
-        for n in range(gl.maximum(masked_tiles, 1), tiles):
-            p, acc, m, l = _step(shape, f, memory, queries, passed + n, nth(full, n - masked_tiles), p, acc, m, l, b, h, q,
-                                 q0, kv_len, factor, slope, uniform, rows, scalars, tensors, False, GROUP)  # fmt: skip
+    if len(visits.masked) > 0:
+        for n in range(1, visits.masked_tiles):
+            j = nth(visits.masked, n)
+            p, acc, m, l = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, True, GROUP)
+    if len(visits.full) > 0:
+        for n in range(gl.maximum(visits.masked_tiles, 1), visits.tiles):
+            j = nth(visits.full, n - visits.masked_tiles)
+            p, acc, m, l = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, False, GROUP)
     if shape.OWN_OUTPUT:
         memory.queries.release(GROUP)
-    last = passed + tiles - 1
+    last = passed + visits.tiles - 1
     output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, last)
     l = row_sums(l, shape.LOGITS)
     acc, l = warpgroup_mma_wait(0, deps=[output, l])
@@ -424,94 +505,86 @@ def _attend(shape, f, memory, passed, turn, masked, full, masked_tiles, tiles, b
 
 
 @gluon.jit
-def _finish(shape, f, memory, acc, m, l, lead, row_term, sink, inside, place):
-    """Normalize, store the log-sum-exp, and return the output. `lead` is what the loop's logits lack for a row, in base 2,
-    since their row term is counted from the row itself."""
+def _finish(shape, f, memory, problem, acc, m, l, turn, scalars, tensors, GROUP: gl.constexpr):
+    """Store the log-sum-exp of the warpgroup's rows; return (their output, b, h, first row)."""
+    sizes = problem.sizes
+    # Computed again rather than kept in registers through the loop.
+    tile, b, h = _place(opaque(turn), shape, problem)
+    first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+    inside = local < sizes[3] - first
+    lead = 0.0  # what the loop's logits lack for a row, in base 2, since their row term is counted from the row itself
+    if f.SLOPE is not None:
+        lead = f.SLOPE(b, h, scalars, tensors) * (local + GROUP * shape.ROWS).to(gl.float32)
+    row_term = gl.zeros([shape.ROWS], gl.float32, gl.SliceLayout(1, shape.LOGITS))
+    if f.ROW_TERM is not None:
+        q = gl.expand_dims(problem.start(b) + first + local, 1)
+        uniform = ()
+        if f.UNIFORM is not None:
+            uniform = f.UNIFORM(b, h, scalars, tensors)
+        term = gl.expand_dims(row_term, 1) + f.ROW_TERM(b, h, q, False, uniform, scalars, tensors)
+        rows: gl.constexpr = gl.SliceLayout(1, shape.LOGITS)
+        row_term = gl.convert_layout(gl.reshape(term, [shape.ROWS]), rows, assert_trivial=True)
+    decay = 1.0
     if f.SINK is not None:  # a logit without a value
-        sink = (sink - row_term) * LOG2E + lead
+        sink = (f.SINK(b, h, scalars, tensors) - row_term) * LOG2E + lead
         peak = gl.maximum(m, sink)
         base = gl.where(peak == NEVER, 0.0, peak)
         decay = gl.exp2(m - base)
         l = l * decay + gl.exp2(sink - base)
         m = peak
     empty = (l == 0.0) | (row_term == NEVER)
-    inverse = gl.where(empty, 0.0, 1.0 / gl.where(empty, 1.0, l))
+    inverse = gl.where(empty, 0.0, decay / gl.where(empty, 1.0, l))
     result = gl.where(empty, NEVER, (m + gl.log2(gl.where(empty, 1.0, l)) - lead) * LN2)
+    place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + first + local
     if f.ROW_TERM is not None:
         gl.store(memory.shifted + place, result, mask=inside)
         result += row_term
     gl.store(memory.lse + place, result, mask=inside)
-    if f.SINK is not None:
-        inverse *= decay
-    return acc * per_row(inverse, shape.OUTPUT)
+    return acc * per_row(inverse, shape.OUTPUT), b, h, first
 
 
 @gluon.jit
-def _consume(shape, f, memory, q_offset, parameters, sizes, extents, tensors, scale, section, GROUP: gl.constexpr):
+def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     """Take the warpgroup's 64 rows of query tile after query tile."""
-    scalars = scalars_of(parameters, False) + sizes + scalars_of(extents, False) + (scale,)
-    tensors = captured(tensors, False)
+    scalars, tensors = problem.scalars(), problem.captured()
     passed = 0
-    if shape.PING_PONG:
-        if GROUP == 1:
-            pass_turn(GROUP)  # group 0 begins
-    total = sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
+    if shape.PING_PONG and GROUP == 1:
+        pass_turn(GROUP)  # group 0 begins
     # What does not change from tile to tile is computed again: kept in registers, it would push others out of the loop.
-    for turn in tl.range(_turns(total), disable_licm=True):
-        tile, b, h = _work(turn, shape, sizes, section)
-        start = _start(q_offset, b)
-        masked, full, masked_tiles, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+    for turn in tl.range(_turns(shape, problem), disable_licm=True):
+        tile, b, h = _place(turn, shape, problem)
+        start = problem.start(b)
+        visits = _visits(shape, f, tile, b, h, start, scalars, tensors)
         factor = gl.maximum(f.FACTOR(b, h, scalars, tensors), 1e-37)
-        local = GROUP * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-        row = tile * (shape.GROUPS * shape.ROWS) + local
-        q = gl.expand_dims(start + row, 1)
+        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+        q = start + first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+        q = gl.expand_dims(q, 1)
         q0 = start + tile * (shape.GROUPS * shape.ROWS)
-        uniform = ()
+        uniform, rows, slope = (), (), factor
         if f.UNIFORM is not None:
             uniform = f.UNIFORM(b, h, scalars, tensors)
-        rows = ()
         if f.ROWS is not None:
             rows = f.ROWS(b, h, q, False, uniform, scalars, tensors)
-        slope = 0.0
         if f.SLOPE is not None:
             slope = f.SLOPE(b, h, scalars, tensors) / factor
-        acc, m, l = _attend(shape, f, memory, passed, turn, masked, full, masked_tiles, tiles, b, h, q, q0, sizes[4], factor,
-                            slope, uniform, rows, scalars, tensors, GROUP)  # fmt: skip
-        passed += tiles
+        context = Tile(b, h, q, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
+        acc, m, l = _attend(shape, f, memory, context, visits, passed, turn, GROUP)
+        passed += visits.tiles
 
-        # Computed again rather than kept in registers through the loop.
-        tile, b, h = _work(opaque(turn), shape, sizes, section)
-        local = GROUP * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-        row = tile * (shape.GROUPS * shape.ROWS) + local
-        q = gl.expand_dims(_start(q_offset, b) + row, 1)
-        if f.UNIFORM is not None:
-            uniform = f.UNIFORM(b, h, scalars, tensors)
-        row_term = gl.zeros([shape.ROWS], gl.float32, gl.SliceLayout(1, shape.LOGITS))
-        if f.ROW_TERM is not None:
-            term = gl.expand_dims(row_term, 1) + f.ROW_TERM(b, h, q, False, uniform, scalars, tensors)
-            row_term = gl.convert_layout(gl.reshape(term, [shape.ROWS]), gl.SliceLayout(1, shape.LOGITS), assert_trivial=True)
-        sink = 0.0
-        if f.SINK is not None:
-            sink = f.SINK(b, h, scalars, tensors)
-        place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + row
-        lead = 0.0
-        if f.SLOPE is not None:
-            lead = f.SLOPE(b, h, scalars, tensors) * local.to(gl.float32)
-        acc = _finish(shape, f, memory, acc, m, l, lead, row_term, sink, row < sizes[3], place)
+        acc, b, h, first = _finish(shape, f, memory, problem, acc, m, l, turn, scalars, tensors, GROUP)
         staging = memory.staging.index(GROUP)
         if shape.OWN_OUTPUT:
             tma.store_wait(0)  # of the tile before
         staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
         fence_async_shared()
-        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
         tma.async_copy_shared_to_global(memory.out, [b, h, first, 0], staging)
         if not shape.OWN_OUTPUT:
             tma.store_wait(0)
             memory.queries.release(GROUP)
     tma.store_wait(0)
-    if shape.PING_PONG:
-        if GROUP == 0:
-            wait_turn(GROUP)  # leave the barrier as it was found
+    if shape.PING_PONG and GROUP == 0:
+        wait_turn(GROUP)  # leave the barrier as it was found
 
 
 # ---------------------------------------------------------------- kernel
@@ -519,14 +592,14 @@ def _consume(shape, f, memory, q_offset, parameters, sizes, extents, tensors, sc
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
                               "section"])  # fmt: skip
-def attention_forward(query, key, value, out, lse, shifted, q_offset, parameters, B, H, HK, Q, KV, DIM, extents, tensors,
-                      scale, section,
+def attention_forward(query, key, value, out, lse, shifted, q_offset, parameters, B, H, HK, Q, KV, DIM, extents,
+                      tensors, scale, section,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
                       SLOPE: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr,
                       KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr,
                       KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr,
                       CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr):  # fmt: skip
-    """out [B, H, Q, DV], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
+    """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
     (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
@@ -534,26 +607,27 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, parameters
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT)
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, SLOPE, MASK, ROW_TERM, SINK, KV_RANGES)
+    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, GROUPS, 1)
     keys = _ring(key, STAGES, GROUPS)
-    rows = _ring(value, STAGES, GROUPS)
+    values = _ring(value, STAGES, GROUPS)
     if OWN_OUTPUT:
         staging = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
     else:
         staging = queries.tiles
     fence_async_shared()
-    memory = Memory(query, key, value, out, lse, shifted, queries, keys, rows, staging)
+    memory = Memory(query, key, value, out, lse, shifted, queries, keys, values, staging)
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
-            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 1)),
-            (_produce, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+            (_consume, (shape, f, memory, problem, 0)),
+            (_consume, (shape, f, memory, problem, 1)),
+            (_produce, (shape, f, memory, problem, 0)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
-            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 1)),
-            (_consume, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 2)),
-            (_produce, (shape, f, memory, q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, 0)),
+            (_consume, (shape, f, memory, problem, 0)),
+            (_consume, (shape, f, memory, problem, 1)),
+            (_consume, (shape, f, memory, problem, 2)),
+            (_produce, (shape, f, memory, problem, 0)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

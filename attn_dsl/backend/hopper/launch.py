@@ -27,7 +27,7 @@ from attn_dsl.backend.portable.algebra import SCALE
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.portable.load import load
-from attn_dsl.ir.nodes import Node, Param
+from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
 
 ROWS = 64
@@ -87,7 +87,9 @@ def refusal(kernels: portable.Kernels, call: Call) -> str | None:
 
 
 def _copyable(tensor: Tensor) -> bool:
-    aligned = all(stride % 8 == 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1)
+    aligned = all(
+        stride % 8 == 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1
+    )
     address = 0 if tensor.device.type == "meta" else tensor.data_ptr()
     return tensor.stride(3) == 1 and aligned and address % 16 == 0
 
@@ -123,10 +125,10 @@ def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dic
 
 
 def forward(
-    kernels: Kernels, call: Call, run: Runner = _launch, config: Config | None = None
+    kernels: Kernels, call: Call, run: Runner = _launch, config: Config | None = None, section: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]), as `portable.launch.forward`; the call must not be one of
-    which `refusal` speaks."""
+    which `refusal` speaks. `section` is how many heads run side by side."""
     query, value = call.query, call.value
     batch, heads, q_len, dim = query.shape
     value_dim = value.shape[3]
@@ -142,7 +144,7 @@ def forward(
     arguments = (
         _descriptor(query, ROWS, d), _descriptor(call.key, config.keys, d), _descriptor(value, config.keys, dv),
         _descriptor(out, ROWS, dv), lse, shifted, call.q_offset, *_numbers(call), float(call.scale),
-        _section(kernels, call),
+        section or _section(kernels, call),
     )  # fmt: skip
     options = {**functions, "D": d, "DV": dv, **_options(config), "num_warps": 4}
     tiles = batch * heads * triton.cdiv(q_len, config.rows)
@@ -159,9 +161,15 @@ def _numbers(call: Call) -> tuple[Any, ...]:
 
 
 def _section(kernels: Kernels, call: Call) -> int:
-    """How many heads run side by side."""
+    """How many heads run side by side.
+
+    Where the rows of a query decide how many key tiles it visits, all of them, so that the longest tiles of all heads
+    come first; else those whose query heads share keys, which then stay in the cache.
+    """
     batch, heads = call.query.shape[:2]
-    return batch * heads
+    bounds = [bound for s in kernels.portable.schedule.kv.segments for bound in (s.begin, s.end)]
+    uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*bounds))
+    return batch * heads if uneven else heads // call.key.shape[1]
 
 
 def _options(config: Config) -> dict[str, Any]:
