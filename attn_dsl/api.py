@@ -8,7 +8,7 @@ out, lse = attn(query, key, value, return_lse=True)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ from attn_dsl.passes import pipeline
 from attn_dsl.passes.prove import Proof
 from attn_dsl.report import Report, report
 
+if TYPE_CHECKING:  # they load Triton
+    from attn_dsl.backend.build import Built
+    from attn_dsl.backend.tuning import Tuned
+
 Value = bool | int | float | Tensor
+Precision = Literal["ieee", "tf32"]
 
 
 def compile(source: str | Path, **constants: bool | int | float) -> Attention:
@@ -71,6 +76,9 @@ class Attention:
         q_offset: int | Tensor = ...,
         return_lse: Literal[False] = ...,
         validate: bool = ...,
+        deterministic: bool | None = ...,
+        precise: bool = ...,
+        float32_precision: Precision = ...,
         **bindings: Value,
     ) -> Tensor: ...
 
@@ -85,6 +93,9 @@ class Attention:
         q_offset: int | Tensor = ...,
         return_lse: Literal[True],
         validate: bool = ...,
+        deterministic: bool | None = ...,
+        precise: bool = ...,
+        float32_precision: Precision = ...,
         **bindings: Value,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -98,6 +109,9 @@ class Attention:
         q_offset: int | Tensor = 0,
         return_lse: bool = False,
         validate: bool = False,
+        deterministic: bool | None = None,
+        precise: bool = False,
+        float32_precision: Precision = "ieee",
         **bindings: Value,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of `query [B, H, Q, D]` to `key [B, HK, KV, D]` and `value [B, HK, KV, DV]`.
@@ -110,6 +124,10 @@ class Attention:
         return_lse  return also the log-sum-exp of the logits [B, H, Q] (natural logarithm; float32, or float64 for
                     float64 inputs; minus infinity where a row sees nothing, and its output is 0)
         validate    check promises of tensors and index ranges first, and name the first offender
+        deterministic      gradients have the same bits in every run, also those of captured tensors; unless given, what
+                           `torch.use_deterministic_algorithms` says
+        precise            exact functions, where a GPU has approximate ones
+        float32_precision  `ieee` or `tf32`: how a GPU multiplies float32
         bindings    parameters (numbers; floats also as 0-d tensors, for their gradient) and captured tensors, by name
 
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
@@ -119,7 +137,8 @@ class Attention:
         call = bind(query, key, value, scale, q_offset, bindings)
         if validate:
             validate_call(self.variant, call)
-        out, lse = operators.attention(self._executable, call, options(call.query.device))
+        chosen = options(call.query.device, deterministic, precise, float32_precision)
+        out, lse = operators.attention(self._executable, call, chosen)
         return (out, lse) if return_lse else out
 
     def ir(self, after: str | None = None) -> str:
@@ -199,6 +218,42 @@ class Attention:
         scalars, lists = self._binder.bind_schedule(sizes, bindings, functions.slots)
         visited = visited_pairs(functions, sizes, scalars, lists, q_offset, block)
         return cost(visited, sizes, D if DV is None else DV, dtype)
+
+    def build(self, target: str = "sm_90", **request: Any) -> list[Built]:
+        """Compile for GPUs of an architecture, which need not be at hand; a later call on one compiles nothing.
+
+        `request` has the fields of `attn_dsl.backend.build.Request`: dtype, head_dim, value_head_dim, backward,
+        gradients, offsets, precise, deterministic, float32_precision. Returns what was compiled, or found compiled.
+        """
+        from attn_dsl.backend.build import Request, build
+
+        return list(build(self._executable, Request(target, **request)))
+
+    def tune(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None = None,
+        q_offset: int | Tensor = 0,
+        backward: bool = True,
+        **bindings: Value,
+    ) -> Tuned:
+        """Search the fastest tiles for calls like this one on its GPU, and keep them for every later process.
+
+        A progress bar shows the best so far. Each trial is saved; Ctrl-C ends the search, and the next call goes on
+        where it stopped. Later calls with these head dimensions, dtype and architecture use what was found.
+        """
+        from attn_dsl.backend import tuning
+
+        call = self._binder.bind(query, key, value, scale, q_offset, bindings)
+        if not query.is_cuda:
+            raise BindingError(f"`query`: expected a tensor on a GPU, since only those have tiles; got {query.device}")
+        given = {**call.tensors, **call.parameters}
+        wanted = frozenset(name for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad)
+        with torch.cuda.device(query.device):
+            return tuning.run(self._executable, call, options(query.device), wanted=wanted, backward=backward)
 
     def __repr__(self) -> str:
         variant = self.variant

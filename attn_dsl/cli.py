@@ -174,6 +174,50 @@ def emit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def build(arguments: argparse.Namespace) -> int:
+    """Compile kernels for a GPU that need not be at hand; a later run on it compiles nothing."""
+    from attn_dsl.api import Attention
+    from attn_dsl.backend.build import DTYPES
+
+    kernels = Attention(_load(arguments.file), dict(arguments.parameters)).build(
+        arguments.target,
+        dtype=DTYPES[arguments.dtype],
+        head_dim=arguments.head_dim,
+        value_head_dim=arguments.value_head_dim,
+        backward=not arguments.forward_only,
+        gradients=None if arguments.gradients is None else (frozenset(arguments.gradients),),
+        offsets=arguments.offsets,
+        precise=arguments.precise,
+        deterministic=arguments.deterministic,
+    )
+    for kernel in kernels:
+        print(f"{kernel.name:28} {kernel.shared:7} bytes shared {kernel.seconds:8.2f} s")
+    return 0
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """List or clear the disk cache, or say what made the key of an entry."""
+    from attn_dsl.backend import cache as store
+    from attn_dsl.backend.cache_report import listing, why
+
+    if arguments.action == "clear":
+        print(f"{store.clear()} entries removed from {store.folder()}")
+    elif arguments.action == "ls":
+        entries = list(store.entries())
+        if arguments.format == "json":
+            _print_json([{"entry": e.path.name, "kind": e.kind, "bytes": e.size, "inputs": e.inputs} for e in entries])
+        else:
+            sys.stdout.write(listing(entries))
+    elif arguments.key is None:
+        raise CallError("cache why: name an entry, or the beginning of a name or key (`attn-dsl cache ls` has them)")
+    else:
+        found = why(list(store.entries()), arguments.key)
+        if found is None:
+            raise CallError(f"no entry of {store.folder()} has a name or key that begins with {arguments.key}")
+        sys.stdout.write(found)
+    return 0
+
+
 def variants(arguments: argparse.Namespace) -> int:
     """List the shipped variants, or print the text of one."""
     if arguments.name is not None:
@@ -242,6 +286,26 @@ def _parser() -> argparse.ArgumentParser:
     emitter.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     _add_dtype(emitter)
     _add_set(emitter)
+
+    builder = command(build)
+    builder.add_argument("file", metavar="FILE", help=FILE)
+    builder.add_argument("--target", default="sm_90", metavar="SM", help="such as sm_80 (default: %(default)s)")
+    builder.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="(default: %(default)s)")
+    builder.add_argument("--head-dim", type=_at_least(1), default=128, metavar="D", help="(default: %(default)s)")
+    builder.add_argument("--value-head-dim", type=_at_least(1), metavar="DV", help="(default: D)")
+    builder.add_argument("--forward-only", action="store_true", help="no backward kernels")
+    builder.add_argument(
+        "--gradients", nargs="*", metavar="NAME", help="captures that want a gradient (default: none, and all tensors)"
+    )
+    builder.add_argument("--offsets", action="store_true", help="for calls that give q_offset as a tensor")
+    builder.add_argument("--precise", action="store_true", help="exact instead of hardware functions")
+    builder.add_argument("--deterministic", action="store_true", help="for deterministic gradients of captures")
+    _add_set(builder)
+
+    keeper = command(cache)
+    keeper.add_argument("action", choices=("ls", "clear", "why"))
+    keeper.add_argument("key", nargs="?", metavar="KEY", help="for `why`: the beginning of a name or key")
+    _add_format(keeper, "text", "json")
 
     lister = command(variants)
     lister.add_argument("name", nargs="?", metavar="NAME", help="print the text of this one")

@@ -23,7 +23,10 @@ from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant
 from attn_dsl.passes.bake import coerce
 
-RESERVED = ("query", "key", "value", "scale", "q_offset", "return_lse", "validate")
+RESERVED = (
+    "query", "key", "value", "scale", "q_offset", "return_lse", "validate", "deterministic", "precise",
+    "float32_precision", "backward",
+)  # fmt: skip
 _CPU = torch.device("cpu")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUT = {"query": "[B, H, Q, D]", "key": "[B, HK, KV, D]", "value": "[B, HK, KV, DV]"}

@@ -28,6 +28,7 @@ from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.portable import launch
 from attn_dsl.backend.portable.run import Compiler
+from attn_dsl.backend.tuning import chosen
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Size
 from attn_dsl.ir.types import DType, Type
@@ -127,7 +128,7 @@ def _call(program: Program, request: Request, capability: tuple[int, int], wante
         key, key, value, tuple(numbers.values()), tensors,
         tuple(sizes[extent.name] for extent in program.kernels.extents), 1 / math.sqrt(dims[0]),
         torch.empty(1, dtype=torch.int64, device="meta") if request.offsets else 0,
-        request.precise, request.float32_precision, None, capability,
+        request.precise, request.float32_precision, chosen(program, key, value, capability), capability,
     )  # fmt: skip
 
 

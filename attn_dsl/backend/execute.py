@@ -143,7 +143,7 @@ def backward(
 def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    return grad.to(like.dtype).reshape(like.shape).contiguous()
+    return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
 
 
 # ---------------------------------------------------------------- the CPU backend
@@ -178,7 +178,7 @@ def _cpu_backward(
 def _portable_forward(program: Program, call: Call, options: Options) -> Outputs:
     from attn_dsl.backend.portable import launch
 
-    out, lse, shifted = launch.forward(program.kernels, _portable_call(program, call, options))
+    out, lse, shifted = launch.forward(program.kernels, portable_call(program, call, options))
     return out, lse, lse.new_empty(0) if shifted is lse else shifted
 
 
@@ -195,7 +195,7 @@ def _portable_backward(
     from attn_dsl.backend.portable.attention import _sink_gradients
 
     out, lse, shifted = outputs
-    bound = _portable_call(program, call, options)
+    bound = portable_call(program, call, options)
     shifted = shifted if program.has_row_term else lse
     found = launch.backward(
         program.kernels, bound, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
@@ -207,18 +207,32 @@ def _portable_backward(
     return Gradients(found.query, found.key, found.value, captured)
 
 
-def _portable_call(program: Program, call: Call, options: Options) -> PortableCall:
+def portable_call(program: Program, call: Call, options: Options) -> PortableCall:
+    """The call as the portable kernels take it, with tiles that a search found."""
     from attn_dsl.backend.portable.launch import Call as PortableCall
+    from attn_dsl.backend.tuning import chosen
 
+    query, value = call.query, call.value
     return PortableCall(
         call.query,
         call.key,
         call.value,
-        tuple(call.parameters.values()),
+        tuple(_placed(x, query.device) for x in call.parameters.values()),
         tuple(call.tensors.values()),
         tuple(call.sizes[extent.name] for extent in program.kernels.extents),
         call.scale,
         call.q_offset,
         options.precise,
         options.float32_precision,
+        chosen(program, query, value, _capability(query.device)) if query.is_cuda else None,
     )
+
+
+def _placed(x: Any, device: torch.device) -> Any:
+    """A parameter where a kernel can read it: a tensor of the device, or a number, for which the CPU need not wait."""
+    return x.item() if isinstance(x, Tensor) and x.device != device else x
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -34,12 +35,27 @@ def select(device: torch.device) -> Backend:
     raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu), got one on {device}")
 
 
-def options(device: torch.device) -> Options:
-    """What the operators are told to run for tensors of a device. Raises BindingError where there is no backend."""
-    found = _OPTIONS.get(device.type)
-    if found is None:
+def options(
+    device: torch.device, deterministic: bool | None = None, precise: bool = False, float32_precision: str = "ieee"
+) -> Options:
+    """What the operators are told to run for tensors of a device. Raises BindingError where there is no backend.
+
+    `deterministic` is what `torch.use_deterministic_algorithms` says unless given.
+    """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    found = _OPTIONS.get((_BACKENDS.get(device.type, ""), precise, deterministic, float32_precision))
+    if found is not None:
+        return found
+    if device.type not in _BACKENDS:
         raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu, cuda), got one on {device}")
-    return found
+    if float32_precision not in ("ieee", "tf32"):
+        raise BindingError(f"`float32_precision`: expected ieee or tf32, got {float32_precision!r}")
+    raise BindingError(f"`deterministic`, `precise`: expected bools, got {deterministic!r}, {precise!r}")
 
 
-_OPTIONS = {"cpu": Options("cpu"), "cuda": Options("portable")}
+_BACKENDS = {"cpu": "cpu", "cuda": "portable"}
+_OPTIONS = {  # made here, so that a trace meets constants
+    choice: Options(*choice)
+    for choice in itertools.product(("cpu", "portable"), (False, True), (False, True), ("ieee", "tf32"))
+}

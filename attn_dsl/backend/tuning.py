@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import cache
-from attn_dsl.backend.execute import Program
+from attn_dsl.backend.binding import Call
+from attn_dsl.backend.execute import Options, Program, portable_call
 from attn_dsl.backend.portable import launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles, choose
 
@@ -159,6 +160,25 @@ def search(
         remember(subject, tuned)
     except KeyboardInterrupt:
         pass
+    return tuned
+
+
+def run(program: Program, call: Call, options: Options, *, wanted: frozenset[str], backward: bool) -> Tuned:
+    """Search on the GPU of the call's tensors, with a progress bar, and print what was chosen."""
+    from rich import print as show_line
+
+    bound = portable_call(program, call, options)
+    capability = torch.cuda.get_device_capability(call.query.device)
+    known = recall(Subject.of(program, call.query, call.value, capability))
+    progress, on_trial = show(bound, capability, backward=backward, known=known)
+    with progress, torch.no_grad():
+        tuned = search(
+            program, bound, capability, timer=device_timer, wanted=wanted, backward=backward, on_trial=on_trial
+        )
+    for name, text in summary(tuned).items():
+        show_line(f"{name:8} {text}")
+    if not tuned.finished and backward:
+        show_line("stopped early; what was tried is saved, and the next search goes on from there")
     return tuned
 
 

@@ -180,3 +180,19 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         list(build(of, Request("ninety")))
     with pytest.raises(BindingError, match="`slope`: `causal` has no such float tensor"):
         list(build(of, Request("sm_90", gradients=(frozenset({"slope"}),))))
+
+
+def test_the_command_line_builds_lists_and_explains(capsys: pytest.CaptureFixture[str]) -> None:
+    from attn_dsl.cli import main
+
+    for dim in ("32", "16"):
+        arguments = ["build", "noop", "--target", "sm_80", "--dtype", "fp16", "--head-dim", dim, "--forward-only"]
+        assert main(arguments) == 0
+    assert capsys.readouterr().out.count("attention_forward") == 2
+    assert main(["cache", "ls"]) == 0
+    assert capsys.readouterr().out.count("noop.attention_forward-") == 2
+    assert main(["cache", "why", "noop.attention_forward"]) == 0
+    assert "D: 32 there, 16 here" in capsys.readouterr().out
+    assert main(["cache", "why", "unknown"]) == 2
+    assert main(["cache", "clear"]) == 0
+    assert not list(cache.entries())
