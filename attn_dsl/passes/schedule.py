@@ -14,7 +14,7 @@ the same with q and k exchanged. All bounds are IR expressions; a backend prints
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
 
@@ -37,7 +37,8 @@ from attn_dsl.ir.nodes import (
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.monotone import K1, Q1, Q_OFFSET
 from attn_dsl.passes.project import Constraint, Projection
-from attn_dsl.passes.prove import Proof, Side, conjunction, prove
+from attn_dsl.passes.prove import Proof, Side, conjunction, disjunction, prove
+from attn_dsl.passes.specialize import Saturation
 from attn_dsl.passes.symbolic import Poly, Space
 
 MAX_MIDDLES = 2
@@ -127,25 +128,41 @@ class Cover:
     joined: bool = False
 
 
-def derive_schedule(variant: Variant, proof: Proof | None = None, *, padded: bool = False) -> Schedule:
+def derive_schedule(
+    variant: Variant,
+    proof: Proof | None = None,
+    *,
+    padded: bool = False,
+    saturations: Sequence[Saturation] = (),
+) -> Schedule:
     """The schedule of a variant, from claims whose certificates check.
 
     padded=False: tiles are clipped to the lengths, `k1 <= KV - 1` and `q1 <= q_offset + Q - 1`.
     padded=True:  tiles are whole, and what lies past the length of the visited axis counts as masked.
+    saturations:  a tile where one of these nodes may vary counts as masked, so that the others may use the uniform
+                  score of `specialize`.
     """
     proof = prove(variant) if proof is None else proof
+    varying = [[prove(replace(variant, mask=c)) for c in saturation.conditions] for saturation in saturations]
     return Schedule(
-        kv=_ranges(proof, Axis(ZERO, Size("KV")), lambda side: side.kv, padded),
-        q=_ranges(proof, Axis(Q_OFFSET, Size("Q")), lambda side: side.q, padded),
+        kv=_ranges(proof, varying, Axis(ZERO, Size("KV")), lambda side: side.kv, padded),
+        q=_ranges(proof, varying, Axis(Q_OFFSET, Size("Q")), lambda side: side.q, padded),
     )
 
 
-def _ranges(proof: Proof, axis: Axis, view: Callable[[Side], Projection], padded: bool) -> TileRanges:
+def _ranges(
+    proof: Proof,
+    varying: Sequence[Sequence[Proof]],
+    axis: Axis,
+    view: Callable[[Side], Projection],
+    padded: bool,
+) -> TileRanges:
     visit, masked = [view(side) for side in proof.visit], [view(side) for side in proof.masked]
     visit_pieces = [p for x in visit if (p := piece(x, axis, proof.space)) is not None]
     masked_pieces = [p for x in masked if (p := piece(x, axis, proof.space)) is not None]
     if padded:
         masked_pieces.append(Piece(divide(axis.length, BLOCK), None))
+    masked_pieces += [_where_all(proofs, axis, view) for proofs in varying]
     visited, partial = cover(visit_pieces), cover(masked_pieces)
     segments = [
         Segment(begin, end, is_masked)
@@ -158,16 +175,30 @@ def _ranges(proof: Proof, axis: Axis, view: Callable[[Side], Projection], padded
     return TileRanges(
         tuple(segments),
         skip=proof.empty if visited.joined or not all(x.exact for x in visit) else FALSE,
-        full=_full(proof, axis, padded) if partial.joined or not all(x.exact for x in masked) else FALSE,
+        full=_full(proof, varying, axis, padded) if partial.joined or not all(x.exact for x in masked) else FALSE,
     )
 
 
-def _full(proof: Proof, axis: Axis, padded: bool) -> Node:
-    """Where a tile of a masked segment is FULL; a tile that sticks out over the length never is."""
-    if not padded or proof.full is FALSE:
-        return proof.full
+def _where_all(proofs: Sequence[Proof], axis: Axis, view: Callable[[Side], Projection]) -> Piece:
+    """Tiles that hold a pair of each of several conditions, or more than those."""
+    found = Piece(None, None)
+    for proof in proofs:
+        whole = cover([p for side in proof.visit if (p := piece(view(side), axis, proof.space)) is not None])
+        if not whole.pieces:
+            return Piece(ZERO, ZERO)
+        first, last = whole.pieces[0], whole.pieces[-1]
+        begins = [b for b in (found.begin, first.begin) if b is not None]
+        ends = [e for e in (found.end, last.end) if e is not None]
+        found = Piece(maximum_of(begins) if begins else None, minimum_of(ends) if ends else None)
+    return found
+
+
+def _full(proof: Proof, varying: Sequence[Sequence[Proof]], axis: Axis, padded: bool) -> Node:
+    """Where a tile of a masked segment is FULL, and uniform; a tile that sticks out over the length never is."""
+    uniform = [disjunction([condition.empty for condition in proofs]) for proofs in varying]
     end = K1 if axis.first is ZERO else Q1
-    return conjunction([proof.full, Compare(CompareOp.LE, end, axis.last)])
+    inside = [Compare(CompareOp.LE, end, axis.last)] if padded else []
+    return conjunction([proof.full, *uniform, *inside])
 
 
 def piece(projection: Projection, axis: Axis, space: Space) -> Piece | None:

@@ -5,8 +5,22 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Const, K, Node, Param, Q, Score, Select, Size
-from attn_dsl.ir.nodes import Unary, UnaryOp
+from attn_dsl.ir.nodes import (
+    Binary,
+    BinaryOp,
+    Compare,
+    CompareOp,
+    Const,
+    K,
+    Node,
+    Param,
+    Q,
+    Score,
+    Select,
+    Size,
+    Unary,
+    UnaryOp,
+)
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant
 

@@ -70,9 +70,7 @@ class Grid:
         there = torch.zeros_like(seen)
         seen[: self.q_len, : self.kv_len] = self.dense()
         there[: self.q_len, : self.kv_len] = 1
-        kept, pairs = (
-            x.view(self.rows, self.block_m, self.columns, self.block_n).sum((1, 3)) for x in (seen, there)
-        )
+        kept, pairs = (x.view(self.rows, self.block_m, self.columns, self.block_n).sum((1, 3)) for x in (seen, there))
         return kept == 0, kept == pairs
 
     def claimed(self, proof: Proof) -> tuple[Tensor, Tensor]:
@@ -98,7 +96,13 @@ class Grid:
             # A range never leaves the axis: what lies outside would be read out of bounds.
             nonempty = begin < end
             limit = self.columns if axis == "kv" else self.rows
-            assert bool((begin[nonempty] >= 0).all()) and bool((end[nonempty] <= limit).all()), (infix(segment.begin), begin.flatten(), infix(segment.end), end.flatten(), limit)
+            assert bool((begin[nonempty] >= 0).all()) and bool((end[nonempty] <= limit).all()), (
+                infix(segment.begin),
+                begin.flatten(),
+                infix(segment.end),
+                end.flatten(),
+                limit,
+            )
         if ranges.skip is not FALSE:
             visits = torch.where(self.value(ranges.skip, **corners), 0, visits)
         if ranges.full is not FALSE:
