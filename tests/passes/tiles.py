@@ -1,4 +1,4 @@
-"""Exhaustive classification of tiles, and what a proof and a schedule say of the same tiles, all as `[q tiles, kv tiles]`."""
+"""Exhaustive classification of tiles, and what a proof and a schedule say of them, as `[q tiles, kv tiles]`."""
 
 from __future__ import annotations
 
