@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,26 +11,24 @@ import torch
 from torch import Tensor
 from variant_cases import Case, Value
 
-from attn_dsl.backend.portable.attention import attention as portable
-from attn_dsl.backend.portable.launch import Kernels
+from attn_dsl.backend import operators
+from attn_dsl.backend.execute import Options, Program, program_for
 from attn_dsl.frontend import load
 from attn_dsl.ir import evaluate
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
-from attn_dsl.passes.schedule import derive_schedule
 
 
 @functools.lru_cache(maxsize=64)
-def kernels_of(text: str, constants: tuple[tuple[str, Value], ...] = ()) -> Kernels:
-    """The kernels of a shipped name or of a text, `const` parameters bound."""
-    return kernels_for(load(text), dict(constants))
+def program_of(text: str, constants: tuple[tuple[str, Value], ...] = ()) -> Program:
+    """The program of a shipped name or of a text, `const` parameters bound."""
+    return compiled(load(text), dict(constants))
 
 
-def kernels_for(variant: Variant, constants: Mapping[str, Value] | None = None) -> Kernels:
+def compiled(variant: Variant, constants: Mapping[str, Value] | None = None) -> Program:
     program = pipeline.run(variant, constants or {})
-    assert program.proof is not None
-    return Kernels(program.variant, derive_schedule(program.variant, program.proof, padded=True))
+    return program_for(program.variant, program.proof)
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Result:
 class Problem:
     """One call: tensors in the types under test; `bindings` holds parameters and captured tensors."""
 
-    kernels: Kernels
+    program: Program
     query: Tensor
     key: Tensor
     value: Tensor
@@ -57,15 +54,15 @@ class Problem:
 
     @staticmethod
     def of(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Problem:
-        kernels = kernels_of(case.name, tuple(case.constants.items()))
+        program = program_of(case.name, tuple(case.constants.items()))
         tensors = {name: tensor.to(device) for name, tensor in case.tensors(seed).items()}
         inputs = (x.to(device) for x in case.inputs(seed, dtype))
-        return Problem(kernels, *inputs, {**case.arguments, **tensors}, case.sizes.q_offset)
+        return Problem(program, *inputs, {**case.arguments, **tensors}, case.sizes.q_offset)
 
     @property
     def all_bindings(self) -> dict[str, Any]:
         """With the defaults of parameters."""
-        return {**{p.name: p.default for p in self.kernels.variant.parameters}, **self.bindings}
+        return {**{p.name: p.default for p in self.program.variant.parameters}, **self.bindings}
 
     def leaves(self, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(what can take a gradient, by name; all bindings). Float parameters become tensors; `dtype` widens."""
@@ -75,7 +72,7 @@ class Problem:
 
         bindings = self.all_bindings
         found = {"query": leaf(self.query), "key": leaf(self.key), "value": leaf(self.value)}
-        for parameter in self.kernels.variant.parameters:
+        for parameter in self.program.variant.parameters:
             if parameter.type is Type.FLOAT and not isinstance(bindings[parameter.name], Tensor):
                 bindings[parameter.name] = torch.tensor(float(bindings[parameter.name]), device=self.query.device)
         for name, value in bindings.items():
@@ -86,21 +83,9 @@ class Problem:
     def portable(self, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
         """By the kernels."""
         leaves, bindings = self.leaves()
-        variant, kernels = self.kernels.variant, self.kernels
-        sizes = evaluate.environment(variant, self.query, self._key, self._value, bindings=bindings).sizes
-        scale = 1 / math.sqrt(self.query.shape[3]) if self.scale is None else self.scale
-        out, lse = portable(
-            kernels,
-            leaves["query"],
-            leaves["key"],
-            leaves["value"],
-            scale=scale,
-            q_offset=self.q_offset,
-            sizes=sizes,
-            parameters={p.name: bindings[p.name] for p in variant.parameters},
-            tensors={t.name: bindings[t.name] for t in variant.tensors},
-            **options,
-        )
+        inputs = leaves["query"], leaves["key"], leaves["value"]
+        call = self.program.binder.bind(*inputs, self.scale, self.q_offset, bindings)
+        out, lse = operators.attention(self.program, call, Options("portable", **options))
         return _differentiated(out, lse, leaves, upstream)
 
     def truth(self, upstream: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> Result:
@@ -108,7 +93,7 @@ class Problem:
         leaves, bindings = self.leaves(dtype)
         expand = self.query.shape[0]
         out, lse = evaluate.attention(
-            self.kernels.variant,
+            self.program.variant,
             leaves["query"],
             leaves["key"].expand(expand, -1, -1, -1),
             leaves["value"].expand(expand, -1, -1, -1),
@@ -118,14 +103,6 @@ class Problem:
             dtype=dtype,
         )
         return _differentiated(out, lse, leaves, upstream)
-
-    @property
-    def _key(self) -> Tensor:
-        return self.key.expand(self.query.shape[0], -1, -1, -1)
-
-    @property
-    def _value(self) -> Tensor:
-        return self.value.expand(self.query.shape[0], -1, -1, -1)
 
     def upstream(self, seed: int = 7) -> tuple[Tensor, Tensor]:
         """Gradients of the outputs, float64; none for the log-sum-exp of rows that see nothing."""

@@ -192,7 +192,7 @@ def _portable_backward(
     wanted: frozenset[str],
 ) -> Gradients:
     from attn_dsl.backend.portable import launch
-    from attn_dsl.backend.portable.attention import _sink_gradients
+    from attn_dsl.backend.portable.sink import sink_gradients
 
     out, lse, shifted = outputs
     bound = portable_call(program, call, options)
@@ -202,7 +202,7 @@ def _portable_backward(
     )
     captured = dict(found.captured)
     if program.variant.sink is not None and wanted:
-        for name, grad in _sink_gradients(program.kernels, bound, lse, found.delta, wanted).items():
+        for name, grad in sink_gradients(program.kernels, bound, lse, found.delta, wanted).items():
             captured[name] = captured[name] + grad if name in captured else grad
     return Gradients(found.query, found.key, found.value, captured)
 

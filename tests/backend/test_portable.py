@@ -15,7 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import strategies
-from portable_support import Problem, assert_close, kernels_for, kernels_of
+from portable_support import Problem, assert_close, compiled, program_of
 from variant_cases import Case, Sizes, cases
 
 FLOAT32 = 3e-5
@@ -122,13 +122,13 @@ def capture(pattern: str) -> Problem:
     dtype, term = CAPTURES[pattern]
     text = f"attention capture\ntensor bias: {dtype}\nscore = score + {term}\nmask = q >= k\n"
     case = small(q_offset=0, Q=35)
-    kernels = kernels_of(text)
+    program = program_of(text)
     query, key, value = case.inputs()
     sizes = {"H": 2, "B": 1, "KV": 35, "2 * KV": 70}
     shape = [int(sizes.get(extent.strip(), 0) or extent) for extent in dtype[dtype.index("[") + 1 : -1].split(",")]
     kind = getattr(torch, dtype[: dtype.index("[")])
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(kind)
-    return Problem(kernels, query, key, value, {"bias": bias})
+    return Problem(program, query, key, value, {"bias": bias})
 
 
 @pytest.mark.parametrize("pattern", CAPTURES)
@@ -156,8 +156,8 @@ def test_captures_of_any_strides() -> None:
     ["score / (q - k)", "log(q - k) + score", "score * (1.0 / (q - k)) ** 2", "score + sqrt(q - k - 1)"],
 )
 def test_values_under_the_mask_do_not_poison(score: str) -> None:
-    kernels = kernels_of(f"attention poison\nscore = {score}\nmask = q - k > 0\n")
-    check(Problem(kernels, *small().inputs(), {}, 16), 1e-4)
+    program = program_of(f"attention poison\nscore = {score}\nmask = q - k > 0\n")
+    check(Problem(program, *small().inputs(), {}, 16), 1e-4)
 
 
 def test_padding_of_infinities_and_nan_does_not_poison() -> None:
@@ -186,7 +186,7 @@ def test_random_variants_agree(data: st.DataObject) -> None:
 
     bindings = {name: x for name, x in strategies.bindings(seed).items() if name in _names(variant)}
     problem = Problem(
-        kernels_for(variant), random(sizes["H"], sizes["Q"]), random(sizes["HK"], sizes["KV"]),
+        compiled(variant), random(sizes["H"], sizes["Q"]), random(sizes["HK"], sizes["KV"]),
         random(sizes["HK"], sizes["KV"]), bindings,
     )  # fmt: skip
     truth = problem.truth(problem.upstream())

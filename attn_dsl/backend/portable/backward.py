@@ -1,13 +1,13 @@
 """The backward kernels: delta, dK and dV over the transposed ranges, dQ over the direct ranges.
 
 With p the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the logit is
-dS = p * (dP - delta). From it come dV = p^T dO, dK = scale dX^T Q and dQ = scale dX K, where dX is dS times the derivative
-of the variant's score, and the gradients of captured tensors and parameters: what an entry's index does not depend on
-is summed first. Sums over keys are made by the dQ kernel, sums over queries by the dK and dV kernel, entries that vary with
-both are added tile by tile by the dQ kernel.
+dS = p * (dP - delta). From it come dV = p^T dO, dK = scale dX^T Q and dQ = scale dX K, where dX is dS times the
+derivative of the variant's score, and the gradients of captured tensors and parameters: what an entry's index does not
+depend on is summed first. Sums over keys are made by the dQ kernel, sums over queries by the dK and dV kernel, entries
+that vary with both are added tile by tile by the dQ kernel.
 """
 
-# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+# ruff: noqa: E741, RUF005, SIM108 (l is the row sum; tuples and static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -20,10 +20,10 @@ from attn_dsl.backend.portable.device import (
     load_rows,
     nth,
     program,
-    scale_rows,
-    store_rows,
     scalar,
     scalars_of,
+    scale_rows,
+    store_rows,
     strides_of,
     weighted_sum,
     zero_rows,
@@ -31,9 +31,10 @@ from attn_dsl.backend.portable.device import (
 
 
 @triton.jit(do_not_specialize=["out_strides", "grad_strides", "sizes"])
-def attention_delta(out, grad_out, grad_lse, delta, out_strides, grad_strides, sizes, BM: tl.constexpr,
-                    DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, UNIT: tl.constexpr,
-                    CONTIGUOUS: tl.constexpr):  # fmt: skip
+def attention_delta(
+        out, grad_out, grad_lse, delta, out_strides, grad_strides, sizes, BM: tl.constexpr, DV: tl.constexpr,
+        DV0: tl.constexpr, DV1: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr
+):  # fmt: skip
     """delta [B, H, Q] float32; one program for BM query rows of one batch and head."""
     out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
@@ -57,8 +58,10 @@ def attention_delta(out, grad_out, grad_lse, delta, out_strides, grad_strides, s
 
 
 @triton.jit
-def _gradient(products, upstream, lse, delta, b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE: tl.constexpr,
-              SCORE_GRAD: tl.constexpr):  # fmt: skip
+def _gradient(
+        products, upstream, lse, delta, b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE: tl.constexpr,
+        SCORE_GRAD: tl.constexpr
+):  # fmt: skip
     """(p, gradient of the scaled product, shares of captured tensors), in the shape of `products`.
 
     SCORE is None: the logit is factor * product. lse is in base 2, plus infinity for rows without a key. `keep` says
@@ -106,12 +109,13 @@ def _add_sums(totals, shares, keep):
 
 
 @triton.jit
-def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len,
-                   factor, slope, b, h, start, k, k0, loaded, scalars, tensors,
-                   SCORE: tl.constexpr, MASK: tl.constexpr,
-                   QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr,
-                   CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-                   DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _visit_queries(
+        tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len, factor,
+        slope, b, h, start, k, k0, loaded, scalars, tensors, SCORE: tl.constexpr, MASK: tl.constexpr,
+        QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+        D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
+        DV1: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """Take one query tile into the state (dK / scale, dV, totals); tiles are transposed, [keys, queries]."""
     dk, dv, totals = state
     lines = tl.arange(0, BM)
@@ -123,9 +127,7 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
         keep = lines < q_len - first
         if QUERY_MASK is not None:
             keep = keep & QUERY_MASK(b, h, (start + first + lines).to(k.dtype), False, scalars, tensors)
-    queries = load_rows(
-        query + wide * query_strides[2], lines, query_strides, keep, CONTIGUOUS, D, D0, D1
-    )
+    queries = load_rows(query + wide * query_strides[2], lines, query_strides, keep, CONTIGUOUS, D, D0, D1)
     products = inner_products(keys, queries, PRECISION)
     if MASKED:
         l = tl.load(lse + first + lines, mask=keep, other=float("inf"))
@@ -138,16 +140,16 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
     if slope is not None:  # slope * (k - k0), the same for all tiles; k0 - q goes to the row
         ramp = (slope * tl.arange(0, k.shape[0]).to(tl.float32))[:, None]
         l -= slope * (k0 - (start + first + lines)).to(tl.float32)
-    outs = load_rows(
-        grad_out + wide * grad_strides[2], lines, grad_strides, keep, CONTIGUOUS, DV, DV0, DV1
-    )
+    outs = load_rows(grad_out + wide * grad_strides[2], lines, grad_strides, keep, CONTIGUOUS, DV, DV0, DV1)
     upstream = inner_products(rows_of_values, outs, PRECISION)
     if MASKED:
         keep = keep[None, :] & loaded[:, None]
         if MASK is not None:
             keep = keep & MASK(b, h, q, k, False, scalars, tensors)
-    p, grad, shares = _gradient(products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor, ramp,
-                                scalars, tensors, SCORE, KEY_GRAD)  # fmt: skip
+    p, grad, shares = _gradient(
+        products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor, ramp, scalars, tensors,
+        SCORE, KEY_GRAD
+    )  # fmt: skip
     dv = weighted_sum(dv, p.to(grad_out.dtype.element_ty), outs, PRECISION)
     dk = weighted_sum(dk, grad.to(query.dtype.element_ty), queries, PRECISION)
     return dk, dv, _add_sums(totals, shares, keep)
@@ -156,15 +158,16 @@ def _visit_queries(tile, state, keys, rows_of_values, query, grad_out, lse, delt
 @triton.jit(do_not_specialize=[
     "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dk_strides", "dv_strides",
     "parameters", "sizes", "tensors", "grads", "scale", "section"])  # fmt: skip
-def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides,
-                            key_strides, value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes,
-                            tensors, grads, peaks, factors, scale, section,
-                            SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-                            QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr, SKIP: tl.constexpr, KEY_GRAD: tl.constexpr,
-                            SCATTER: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
-                            D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
-                            DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-                            CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def attention_keys_backward(
+        query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides, key_strides,
+        value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes, tensors, grads, peaks, factors,
+        scale, section, SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
+        KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr, SKIP: tl.constexpr,
+        KEY_GRAD: tl.constexpr, SCATTER: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
+        D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
+        BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr,
+        PRECISION: tl.constexpr
+):  # fmt: skip
     """dK [B, HK, KV, D] and dV [B, HK, KV, DV]: one program owns BN keys and loops over the heads of their group."""
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
@@ -217,25 +220,28 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
                 i = nth(partial, n)
                 if SKIP is None:
                     state = _visit_queries(
-                        i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len, query_strides,
-                        grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors, SCORE, MASK,
-                        QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
-                        PRECISION)  # fmt: skip
+                        i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                        query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
+                        scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0,
+                        DV1, BM, PRECISION
+                    )  # fmt: skip
                 else:
                     q0 = start + i.to(tl.int64) * BM
                     if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
                         state = _visit_queries(
                             i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
-                            query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars,
-                            tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0,
-                            DV1, BM, PRECISION)  # fmt: skip
+                            query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
+                            scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV,
+                            DV0, DV1, BM, PRECISION
+                        )  # fmt: skip
         if len(full) > 0:
             for n in range(count(full)):
                 state = _visit_queries(
                     nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
-                    query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded, scalars, tensors,
-                    SCORE, MASK, QUERY_MASK, KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BM,
-                    PRECISION)  # fmt: skip
+                    query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
+                    scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV, DV0,
+                    DV1, BM, PRECISION
+                )  # fmt: skip
         if SCATTER is not None:  # the index may depend on the head
             SCATTER(
                 state[2], b, h, 0, k[:, None], inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE
@@ -253,12 +259,13 @@ def attention_keys_backward(query, key, value, grad_out, lse, delta, dk_out, dv_
 
 
 @triton.jit
-def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, slope, b, h, q,
-                inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
-                KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
-                MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
-                D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-                BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _visit_keys(
+        tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, slope, b,
+        h, q, inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
+        KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
+        MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+        DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """Take one key tile into the state (dQ / scale, totals)."""
     dq, totals = state
     columns = tl.arange(0, BN)
@@ -271,8 +278,9 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
             loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
     wide = first.to(tl.int64)
     keys = load_rows(key + wide * key_strides[2], columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
-    rows = load_rows(value + wide * value_strides[2], columns, value_strides, loaded, CONTIGUOUS, DV, DV0,
-                     DV1)  # fmt: skip
+    rows = load_rows(
+        value + wide * value_strides[2], columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1
+    )  # fmt: skip
     ramp = None
     if slope is not None:  # slope * (k - first), the same for all tiles; first - q goes to the row
         ramp = (slope * columns.to(tl.float32))[None, :]
@@ -284,8 +292,10 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
         keep = loaded[None, :] & inside[:, None]
         if MASK is not None:
             keep = keep & MASK(b, h, q, k, False, scalars, tensors)
-    _, grad, shares = _gradient(products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor, ramp,
-                                scalars, tensors, SCORE, QUERY_GRAD)  # fmt: skip
+    _, grad, shares = _gradient(
+        products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE,
+        QUERY_GRAD
+    )  # fmt: skip
     dq = weighted_sum(dq, grad.to(key.dtype.element_ty), keys, PRECISION)
     if SCATTER_PAIRS is not None:
         SCATTER_PAIRS(shares, b, h, q, k, keep, not MASKED, scalars, tensors, grads, peaks, factors, MODE)
@@ -295,16 +305,16 @@ def _visit_keys(tile, state, queries, outs, key, value, lse, delta, key_strides,
 @triton.jit(do_not_specialize=[
     "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dq_strides", "parameters", "sizes",
     "tensors", "grads", "scale", "section"])  # fmt: skip
-def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides,
-                               value_strides, grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks,
-                               factors, scale, section,
-                               SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
-                               KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr,
-                               QUERY_GRAD: tl.constexpr, SCATTER: tl.constexpr, SCATTER_PAIRS: tl.constexpr,
-                               TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-                               D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-                               BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
-                               WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def attention_queries_backward(
+        query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides, value_strides,
+        grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks, factors, scale, section,
+        SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
+        QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, QUERY_GRAD: tl.constexpr,
+        SCATTER: tl.constexpr, SCATTER_PAIRS: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr,
+        D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
+        DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
+        WIDE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """dQ [B, H, Q, D]: one program owns BM queries of one batch and head."""
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
@@ -358,23 +368,28 @@ def attention_queries_backward(query, key, value, grad_out, lse, delta, dq_out, 
             j = nth(partial, n)
             if SKIP is None:
                 state = _visit_keys(
-                    j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope, b, h,
-                    q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
-                    SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+                    j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
+                    slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
+                    KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                    PRECISION
+                )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit_keys(
-                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor, slope,
-                        b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK,
-                        QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                        PRECISION)  # fmt: skip
+                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
+                        factor, slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE,
+                        MASK, KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
+                        BN, PRECISION
+                    )  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
             state = _visit_keys(
-                nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
-                slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK, KEY_MASK, QUERY_GRAD,
-                SCATTER_PAIRS, MODE, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION)  # fmt: skip
+                nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
+                factor, slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
+                KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                PRECISION
+            )  # fmt: skip
 
     dq, totals = state
     if SCATTER is not None:

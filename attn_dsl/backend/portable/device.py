@@ -1,11 +1,11 @@
 """What both the kernels and the emitted functions of a variant call on the device.
 
 Positions are int32, or int64 where the caller found that int32 could overflow. A captured tensor is a tuple
-`(pointer, extents, strides)`, extents and strides in elements. Head dimensions that are no power of two are cut into two
-chunks of columns (192 = 128 + 64), so a tile of rows is a tuple of one or two blocks.
+`(pointer, extents, strides)`, extents and strides in elements. Head dimensions that are no power of two are cut into
+two chunks of columns (192 = 128 + 64), so a tile of rows is a tuple of one or two blocks.
 """
 
-# ruff: noqa: RET505, RET507, SIM102, SIM108, RUF005, F841
+# ruff: noqa: RET505, RUF005
 # Triton compiles what follows a `return` under a static condition unless it stands in an `else`, and it knows tuples
 # by concatenation only.
 
@@ -121,7 +121,7 @@ def plain(value: int) -> int:
 
 @triton.jit
 def scalar(x, WIDE: tl.constexpr):
-    """A scalar of a tuple argument: a number, or what a pointer to one element points to. Integers have 32 bits, or 64."""
+    """A scalar of a tuple argument: a number, or what a pointer to one element points to; integers of 32 or 64 bits."""
     if x.dtype.is_ptr():
         if x.dtype.element_ty == tl.int64 and not WIDE:
             return tl.load(x).to(tl.int32)
@@ -217,16 +217,19 @@ ADD: tl.constexpr = tl.constexpr(0)
 PEAK: tl.constexpr = tl.constexpr(1)
 """Find the largest magnitude that will be added to a target; adds nothing."""
 FIXED: tl.constexpr = tl.constexpr(2)
-"""Add in fixed point, value * factor rounded to int64: integer addition knows no order, so each run gives the same bits."""
+"""Add in fixed point, value * factor cut to int64: integer addition knows no order, each run gives the same bits."""
 
 
 @triton.jit
-def scatter(grad, index, amount, keep, VARYING: tl.constexpr, CHECKED: tl.constexpr, MAY_COINCIDE: tl.constexpr,
-            peaks, factors, TARGET: tl.constexpr, MODE: tl.constexpr):  # fmt: skip
+def scatter(
+        grad, index, amount, keep, VARYING: tl.constexpr, CHECKED: tl.constexpr, MAY_COINCIDE: tl.constexpr, peaks,
+        factors, TARGET: tl.constexpr, MODE: tl.constexpr
+):  # fmt: skip
     """grad[index] += amount, where `keep` (None: everywhere) and the checked axes of the index lie in the tensor.
 
-    grad: (pointer to float32, or int64 if MODE is FIXED; extents; strides). peaks: [targets] int32, the bits of a float32
-    >= 0; factors: [targets] float32. MAY_COINCIDE: all places of a tile may be one place; it then takes one addition.
+    grad: (pointer to float32, or int64 if MODE is FIXED; extents; strides). peaks: [targets] int32, the bits of a
+    float32 >= 0; factors: [targets] float32. MAY_COINCIDE: all places of a tile may be one; it then takes one
+    addition.
     """
     if keep is not None:
         amount = tl.where(keep, amount, 0.0)
@@ -262,8 +265,10 @@ def scatter(grad, index, amount, keep, VARYING: tl.constexpr, CHECKED: tl.conste
 
 
 @triton.jit
-def _block(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
-           WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _block(
+        base, rows, strides, keep, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+        D: tl.constexpr
+):  # fmt: skip
     columns = FIRST + tl.arange(0, WIDTH)
     if CONTIGUOUS:
         pointers = base + rows[:, None] * strides[2] + columns[None, :]
@@ -281,8 +286,9 @@ def _block(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, FIRST: tl.conste
 
 
 @triton.jit
-def load_rows(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
-              D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+def load_rows(
+        base, rows, strides, keep, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):  # fmt: skip
     """Rows of D columns as chunks of D0 and, unless it is 0, D1 columns; 0 where `keep` is false and past D.
 
     base: pointer to row 0. rows: [R] row numbers, small. strides: as `strides_of` gives them; the last is
@@ -296,8 +302,10 @@ def load_rows(base, rows, strides, keep, CONTIGUOUS: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _store_block(base, rows, strides, keep, block, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr,
-                 WIDTH: tl.constexpr, D: tl.constexpr):  # fmt: skip
+def _store_block(
+        base, rows, strides, keep, block, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+        D: tl.constexpr
+):  # fmt: skip
     columns = FIRST + tl.arange(0, WIDTH)
     if CONTIGUOUS:
         pointers = base + rows[:, None] * strides[2] + columns[None, :]
@@ -310,8 +318,10 @@ def _store_block(base, rows, strides, keep, block, CONTIGUOUS: tl.constexpr, FIR
 
 
 @triton.jit
-def store_rows(base, rows, strides, keep, tile, CONTIGUOUS: tl.constexpr, D: tl.constexpr,
-               D0: tl.constexpr, D1: tl.constexpr):  # fmt: skip
+def store_rows(
+        base, rows, strides, keep, tile, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+        D1: tl.constexpr
+):  # fmt: skip
     """The converse of `load_rows`, in the storage type."""
     _store_block(base, rows, strides, keep, tile[0], CONTIGUOUS, 0, D0, D)
     if D1 > 0:

@@ -21,7 +21,7 @@ from attn_dsl.passes.differentiate import Gradient, LoadGradient, ParameterGradi
 from attn_dsl.passes.schedule import Schedule, TileRanges
 from attn_dsl.passes.separate import Terms, separate
 
-HEADER = '''"""What the compiler made of the attention variant `{name}`; the kernels of attn_dsl call these functions."""
+HEADER = '''"""What the compiler made of the variant `{name}`; the kernels of attn_dsl call these functions."""
 
 import triton
 import triton.language as tl
@@ -31,7 +31,9 @@ from attn_dsl.backend.portable.device import *  # noqa: F403
 ZERO = Const(0.0)
 UPSTREAM = Param("upstream gradient", Type.FLOAT)
 """The gradient of the logit; the space keeps it apart from every name of a text."""
-TILE_VARS = {Var(name): name for name in ("q0", "q1", "k0", "k1", "q_offset", "block")}
+TILE_VARS: dict[Node, str] = {Var(name): name for name in ("q0", "q1", "k0", "k1", "q_offset", "block")}
+BINDINGS: dict[Node, str] = {**TILE_VARS, UPSTREAM: "g"}
+"""What emitted functions find in their arguments, beside `s b h q k`."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,9 @@ class _Module:
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, arguments: Sequence[str], results: Results, *, tiles: bool = True) -> None:
-        bindings = {**TILE_VARS, UPSTREAM: "g"}
         text = emit(
             name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=tiles),
-            locations=self.variant.locations, bindings=bindings, decorator="@triton.jit",
+            locations=self.variant.locations, bindings=BINDINGS, decorator="@triton.jit",
         )  # fmt: skip
         self.write(name, text)
 
@@ -195,8 +196,8 @@ def _add_gradients(
 ) -> int:
     """`<side>_grad`, from the gradient `g` of the logit to that of the incoming score and the shares of the targets.
 
-    Targets that vary with at most one position come first: a program sums their shares and `add_<side>_sums` adds the sums
-    at its end; `add_pairs` adds the others tile by tile. Returns how many are summed.
+    Targets that vary with at most one position come first: a program sums their shares and `add_<side>_sums` adds the
+    sums at its end; `add_pairs` adds the others tile by tile. Returns how many are summed.
     """
     targets = sorted(targets, key=lambda target: len(target.axes))
     if derivative is not ONE or targets:

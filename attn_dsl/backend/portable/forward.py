@@ -4,7 +4,7 @@ Softmax runs online, in base 2: with x the logit times log2(e), m the running ro
 p = 2 ** (x - m). A sink is a logit without a value: m starts at it, and l at 1.
 """
 
-# ruff: noqa: RET505, SIM108, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
+# ruff: noqa: E741, SIM108 (l is the row sum; static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -19,10 +19,10 @@ from attn_dsl.backend.portable.device import (
     nth,
     program,
     round_rows,
-    scale_rows,
-    store_rows,
     scalar,
     scalars_of,
+    scale_rows,
+    store_rows,
     strides_of,
     weighted_sum,
     zero_rows,
@@ -30,9 +30,12 @@ from attn_dsl.backend.portable.device import (
 
 
 @triton.jit
-def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
-           tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-           DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def _visit(
+        tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
+        tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+        CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+        DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """Take one key tile into the state (accumulator, m, l)."""
     acc, m, l = state
     columns = tl.arange(0, BN)
@@ -77,18 +80,19 @@ def _visit(tile, state, query, key, value, key_strides, value_strides, kv_len, f
 @triton.jit(do_not_specialize=[
     "q_offset", "query_strides", "key_strides", "value_strides", "out_strides", "parameters", "sizes", "tensors",
     "scale", "section"])  # fmt: skip
-def attention_forward(query, key, value, out, lse, shifted, q_offset, query_strides, key_strides, value_strides,
-                      out_strides, parameters, sizes, tensors, scale, section,
-                      SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
-                      KEY_MASK: tl.constexpr, ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                      DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                      UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr,
-                      PRECISION: tl.constexpr):  # fmt: skip
+def attention_forward(
+        query, key, value, out, lse, shifted, q_offset, query_strides, key_strides, value_strides, out_strides,
+        parameters, sizes, tensors, scale, section, SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+        MASK: tl.constexpr, KEY_MASK: tl.constexpr, ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr,
+        SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
+        DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
+        CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """out [B, H, Q, DV], lse [B, H, Q] and, where ROW is given, `shifted` [B, H, Q]: lse without the row term.
 
     sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
-    SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR times
-    the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
+    SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR
+    times the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
     """
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, out_strides = strides_of(value_strides, UNIT), strides_of(out_strides, UNIT)
@@ -146,20 +150,26 @@ def attention_forward(query, key, value, out, lse, shifted, q_offset, query_stri
         for n in range(count(partial)):
             j = nth(partial, n)
             if SKIP is None:
-                state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                               scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0,
-                               DV1, BN, PRECISION)  # fmt: skip
+                state = _visit(
+                    j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
+                    scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                    PRECISION
+                )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
-                    state = _visit(j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                                   scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV,
-                                   DV0, DV1, BN, PRECISION)  # fmt: skip
+                    state = _visit(
+                        j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
+                        q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                        PRECISION
+                    )  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
-            state = _visit(nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
-                           scalars, tensors, SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
-                           BN, PRECISION)  # fmt: skip
+            state = _visit(
+                nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
+                q0, scalars, tensors, SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                PRECISION
+            )  # fmt: skip
 
     acc, m, l = state
     empty = (l == 0.0) | (row == float("-inf"))

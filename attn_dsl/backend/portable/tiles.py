@@ -1,7 +1,7 @@
 """Tile shapes by architecture, element type, head dimensions and cost of the variant's functions.
 
-`rows` are query rows of a tile, `keys` its keys. A row of the table was chosen for having no register spills (checked by
-compiling ahead of time) and, where such a GPU was at hand, by measurement.
+`rows` are query rows of a tile, `keys` its keys. A row of the table was chosen for few or no register spills (checked
+by compiling ahead of time) and, where such a GPU was at hand, by measurement.
 """
 
 from __future__ import annotations

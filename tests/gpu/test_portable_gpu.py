@@ -1,0 +1,165 @@
+"""The portable kernels on a GPU, against the evaluator: `pytest -m gpu tests/gpu/test_portable_gpu.py`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from portable_support import Problem, Result, program_of
+from torch import Tensor
+from variant_cases import SHIPPED, Case, Sizes, cases
+
+from attn_dsl.backend.portable import backward as backward_kernels
+from attn_dsl.backend.portable import forward as forward_kernels
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGER = Sizes(B=2, H=4, HK=2, Q=333, KV=333, D=64, DV=64)
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window": 100},
+    "prefix_lm": {"prefix": 70},
+    "softcap": {"cap": 3.0},
+    "t5_bias": {"reach": 40},
+    "longformer": {"reach": 30, "globals": 10},
+    "bigbird": {"block": 32, "reach": 1, "globals": 1, "random": 2},
+    "sparse_strided": {"stride": 50},
+    "sparse_fixed": {"stride": 64, "summary": 5},
+    "dilated_window": {"window": 160, "dilation": 4},
+    "natten1d": {"r": 20},
+    "natten2d": {"width": 37, "height": 9, "r": 3},
+    "natten3d": {"width": 37, "height": 3, "depth": 3, "r": 1},
+    "shared_prefix": {"prefix": 90},
+    "block_diffusion": {"length": 167, "block": 16},
+    "gemma2_local": {"window": 120, "cap": 5.0},
+    "gpt_oss": {"window": 64},
+}
+
+
+def larger(name: str, **sizes: int) -> Case:
+    const = frozenset({"random"}) if name == "bigbird" else frozenset()
+    return Case(name, PARAMETERS.get(name, {}), replace(LARGER, **sizes), const)
+
+
+def within_budget(found: Result, truth: Result, eager: Result, factor: float) -> None:
+    """The root mean square error is at most `factor` times that of the eager computation, everywhere."""
+    named = {"out": (found.out, truth.out, eager.out)}
+    named.update({name: (found.grads[name], truth.grads[name], eager.grads[name]) for name in truth.grads})
+    for name, (a, b, c) in named.items():
+        assert not a.isnan().any(), name
+        ours, theirs = ((x.double() - b).square().mean().sqrt().item() for x in (a, c))
+        floor = 1e-6 * max(1.0, b.abs().max().item())
+        assert ours <= factor * theirs + floor, f"{name}: {ours:.3g}, eager {theirs:.3g}"
+    error = torch.where(truth.lse.isinf(), 0.0, found.lse.double() - truth.lse).abs().max()
+    assert error < 2e-2, f"lse: {error:.3g}"
+
+
+def check(problem: Problem) -> None:
+    upstream = problem.upstream()
+    factor = 10.0 if problem.query.dtype is torch.float32 else 1.1
+    eager = problem.truth(upstream, problem.query.dtype)
+    within_budget(problem.portable(upstream), problem.truth(upstream), eager, factor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_variant_stays_within_the_error_budget(name: str, dtype: torch.dtype) -> None:
+    check(Problem.of(larger(name), dtype, "cuda"))
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
+def test_small_calls_agree(case: Case) -> None:
+    check(Problem.of(case, torch.float32, "cuda"))
+
+
+@pytest.mark.parametrize(
+    "dims", [(16, 16), (80, 80), (96, 64), (121, 121), (128, 256), (192, 128), (256, 256)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    check(Problem.of(larger("causal", D=dims[0], DV=dims[1]), dtype, "cuda"))
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 1000])
+def test_lengths(length: int) -> None:
+    check(Problem.of(larger("causal", Q=length, KV=length), torch.bfloat16, "cuda"))
+    check(Problem.of(larger("alibi", Q=length, KV=300, q_offset=300 - min(length, 300)), torch.bfloat16, "cuda"))
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "every second column": lambda x: torch.stack([x, x], -1).flatten(3)[..., ::2],
+    "expanded heads": lambda x: x[:, :1].expand_as(x),
+    "offset": lambda x: torch.cat([x.flatten().new_zeros(3), x.flatten()])[3:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_strides(kind: str) -> None:
+    problem = Problem.of(larger("causal"), torch.bfloat16, "cuda")
+    change = STRIDES[kind]
+    check(replace(problem, query=change(problem.query), key=change(problem.key), value=change(problem.value)))
+
+
+def test_more_than_65535_programs() -> None:
+    query, key, value = (torch.randn(70_000, 1, 3, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    check(Problem(program_of("causal"), query, key, value, {}))
+
+
+def test_deterministic_gradients_are_the_same_bits() -> None:
+    problem = Problem.of(larger("t5_bias"), torch.bfloat16, "cuda")
+    upstream = problem.upstream()
+    first, second = (problem.portable(upstream, deterministic=True) for _ in range(2))
+    for name, grad in first.grads.items():
+        assert torch.equal(grad, second.grads[name]), name
+    truth, eager = problem.truth(upstream), problem.truth(upstream, torch.bfloat16)
+    within_budget(first, truth, eager, 1.1)
+
+
+def compiled_kernels() -> int:
+    kernels = (
+        forward_kernels.attention_forward,
+        backward_kernels.attention_delta,
+        backward_kernels.attention_keys_backward,
+        backward_kernels.attention_queries_backward,
+    )
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+
+def test_lengths_windows_and_scales_do_not_recompile() -> None:
+    def run(length: int, window: int) -> None:
+        case = larger("sliding_window", Q=length, KV=length)
+        problem = Problem.of(replace(case, parameters={"window": window}), torch.bfloat16, "cuda")
+        replace(problem, scale=1 / window).portable(problem.upstream())
+
+    run(200, 50)
+    before = compiled_kernels()
+    for i in range(40):
+        run(1 + 37 * i, 1 + 16 * (i % 5))
+    run(300, 2**31 - 1)
+    assert compiled_kernels() - before <= 4  # 64-bit positions, for a window near the end of 32 bits
+
+
+@pytest.mark.parametrize("name", ["causal", "sliding_window"])
+def test_long_sequences_take_no_extra_memory(name: str) -> None:
+    length = 131_072
+    case = larger(name, B=1, H=2, HK=2, Q=length, KV=length)
+    problem = Problem.of(replace(case, parameters={"window": 1024} if name == "sliding_window" else {}), torch.bfloat16)
+    query, key, value = (x.cuda().requires_grad_() for x in (problem.query, problem.key, problem.value))
+    small = replace(problem, query=query, key=key, value=value)
+    leaves = 3 * query.numel() * query.element_size()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    upstream = (torch.randn(1, 2, length, 64, device="cuda"), torch.zeros(1, 2, length, device="cuda"))
+    given = sum(x.numel() * x.element_size() for x in upstream)
+    small.portable(upstream)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before - given - 3 * leaves  # leaves, outputs and gradients
+    assert extra < 100 * 2**20, f"{extra / 2**20:.0f} MiB"
+    assert math.isfinite(extra)
