@@ -36,7 +36,7 @@ class RandomMask:
     rng: random.Random
 
     def variant(self, kind: str) -> Variant:
-        """kind "affine": a conjunction of affine comparisons; "boolean": a formula of them; "general": all operators."""
+        """kind "affine": a conjunction of affine comparisons; "boolean": any formula; "general": all operators."""
         mask = self.conjunction() if kind == "affine" else self.formula(3, kind == "general")
         return Variant(f"random_{kind}", PARAMETERS, (), Score(), mask)
 
