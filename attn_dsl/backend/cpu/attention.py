@@ -10,7 +10,7 @@ from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.backward import Gradients, Saved, differentiate
 from attn_dsl.backend.cpu.forward import attend
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.tiles import FEW_OPERATIONS, Problem, TileShape
+from attn_dsl.backend.cpu.tiles import FEW_OPERATIONS, ROWS, Problem, TileShape
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
@@ -22,10 +22,10 @@ def problem_of(variant: Variant, schedule: Schedule, call: Call) -> Problem:
     offsets = tuple(call.q_offset.tolist()) if isinstance(call.q_offset, Tensor) else (call.q_offset,)
     functions, numbers = tile_functions(variant, dtype), call.numbers
     threads = torch.get_num_threads() if 4 * batch * heads * q_len * kv_len * dim > FEW_OPERATIONS else 1
-    return Problem(
+    problem = Problem(
         functions=functions,
         schedule=schedule_functions(variant, schedule),
-        shape=TileShape.choose(q_len, kv_len, batch * kv_heads, heads // kv_heads, dtype, threads),
+        shape=TileShape(ROWS, ROWS, 1),
         threads=threads,
         dtype=dtype,
         batch=batch,
@@ -38,6 +38,7 @@ def problem_of(variant: Variant, schedule: Schedule, call: Call) -> Problem:
         scalars=tuple(numbers[name] for name in functions.scalars),
         tensors=tuple(call.tensors[tensor.name].detach() for tensor in variant.tensors),
     )
+    return problem.shaped()
 
 
 @torch.no_grad()

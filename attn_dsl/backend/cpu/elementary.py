@@ -8,6 +8,9 @@ seven units everywhere.
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -53,12 +56,10 @@ def tanh_(x: Tensor) -> Tensor:
     """Hyperbolic tangent in place. nan stays nan."""
     if x.dtype is not torch.float32 or x.numel() < FEW:
         return x.tanh_()
-    low, high = torch.aminmax(x)
-    bound = max(-low.item(), high.item())
-    square = scratch("tanh.square", x.shape, x.dtype)
+    square = torch.mul(x, x, out=scratch("tanh.square", x.shape, x.dtype))
+    bound = math.sqrt(square.max().item())
     for reach, coefficients in POLYNOMIALS:
         if bound <= reach:
-            torch.mul(x, x, out=square)
             return x.mul_(_polynomial(coefficients, square, "tanh.numerator"))
     x.clamp_(-SATURATION, SATURATION)
     torch.mul(x, x, out=square)
@@ -67,9 +68,14 @@ def tanh_(x: Tensor) -> Tensor:
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor, name: str) -> Tensor:
-    """`c0 + c1 x + c2 x^2 + ...` by Horner's rule, in a scratch buffer."""
+    """`c0 + c1 x + c2 x^2 + ...` by Horner's rule, in a scratch buffer; one pass for each coefficient."""
     *low, last, first = coefficients
-    result = torch.mul(x, first, out=scratch(name, x.shape, x.dtype)).add_(last)
+    result = torch.add(_constant(last), x, alpha=first, out=scratch(name, x.shape, x.dtype))
     for coefficient in reversed(low):
-        result.mul_(x).add_(coefficient)
+        torch.addcmul(_constant(coefficient), result, x, out=result)
     return result
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

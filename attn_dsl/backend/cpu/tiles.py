@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,10 +21,14 @@ from attn_dsl.backend.cpu.relative import antidiagonals
 
 BLOCK = 64
 """Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
-CACHE = 2 << 20
+CACHE = 5 << 18
 """Bytes of logits in a tile: about what a core's cache holds from one operation to the next."""
+ROWS = 512
+"""Query rows of a tile where rows see many keys."""
 FEW_OPERATIONS = 50_000_000
 """Below so many floating-point operations threads cost more than they bring."""
+KNOWN = 64
+"""Masks over `q - k` that are kept for the next tile."""
 WIDE = 4096
 """Keys at a time for which a mask that reads tensors is evaluated."""
 
@@ -38,14 +42,12 @@ class TileShape:
     heads: int
 
     @staticmethod
-    def choose(q_len: int, kv_len: int, kv_heads: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
-        """256 rows by 512 keys where there are so many, and as many heads as the cache holds and every thread gets.
+    def of(rows: int, visited: int, kv_heads: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
+        """The shape for so many rows of a head; `visited` keys are what a row of tiles sees, `kv_heads` of all batches.
 
-        `kv_heads` counts those of all batches. Measured on two Zen cores: smaller tiles lose to the cost of a call,
-        larger ones to the cache.
+        512 x 512 in one head fills a core's cache; fewer rows go with longer runs of keys, and with several heads.
         """
-        rows = min(q_len, max(256 // group, 32))
-        keys = min(max((256 * 512) // (rows * group), 512), 4096, math.ceil(kv_len / BLOCK) * BLOCK)
+        keys = min(max(512 * 512 // (rows * group), 512), 4096, math.ceil(visited / BLOCK) * BLOCK)
         heads = max(CACHE // (rows * group * keys * dtype.itemsize), 1)
         return TileShape(rows, keys, min(heads, math.ceil(kv_heads / threads)))
 
@@ -99,6 +101,23 @@ class Problem:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
+    def shaped(self) -> Problem:
+        """The problem with the tile shape that fits its schedule.
+
+        A row of tiles computes the whole runs that its rows see: with few keys, as in a window, fewer rows waste less.
+        Measured on two Zen cores: smaller tiles lose to the cost of a call, larger ones to the cache.
+        """
+        rows = min(self.q_len, max(ROWS // self.group, 32))
+        while True:
+            start = (self.q_len - rows) // 2
+            visited = sum(run.end - run.begin for run in self.runs(0, 0, start, start + rows))
+            if rows <= 128 or visited >= 4 * rows or self.functions.mask_reads_positions:
+                break
+            rows //= 2
+        kv_heads, visited = self.batch * self.kv_heads, max(visited, BLOCK)
+        shape = TileShape.of(rows, visited, kv_heads, self.group, self.dtype, self.threads)
+        return replace(self, shape=shape)
+
     def workers(self, pieces: int) -> int:
         """Threads to share so many independent pieces of work; 0 where torch must thread the few that there are."""
         if self.threads == 1:
@@ -110,6 +129,11 @@ class Problem:
         """The captured tensors that the schedule reads, as nested lists."""
         names = self.schedule.slots
         return tuple(t.tolist() if i in names else None for i, t in enumerate(self.tensors))
+
+    @cached_property
+    def masks(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
+        """Masks over `q - k` that have been evaluated, by what they depend on."""
+        return {}
 
     @cached_property
     def keys(self) -> Tensor:
@@ -288,11 +312,21 @@ class Tile:
             if not run.masked or functions.mask is None:
                 yield Visit(run.begin, run.end)
             elif functions.mask_by_distance:
-                (keep,) = self.by_distance(functions.mask_relative, run.begin, run.end)
-                keep, limit = (antidiagonals(v, self.rows, run.end - run.begin) for v in (keep, self.limit(keep)))
-                yield Visit(run.begin, run.end, keep, limit)
+                yield Visit(run.begin, run.end, *self._mask_by_distance(run))
             else:
                 yield from self._visits(run, functions.mask)
+
+    def _mask_by_distance(self, run: Run) -> tuple[Tensor, Tensor]:
+        """`keep` and `limit` of a mask over `q - k`: the same for all tiles that stand alike to their keys."""
+        known = self.problem.masks
+        place = (self.problem.offsets[0] + self.stop - run.begin, self.rows, run.end - run.begin)
+        found = known.get(place)
+        if found is None:
+            (keep,) = self.by_distance(self.problem.functions.mask_relative, run.begin, run.end)
+            found = tuple(antidiagonals(v, self.rows, run.end - run.begin) for v in (keep, self.limit(keep)))
+            if len(self.problem.offsets) == 1 and keep.shape[:2] == (1, 1) and len(known) < KNOWN:
+                known[place] = found
+        return found
 
     def _visits(self, run: Run, mask: Emitted) -> Iterator[Visit]:
         relative = self.relative(self.problem.functions.mask_relative, run.begin, run.end)
