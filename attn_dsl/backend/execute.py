@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,7 +195,9 @@ def _portable_backward(
     from attn_dsl.backend.portable.sink import sink_gradients
 
     out, lse, shifted = outputs
-    bound = portable_call(program, call, options)
+    device = call.query.device
+    leaves = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
+    bound = portable_call(program, replace(call, parameters=leaves), options)
     shifted = shifted if program.has_row_term else lse
     found = launch.backward(
         program.kernels, bound, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic

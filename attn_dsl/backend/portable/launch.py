@@ -1,6 +1,6 @@
 """Launch the kernels for a bound call: tensors in, tensors out.
 
-Arguments are taken to be valid (`api.py` checks them): query [B, H, Q, D], key [B, HK, KV, D] and value [B, HK, KV, DV] of
+Arguments are taken to be valid (`api.py` checks them): query [B, H, Q, D], key [B, HK, KV, D], value [B, HK, KV, DV] of
 one dtype (float32, bfloat16, float16), any strides, 0 among them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,17 +23,18 @@ from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Runner, launch
+from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits
 from attn_dsl.backend.printer import SIZES, Signature
-from attn_dsl.ir.nodes import Node, Param, Size
+from attn_dsl.ir.nodes import Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
 Scalar = bool | int | float
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on tensors of the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -70,15 +71,20 @@ class Call:
 
 @dataclass
 class Kernels:
-    """A simplified variant without `const` parameters, and its schedule for padded tiles. Functions are emitted on first
-    use."""
+    """A simplified variant without `const` parameters, and its schedule for padded tiles.
+
+    Functions are emitted on first use.
+    """
 
     variant: Variant
     schedule: Schedule
 
     def __post_init__(self) -> None:
         self.extents = _extents(self.variant)
+        self.plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._widths: dict[tuple[Any, ...], bool] = {}
+        nodes = frozenset(post_order(*self.variant.roots))
+        self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
 
     def emitted(self, wanted: frozenset[str], fast_tanh: bool) -> tuple[Emitted, ModuleType]:
@@ -92,17 +98,18 @@ class Kernels:
         """Whether positions must be 64-bit for this call."""
         numbers = tuple(p for p in call.parameters if isinstance(p, int))
         offset = call.q_offset if isinstance(call.q_offset, int) else 2**30
-        key = (numbers, call.sizes, offset)
+        sizes = call.sizes
+        bits = max(offset + sizes[3], sizes[4]).bit_length()  # positions are below 2 ** bits
+        key = (numbers, bits, *(sizes[i] for i in self._sizes))
         if key not in self._widths:
-            self._widths[key] = not self._fits(call, offset)
+            self._widths[key] = not self._fits(call, 2**bits)
         return self._widths[key] or any(_span(tensor) >= 2**31 for tensor in call.tensors)
 
-    def _fits(self, call: Call, offset: int) -> bool:
+    def _fits(self, call: Call, highest: int) -> bool:
         values: dict[Node, int] = dict(zip((*SIZES, *self.extents), call.sizes, strict=True))
         for parameter, value in zip(self.variant.parameters, call.parameters, strict=True):
             if isinstance(value, int):
                 values[Param(parameter.name, parameter.type)] = value
-        highest = max(offset + call.sizes[3], call.sizes[4])
         return fits(self.variant.roots, values, highest)
 
 
@@ -115,6 +122,7 @@ def _span(tensor: Tensor) -> int:
     return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+@functools.cache
 def chunks(dim: int) -> tuple[int, int]:
     """A head dimension as one power of two, or two, each at least 16: 192 = 128 + 64, 80 = 64 + 16, 121 -> 128."""
     whole = max(16, triton.next_power_of_2(dim))
@@ -127,6 +135,11 @@ def chunks(dim: int) -> tuple[int, int]:
 def _cache_bytes(index: int | None) -> int:
     """What of the second-level cache keys and values may take."""
     return 2**24 if index is None else int(torch.cuda.get_device_properties(index).L2_cache_size * 0.6)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _strides(tensor: Tensor, unit: int) -> tuple[int, int, int, int]:
@@ -156,34 +169,61 @@ def _described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
+class _Layout:
+    """What of a forward launch follows from shapes and strides."""
+
+    programs: int
+    strides: tuple[tuple[int, int, int, int], ...]
+    sizes: tuple[int, ...]
+    section: int
+    options: Options
+
+
+LAYOUTS = 4096
+"""So many are kept for each plan; lengths that change with every call must not fill the memory."""
+
+
+@dataclass(frozen=True)
 class _Plan:
     """What the kernels of one call have in common."""
 
     call: Call
+    run: Runner
     emitted: Emitted
     functions: ModuleType
     tiles: Tiles
     common: Mapping[str, Any]
-    run: Runner
+    made: dict[tuple[Any, ...], Options]
+    layouts: dict[tuple[Any, ...], _Layout]
 
     @staticmethod
     def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> _Plan:
         query, value = call.query, call.value
         cpu = interpreted()
         fast = not call.precise and not cpu and query.dtype is not torch.float32 and torch.version.hip is None
-        emitted, functions = kernels.emitted(wanted, fast)
-        dim, value_dim = query.shape[3], value.shape[3]
-        (d0, d1), (dv0, dv1) = chunks(dim), chunks(value_dim)
-        capability = call.capability or (None if cpu else torch.cuda.get_device_capability(query.device))
+        capability = call.capability or (None if cpu else _capability(query.device))
         precision = call.float32_precision if query.dtype is torch.float32 else "ieee"
         if cpu and query.dtype is torch.bfloat16:
             precision = "widen"
-        common = {
-            "D": dim, "D0": d0, "D1": d1, "DV": value_dim, "DV0": dv0, "DV1": dv1,
-            "WIDE": kernels.wide(call), "PRECISION": precision,
-        }  # fmt: skip
-        chosen = call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1)
-        return _Plan(call, emitted, functions, chosen, common, run)
+        dims = (query.shape[3], value.shape[3])
+        key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles)
+        shared = kernels.plans.get(key)
+        if shared is None:
+            (d0, d1), (dv0, dv1) = map(chunks, dims)
+            common = {
+                "D": dims[0], "D0": d0, "D1": d1, "DV": dims[1], "DV0": dv0, "DV1": dv1,
+                "WIDE": key[6], "PRECISION": precision,
+            }  # fmt: skip
+            chosen = call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1)
+            shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {})
+        return _Plan(call, run, *shared)
+
+    def options(self, kind: str, unit: int, contiguous: bool, make: Callable[[], dict[str, Any]]) -> Options:
+        """The options of one kernel, made once for all calls that are alike to Triton."""
+        key = (kind, unit, contiguous)
+        if key not in self.made:
+            self.made[key] = Options({**make(), "UNIT": unit, "CONTIGUOUS": contiguous})
+        return self.made[key]
 
     def named(self, **names: str) -> dict[str, Any]:
         """Emitted functions by the name of the kernel's argument; None where the variant has none."""
@@ -219,21 +259,42 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     batch, heads, q_len = query.shape[:3]
     out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
-    functions = plan.named(
-        SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask", ROW="row_term", SINK="sink",
-        KV_RANGES="kv_ranges", SKIP="kv_skip",
-    )  # fmt: skip
-    shifted = lse if functions["ROW"] is None else torch.empty_like(lse)
-    unit, tile = _unit(query, key, value, out), plan.tiles.forward
-    strides = tuple(_strides(tensor, unit) for tensor in (query, key, value, out))
+    shifted = torch.empty_like(lse) if "row_term" in plan.emitted.functions else lse
+    shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), call.extents)
+    layout = plan.layouts.get(shapes)
+    if layout is None:
+        if len(plan.layouts) >= LAYOUTS:
+            plan.layouts.clear()
+        layout = plan.layouts[shapes] = _forward_layout(plan, out)
+    parameters = tuple(_number(value) for value in call.parameters)
     run(
         attention_forward,
-        batch * heads * triton.cdiv(q_len, tile.rows),
-        (query, key, value, out, lse, shifted, call.q_offset, *strides, *plan.scalars, _number(float(call.scale)),
-         plan.section(heads // key.shape[1])),
-        {**functions, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value), **plan.common, **_options(tile)},
+        layout.programs,
+        (query, key, value, out, lse, shifted, call.q_offset, *layout.strides, parameters, layout.sizes,
+         _described(call.tensors), _number(float(call.scale)), layout.section),
+        layout.options,
     )  # fmt: skip
     return out, lse, shifted
+
+
+def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
+    query, key, value = plan.call.query, plan.call.key, plan.call.value
+    unit, tile = _unit(query, key, value, out), plan.tiles.forward
+
+    def options() -> dict[str, Any]:
+        functions = plan.named(
+            SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask", ROW="row_term",
+            SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
+        )  # fmt: skip
+        return {**functions, **plan.common, **_options(tile)}
+
+    return _Layout(
+        query.shape[0] * query.shape[1] * -(-query.shape[2] // tile.rows),
+        tuple(_strides(tensor, unit) for tensor in (query, key, value, out)),
+        plan.sizes,
+        plan.section(query.shape[1] // key.shape[1]),
+        plan.options("forward", unit, _contiguous(query, key, value), options),
+    )
 
 
 @dataclass(frozen=True)
@@ -303,7 +364,7 @@ def _fixed_point(peaks: Tensor, call: Call) -> Tensor:
 
 
 def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
-    batch, heads, q_len, value_dim = out.shape
+    batch, heads, q_len = out.shape[:3]
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     unit, rows = _unit(out, grad_out), 64
     common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
@@ -312,7 +373,7 @@ def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) 
         batch * heads * triton.cdiv(q_len, rows),
         (out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
          _strides(grad_out, unit), plan.sizes),
-        {"BM": rows, "UNIT": unit, "CONTIGUOUS": _contiguous(grad_out), **common},
+        plan.options("delta", unit, _contiguous(grad_out), lambda: {"BM": rows, **common}),
     )  # fmt: skip
     return delta
 
@@ -336,28 +397,31 @@ def _gradients(
     dv = torch.empty((batch, kv_heads, kv_len, value_dim), dtype=value.dtype, device=value.device)
     unit = _unit(query, key, value, grad_out, dq, dk, dv)
     strides = tuple(_strides(tensor, unit) for tensor in (query, key, value, grad_out))
+    contiguous = _contiguous(query, key, value, grad_out)
     shared = {
         **plan.named(SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
                      QUERY_MASK="query_mask"),
-        "MODE": mode, "UNIT": unit, "CONTIGUOUS": _contiguous(query, key, value, grad_out), **plan.common,
+        "MODE": mode, **plan.common,
     }  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
     rest = (*plan.scalars, _described(sums), peaks, factors, _number(float(call.scale)))
-    tile, totals = plan.tiles.keys, plan.emitted.key_totals
+    tile = plan.tiles.keys
     plan.run(
         backward_kernels.attention_keys_backward,
         batch * kv_heads * triton.cdiv(kv_len, tile.keys),
         (*inputs, dk, dv, call.q_offset, *strides, _strides(dk, unit), _strides(dv, unit), *rest, plan.section(1)),
-        {**plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", SCATTER="add_key_sums"),
-         "TOTALS": totals, **shared, **_options(tile)},
+        plan.options(f"keys {mode}", unit, contiguous, lambda: {
+            **plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", SCATTER="add_key_sums"),
+            "TOTALS": plan.emitted.key_totals, **shared, **_options(plan.tiles.keys)}),
     )  # fmt: skip
-    tile, totals = plan.tiles.queries, plan.emitted.query_totals
+    tile = plan.tiles.queries
     plan.run(
         backward_kernels.attention_queries_backward,
         batch * heads * triton.cdiv(q_len, tile.rows),
         (*inputs, dq, call.q_offset, *strides, _strides(dq, unit), *rest, plan.section(heads // kv_heads)),
-        {**plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad", SCATTER="add_query_sums",
-                      SCATTER_PAIRS="add_pairs"),
-         "TOTALS": totals, **shared, **_options(tile)},
+        plan.options(f"queries {mode}", unit, contiguous, lambda: {
+            **plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad", SCATTER="add_query_sums",
+                         SCATTER_PAIRS="add_pairs"),
+            "TOTALS": plan.emitted.query_totals, **shared, **_options(plan.tiles.queries)}),
     )  # fmt: skip
     return dq, dk, dv

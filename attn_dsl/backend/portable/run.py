@@ -1,4 +1,4 @@
-"""What happens to a kernel and its arguments: it is launched, or compiled ahead of time for a machine that is not here."""
+"""What becomes of a kernel with its arguments: a launch, or a compilation for a machine that is not here."""
 
 from __future__ import annotations
 
@@ -21,17 +21,52 @@ class Runner(Protocol):
         """`arguments` are positional; `options` holds the constexpr arguments, num_warps and num_stages."""
 
 
+class Options(dict[str, Any]):
+    """Options that are made once and launched many times: known by identity, so that a launch is found by a glance."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+_ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+"""Compiled kernels with their constexpr arguments, by options, device and what specializes an argument."""
+
+
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
     """Run on the current stream of the device of the first argument, a tensor."""
     tensor = arguments[0]
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        with torch.cuda.device(tensor.device):
-            launch(kernel, programs, arguments, options)
-    elif tensor.is_cuda:
-        with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
-            kernel[(programs,)](*arguments, **options)
-    else:
+    if not tensor.is_cuda:
         kernel[(programs,)](*arguments, **options)
+        return
+    index = tensor.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            launch(kernel, programs, arguments, options)
+        return
+    key = (options, index, *map(_kind, arguments)) if type(options) is Options else None
+    found = _ready.get(key) if key is not None else None
+    if found is not None:
+        compiled, constants = found
+        compiled[(programs, 1, 1)](*arguments, *constants, stream=torch._C._cuda_getCurrentRawStream(index))
+        return
+    with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
+        compiled = kernel[(programs,)](*arguments, **options)
+    if key is not None and compiled is not None:
+        _ready[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def _kind(x: Any) -> Any:
+    """What of an argument Triton compiles for; integers of tuples are made to look alike (`device.plain`)."""
+    kind = type(x)
+    if kind is int:
+        return -(2**31) <= x < 2**31
+    if kind is tuple:
+        return tuple(_kind(item) for item in x if type(item) is not int)
+    if x is None or kind is float:
+        return kind
+    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else kind
 
 
 def variant_of(options: Mapping[str, Any]) -> str:
