@@ -1,0 +1,268 @@
+"""What a PyTorch user expects of an operator, on a GPU: `pytest -m gpu tests/gpu/test_citizen.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import attn_dsl
+from attn_dsl.backend import cache
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+BIAS = """attention bias(reach: int = 30, cap: float = 5.0)
+tensor table: float32[H, 2 * reach + 1]
+tensor sinks: float32[H]
+score = cap * tanh((score + table[h, clamp(k - q, -reach, reach) + reach]) / cap)
+mask = q >= k
+sink = sinks[h]
+"""
+
+
+@pytest.fixture(scope="module")
+def bias() -> attn_dsl.Attention:
+    return attn_dsl.compile(BIAS)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+
+
+def inputs(rows: int = 300, device: str = "cuda", grad: bool = True) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    shapes = ((2, 4, rows, 64), (2, 2, rows, 64), (2, 2, rows, 64), (4, 61), (4,))
+    found = [torch.randn(shape, generator=generator) for shape in shapes]
+    dtypes = (torch.bfloat16,) * 3 + (torch.float32,) * 2
+    return [x.to(device, dtype).requires_grad_(grad) for x, dtype in zip(found, dtypes, strict=True)]
+
+
+def loss(attention: attn_dsl.Attention, *leaves: Tensor, **more: object) -> Tensor:
+    query, key, value, table, sinks = leaves
+    out, lse = attention(query, key, value, table=table, sinks=sinks, return_lse=True, **more)  # type: ignore[call-overload]
+    return out.float().sin().sum() + lse.cos().sum()
+
+
+def gradients(attention: attn_dsl.Attention, *leaves: Tensor, **more: object) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(attention, *leaves, **more), leaves)
+
+
+def test_the_operators_pass_opcheck(bias: attn_dsl.Attention) -> None:
+    from attn_dsl.backend.select import options
+
+    query, key, value, table, sinks = inputs(40)
+    arguments = (
+        query, key, value, [table, sinks], [], [0, 30], [0.125, 5.0], None, "if", bias._executable.text,
+        options(query.device).text,
+    )  # fmt: skip
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # sums of floats differ from run to run
+    torch.library.opcheck(torch.ops.attn_dsl.attention.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_graph_has_the_same_gradients(bias: attn_dsl.Attention, backend: str) -> None:
+    leaves = inputs()
+    whole = torch.compile(lambda *x: loss(bias, *x), fullgraph=True, backend=backend)
+    found = torch.autograd.grad(whole(*leaves), leaves)
+    for a, b in zip(found, gradients(bias, *leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
+def test_new_lengths_do_not_recompile_a_graph(bias: attn_dsl.Attention) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(lambda *x: loss(bias, *x), fullgraph=True, backend=counter)
+    for rows in range(10, 200, 17):
+        whole(*inputs(rows))
+    assert counter.frame_count <= 2
+
+
+def test_a_cuda_graph_replays_forward_and_backward(bias: attn_dsl.Attention) -> None:
+    leaves = inputs()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            gradients(bias, *leaves)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(bias, *leaves)
+    others = [x.detach() for x in inputs(300)]
+    others[0] = torch.randn_like(others[0])
+    with torch.no_grad():
+        for leaf, other in zip(leaves, others, strict=True):
+            leaf.copy_(other)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(found, gradients(bias, *leaves), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_the_host_never_waits(bias: attn_dsl.Attention) -> None:
+    leaves = inputs()
+    offset = torch.zeros(2, dtype=torch.int64, device="cuda")
+    gradients(bias, *leaves)
+    gradients(bias, *leaves, q_offset=offset)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(bias, *leaves)
+        gradients(bias, *leaves, q_offset=offset)
+        gradients(bias, *leaves, deterministic=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_stream_is_used(bias: attn_dsl.Attention) -> None:
+    leaves = inputs(4000)
+    expected = gradients(bias, *leaves)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late = [x.detach().mul(1).requires_grad_() for x in leaves]
+        found = gradients(bias, *late)
+    assert not stream.query(), "the call must come behind the sleep"
+    stream.synchronize()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_device_that_is_not_current_is_used(bias: attn_dsl.Attention) -> None:
+    expected = gradients(bias, *inputs())
+    found = gradients(bias, *inputs(device="cuda:1"))
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.device.index == 1
+        torch.testing.assert_close(a.cpu(), b.cpu(), atol=1e-3, rtol=1e-3)
+
+
+def test_many_threads_may_make_the_first_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+    attention = attn_dsl.compile("attention threads(w: int = 37)\nmask = 0 <= q - k < w")
+    query, key, value, *_ = inputs(grad=False)
+    found: list[Tensor] = []
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(attention(query, key, value))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and len(found) == 8
+    assert all(torch.equal(found[0], x) for x in found)
+
+
+def test_autocast_and_checkpoints(bias: attn_dsl.Attention) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    leaves = [x.detach().float().requires_grad_() for x in inputs()]
+    with torch.autocast("cuda", torch.bfloat16):
+        out = bias(*leaves[:3], table=leaves[3], sinks=leaves[4])
+        assert out.dtype is torch.bfloat16
+        again = checkpoint(lambda *x: bias(*x[:3], table=x[3], sinks=x[4]), *leaves, use_reentrant=False)
+    expected = torch.autograd.grad(out.float().square().sum(), leaves)
+    for a, b in zip(torch.autograd.grad(again.float().square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_no_grad_saves_nothing(bias: attn_dsl.Attention) -> None:
+    leaves = inputs(4096)
+    with torch.no_grad():
+        bias(*leaves[:3], table=leaves[3], sinks=leaves[4])
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        out = bias(*leaves[:3], table=leaves[3], sinks=leaves[4])
+        kept = torch.cuda.memory_allocated() - before
+    assert kept == out.numel() * out.element_size()
+
+
+def test_parameters_as_tensors_of_either_device(bias: attn_dsl.Attention) -> None:
+    leaves = inputs()
+    for device in ("cuda", "cpu"):
+        cap = torch.tensor(5.0, device=device, requires_grad=True)
+        (grad,) = torch.autograd.grad(loss(bias, *leaves, cap=cap), cap)
+        assert grad.device == cap.device and grad.isfinite()
+        torch.testing.assert_close(loss(bias, *leaves, cap=cap), loss(bias, *leaves), atol=1e-2, rtol=1e-4)
+
+
+def test_a_hundred_lengths_and_windows_compile_what_the_first_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+    attention = attn_dsl.compile("attention windows(window: int)\nmask = 0 <= q - k < window")
+    asked: list[bool] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **_: asked.append(cache_hit))
+    counts = []
+    for n in range(1, 101):
+        query, key, value, *_ = inputs(17 * n)
+        attention(query, key, value, window=16 * n, q_offset=n).sum().backward()
+        counts.append(len(asked))
+    assert set(counts) == {4} and not any(asked), "forward, delta, dK and dV, dQ"
+
+
+SECOND = """
+import time, torch, triton, attn_dsl
+from triton import knobs
+hits = []
+knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+attention = attn_dsl.compile("sliding_window", window=100)
+query = torch.randn(1, 4, 500, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+torch.cuda.synchronize()
+start = time.perf_counter()
+out = attention(query, query, query)
+torch.cuda.synchronize()
+first = time.perf_counter() - start
+out.sum().backward()
+torch.cuda.synchronize()
+print(first, len(hits), sum(hits))
+"""
+
+
+def test_what_was_built_ahead_is_loaded_and_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    major, minor = torch.cuda.get_device_capability()
+    attn_dsl.compile("sliding_window").build(f"sm_{major}{minor}")
+    entries = {entry.path.name for entry in cache.entries() if entry.kind != "sources"}
+    answer = subprocess.run([sys.executable, "-c", SECOND], check=True, capture_output=True, text=True, timeout=200)
+    first, asked, hits = map(float, answer.stdout.split())
+    print(f"first call {first:.3f} s")
+    assert asked == hits == 4
+    assert {entry.path.name for entry in cache.entries() if entry.kind != "sources"} == entries
+    assert first < 1.5
+
+
+def test_the_host_is_quick() -> None:
+    """Host time of one forward call without gradients; the issue asks for 40 microseconds on an idle host."""
+    attention = attn_dsl.compile("causal")
+    query, key, value, *_ = inputs(16, grad=False)
+    attention(query, key, value)
+    times = []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(50):
+            attention(query, key, value)
+        times.append((time.perf_counter() - start) / 50)
+    print(f"{min(times) * 1e6:.1f} us")
+    assert min(times) < float(os.environ.get("ATTN_DSL_HOST_MICROSECONDS", 100)) * 1e-6
