@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 import attn_dsl
 from attn_dsl.backend.cpu.elementary import tanh, tanh_
 from attn_dsl.backend.cpu.relative import antidiagonals, sum_antidiagonals
-from attn_dsl.backend.cpu.workers import spread
+from attn_dsl.backend.cpu.workers import operations_on, spread
 from attn_dsl.ir.evaluate import attention as dense
 
 
@@ -192,7 +192,7 @@ def test_a_worker_that_fails_is_heard_and_threads_are_given_back() -> None:
             if item == 5:
                 raise ValueError("five")
 
-    with pytest.raises(ValueError, match="five"):
+    with pytest.raises(ValueError, match="five"), operations_on(1):
         spread(work, iter(range(100)), 2)
     assert torch.get_num_threads() == 2
 

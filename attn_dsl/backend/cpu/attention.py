@@ -10,7 +10,8 @@ from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.backward import Gradients, Saved, differentiate
 from attn_dsl.backend.cpu.forward import attend
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.tiles import FEW_OPERATIONS, ROWS, Problem, TileShape
+from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, ROWS, Problem, TileShape
+from attn_dsl.backend.cpu.workers import operations_on
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
@@ -44,7 +45,8 @@ def problem_of(variant: Variant, schedule: Schedule, call: Call) -> Problem:
 @torch.no_grad()
 def forward(problem: Problem, call: Call) -> tuple[Tensor, Tensor]:
     """`(out [B, H, Q, DV], lse [B, H, Q])`; `lse` is float32, or float64 for float64 inputs."""
-    return attend(problem, call.query, _flat(problem, call.key), _flat(problem, call.value), _sink(problem))
+    with operations_on(1):
+        return attend(problem, call.query, _flat(problem, call.key), _flat(problem, call.value), _sink(problem))
 
 
 def backward(
@@ -62,14 +64,16 @@ def backward(
     """
     if torch.is_grad_enabled():
         raise RuntimeError("attention is differentiable once: a graph of its backward pass (create_graph) is not made")
-    key, value = _flat(problem, call.key), _flat(problem, call.value)
-    found = Gradients(torch.zeros(call.query.shape, dtype=key.dtype), torch.zeros_like(key), torch.zeros_like(value))
-    for name in wanted:
-        if name in call.tensors:
-            found.tensors[name] = torch.zeros(call.tensors[name].shape, dtype=key.dtype)
-        else:
-            found.parameters[name] = torch.zeros((), dtype=key.dtype)
-    differentiate(problem, Saved(call.query, key, value, out, lse, _sink(problem)), d_out, d_lse, found)
+    with operations_on(1):
+        key, value = _flat(problem, call.key), _flat(problem, call.value)
+        query = torch.zeros(call.query.shape, dtype=key.dtype)
+        found = Gradients(query, torch.zeros_like(key), torch.zeros_like(value))
+        for name in wanted:
+            if name in call.tensors:
+                found.tensors[name] = torch.zeros(call.tensors[name].shape, dtype=key.dtype)
+            else:
+                found.parameters[name] = torch.zeros((), dtype=key.dtype)
+        differentiate(problem, Saved(call.query, key, value, out, lse, _sink(problem)), d_out, d_lse, found)
     return found
 
 

@@ -9,7 +9,8 @@ import torch
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.attention import problem_of
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.tiles import BLOCK, Problem
+from attn_dsl.backend.cpu.problem import BLOCK, Problem
+from attn_dsl.backend.cpu.tiles import tiles
 from attn_dsl.errors import BindingError
 from attn_dsl.passes.pipeline import Program
 from attn_dsl.passes.schedule import Schedule
@@ -22,7 +23,7 @@ def explain(program: Program, call: Call) -> str:
     problem = problem_of(program.variant, _schedule(program), call)
     shape, functions = problem.shape, problem.functions
     visited = {False: 0, True: 0}
-    for tile in problem.tiles():
+    for tile in tiles(problem):
         heads = (tile.b1 - tile.b0) * (tile.h1 - tile.h0)
         for begin, end, masked in tile.runs:
             visited[masked] += heads * tile.rows * (end - begin)

@@ -21,10 +21,10 @@ from torch import Tensor
 from attn_dsl.backend.cpu.elementary import clip
 from attn_dsl.backend.cpu.forward import LOG2E, LOWEST, filled, masked, seen_keys
 from attn_dsl.backend.cpu.functions import Derivative, Target
+from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.cpu.relative import sum_antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
-from attn_dsl.backend.cpu.tiles import Problem, Tile, Visit
-from attn_dsl.backend.cpu.workers import spread
+from attn_dsl.backend.cpu.tiles import Tile, Visit, tiles
 
 
 @dataclass
@@ -71,16 +71,15 @@ def differentiate(problem: Problem, saved: Saved, d_out: Tensor, d_lse: Tensor |
         delta -= d_lse
     careful = not all(bool(x.isfinite().all()) for x in (saved.query, saved.key, saved.value))
     parts = problem.parts()
-    workers = problem.workers(len(parts))
-    shares = [gradients.apart() for _ in range(max(workers, 1))]
+    shares = [gradients.apart() for _ in range(min(problem.threads, len(parts)))]
 
     def work(numbers: Iterator[int]) -> None:
         for number in numbers:
             for part in parts[number :: len(shares)]:
-                for tile in problem.tiles(part):
+                for tile in tiles(problem, part):
                     _tile_backward(tile, saved, d_out, delta, shares[number], careful=careful)
 
-    spread(work, iter(range(len(shares))), workers)
+    problem.spread(work, iter(range(len(shares))), len(shares))
     for share in shares:
         gradients.add(share)
     if saved.sink is not None and problem.functions.sink_grad is not None:

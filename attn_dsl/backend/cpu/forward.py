@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.cpu.scratch import scratch
-from attn_dsl.backend.cpu.tiles import Problem, Tile, Visit
-from attn_dsl.backend.cpu.workers import spread
+from attn_dsl.backend.cpu.tiles import Tile, Visit, tiles
 
 TINY = 1e-38
 """A row sum is zero or at least one."""
@@ -34,8 +34,8 @@ def attend(problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Te
     lse = torch.empty(shape, dtype=problem.dtype)
     before, after = logit_factors(problem)
 
-    def work(tiles: Iterator[Tile]) -> None:
-        for tile in tiles:
+    def work(items: Iterator[Tile]) -> None:
+        for tile in items:
             rows = tile.gather(query, problem.scale * before)
             k, v = key[tile.kv], value[tile.kv]
             state = _attend(tile, rows, k, v, after, careful=False)
@@ -44,7 +44,7 @@ def attend(problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Te
             _finish(tile, state, sink, out, lse)
 
     count = math.ceil(problem.q_len / problem.shape.rows) * len(problem.parts())
-    spread(work, problem.tiles(), problem.workers(count))
+    problem.spread(work, tiles(problem), count)
     return out, lse
 
 

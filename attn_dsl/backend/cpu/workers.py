@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -17,29 +18,32 @@ import torch
 T = TypeVar("T")
 
 
+@contextmanager
+def operations_on(threads: int) -> Iterator[None]:
+    """Let each torch operation use so many threads; the matrix library's setting holds for all callers meanwhile."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def spread(work: Callable[[Iterator[T]], None], items: Iterator[T], threads: int) -> None:
     """Run `work(items)` on several threads that share the items, each item once. Raises what a worker raises.
 
-    With `threads` = 0 it runs here, and torch's own operations are threaded as they are elsewhere.
+    To be called where operations are on one thread.
     """
-    if threads == 0:
-        work(items)
-        return
     shared = _Shared(items)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrix library's setting, unlike torch's own, holds for all threads
+    futures = [_pool(threads).submit(_quiet, work, shared) for _ in range(threads - 1)]
     try:
-        futures = [_pool(threads).submit(_quiet, work, shared) for _ in range(threads - 1)]
-        try:
-            work(shared)
-        finally:
-            shared.stop()
-            errors = [future.exception() for future in futures]
-        for error in errors:
-            if error is not None:
-                raise error
+        work(shared)
     finally:
-        torch.set_num_threads(before)
+        shared.stop()
+        errors = [future.exception() for future in futures]
+    for error in errors:
+        if error is not None:
+            raise error
 
 
 class _Shared(Iterator[T]):
