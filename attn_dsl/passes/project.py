@@ -31,13 +31,8 @@ from attn_dsl.ir.nodes import (
     UnaryOp,
     post_order,
 )
-from attn_dsl.passes.logic import (
-    Atom,
-    Clause,
-    Fact,
-    Lowering,
-    is_quotient,
-)
+from attn_dsl.passes.formula import Atom, Clause, Fact
+from attn_dsl.passes.logic import Lowering, is_quotient
 from attn_dsl.passes.monotone import CORNERS, K0, K1, POSITIONS, Q0, Q1, interval, varies
 from attn_dsl.passes.symbolic import Form, Poly, Space, as_integer, constant, number, unknown
 
