@@ -24,8 +24,8 @@ from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import Index, K, Load, Node, Param, Q, Reduce, Size, Unary, Var, post_order
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.concrete import evaluate_all
+from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.monotone import K0, K1, Q0, Q1
-from attn_dsl.passes.project import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.symbolic import Form, Monomial, Poly, Space
 
 SAMPLES = 6

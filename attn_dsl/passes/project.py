@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from attn_dsl.ir.nodes import (
     Binary,
@@ -31,135 +30,20 @@ from attn_dsl.ir.nodes import (
     UnaryOp,
     post_order,
 )
+from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded
 from attn_dsl.passes.formula import Atom, Clause, Fact
 from attn_dsl.passes.logic import Lowering, is_quotient
 from attn_dsl.passes.monotone import CORNERS, K0, K1, POSITIONS, Q0, Q1, interval, varies
-from attn_dsl.passes.symbolic import Form, Poly, Space, as_integer, constant, number, unknown
+from attn_dsl.passes.symbolic import Form, Space, as_integer, constant, number, unknown
 
 FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
-
 
 MAX_CONSTRAINTS = 24
 MIN_DERIVED = 6
 """A clause of many constraints leaves room for fewer derived ones, since pairs grow with the square."""
 MAX_GUARDS = 12
 """Where a projection is not exact anyway, this many of its constraints are kept."""
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """An atom of the clause, a law of a quotient, or a bound of an unknown within the tile; true by itself."""
-
-    origin: Node
-    rule: str
-
-
-@dataclass(frozen=True, eq=False)
-class Combined:
-    """a * x + b * y, with a, b >= 0."""
-
-    a: Poly
-    x: Constraint
-    b: Poly
-    y: Constraint
-
-
-@dataclass(frozen=True, eq=False)
-class Rounded:
-    """x / divisor, its constant rounded down."""
-
-    x: Constraint
-    divisor: Poly
-
-
-@dataclass(frozen=True, eq=False)
-class Inverted:
-    """What x says of the monotone term it bounds, said of the term's argument."""
-
-    x: Constraint
-
-
-Derivation = Given | Combined | Rounded | Inverted
-
-
-@dataclass(eq=False)
-class Constraint:
-    """`form >= 0` and how it was derived.
-
-    own     False for what holds on every tile, whatever the mask
-    rising  for each unknown, whether the constraint bounds it from below (its coefficient is positive) or from above
-    """
-
-    form: Form
-    why: Derivation
-    own: bool
-    rising: dict[Node, bool] = field(default_factory=dict)
-
-    @cached_property
-    def premises(self) -> frozenset[Constraint]:
-        """What it is a nonnegative combination of: given, rounded or inverted constraints."""
-        if isinstance(self.why, Combined):
-            return self.why.x.premises | self.why.y.premises
-        return frozenset({self})
-
-    @cached_property
-    def weight(self) -> int:
-        """How many given constraints its derivation uses, counted with repetition."""
-        match self.why:
-            case Given():
-                return 1
-            case Combined(_, x, _, y):
-                return x.weight + y.weight
-            case Rounded(x) | Inverted(x):
-                return x.weight
-
-    @property
-    def atoms(self) -> frozenset[Node]:
-        """The comparisons of the mask that it rests on."""
-        return frozenset(x.why.origin for x in steps(self) if isinstance(x.why, Given) and x.own)
-
-
-def steps(*roots: Constraint) -> Iterator[Constraint]:
-    """Every constraint of the derivations, premises first, each once."""
-    seen: set[int] = set()
-    stack = [(root, False) for root in reversed(roots)]
-    while stack:
-        constraint, ready = stack.pop()
-        if id(constraint) in seen:
-            continue
-        if ready:
-            seen.add(id(constraint))
-            yield constraint
-            continue
-        stack.append((constraint, True))
-        match constraint.why:
-            case Given():
-                pass
-            case Combined(_, x, _, y):
-                stack += [(y, False), (x, False)]
-            case Rounded(x) | Inverted(x):
-                stack.append((x, False))
-
-
-@dataclass
-class Projection:
-    """A clause seen from a tile: it holds on some pair only if every guard is >= 0 and every fact is as stated.
-
-    `lower` and `upper` bound the kept position (none where both are eliminated): form = c * position + rest.
-    """
-
-    guards: list[Constraint] = field(default_factory=list)
-    lower: list[Constraint] = field(default_factory=list)
-    upper: list[Constraint] = field(default_factory=list)
-    facts: tuple[Fact, ...] = ()
-    exact: bool = True
-    impossible: Constraint | None = None
-
-    @property
-    def conclusions(self) -> list[Constraint]:
-        """The constraints of which each must be >= 0 for the clause to hold somewhere on the tile."""
-        return [self.impossible] if self.impossible is not None else self.guards
 
 
 def project(clause: Clause, space: Space, keep: Index | None) -> Projection:

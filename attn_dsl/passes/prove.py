@@ -17,9 +17,10 @@ from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import FALSE, TRUE, Binary, BinaryOp, Index, K, Node, Q, Unary, UnaryOp
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.certificate import Checker
+from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.formula import Atom, Clause, Fact, Literal, Unknown, residues
 from attn_dsl.passes.logic import clauses, divisors
-from attn_dsl.passes.project import Combined, Constraint, Given, Inverted, Projection, Rounded, project, steps
+from attn_dsl.passes.project import project
 from attn_dsl.passes.symbolic import Opaque, Space
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import FALSE, TRUE, Const, Node
-from attn_dsl.passes.project import FAR, Constraint, Projection
+from attn_dsl.passes.derivation import Constraint, Projection
+from attn_dsl.passes.project import FAR
 from attn_dsl.passes.prove import Claim, Proof, Side
 from attn_dsl.passes.schedule import Bound, maximum_of, minimum_of
 from attn_dsl.passes.symbolic import Space

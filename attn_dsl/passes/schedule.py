@@ -35,8 +35,8 @@ from attn_dsl.ir.nodes import (
     Var,
 )
 from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.derivation import Constraint, Projection
 from attn_dsl.passes.monotone import K1, Q1, Q_OFFSET
-from attn_dsl.passes.project import Constraint, Projection
 from attn_dsl.passes.prove import Proof, Side, conjunction, disjunction, prove
 from attn_dsl.passes.specialize import Saturation
 from attn_dsl.passes.symbolic import Poly, Space
