@@ -1,4 +1,4 @@
-"""Folders of files that survive the process: emitted sources, compiled kernels, tuning choices.
+"""Folders of files that survive the process: emitted sources, compiled kernels, tuning choices, words of the assembler.
 
     <root>/<kind>/<name>-<digest>/     one entry: its files and `manifest.json`
 
@@ -29,7 +29,7 @@ from typing import Any
 import attn_dsl
 
 MANIFEST = "manifest.json"
-SOURCES, KERNELS, TUNING = "sources", "kernels", "tuning"
+SOURCES, KERNELS, TUNING, VERDICTS = "sources", "kernels", "tuning", "verdicts"
 _lock = threading.Lock()
 _said: set[str] = set()
 
@@ -121,7 +121,7 @@ def clear() -> int:
     """Remove every entry of this version from the disk; returns how many there were."""
     root = folder()
     removed = 0
-    for kind in (SOURCES, KERNELS, TUNING):
+    for kind in (SOURCES, KERNELS, TUNING, VERDICTS):
         for path in (root / kind).glob("*"):
             removed += not path.name.startswith(".")
             shutil.rmtree(path, ignore_errors=True)

@@ -25,19 +25,21 @@ from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.separate import separate
 
 if TYPE_CHECKING:
+    from attn_dsl.backend.hopper.launch import Kernels as HopperKernels
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.prove import Proof
 
-CPU, PORTABLE = "cpu", "portable"
+CPU, GPU, PORTABLE, HOPPER = "cpu", "gpu", "portable", "hopper"
 
 
 @dataclass(frozen=True)
 class Options:
     """What a call may ask for beside its arguments; `text` is the same for graphs.
 
-    backend: `cpu` or `portable`. precise: exact instead of hardware functions. deterministic: the same bits in every
-    run, gradients of captured tensors too. float32_precision: `ieee` or `tf32`.
+    backend: `cpu`; `gpu`, which is `hopper` where it takes the call, else `portable`; or one of these two, to insist.
+    precise: exact instead of hardware functions. deterministic: the same bits in every run, gradients of captured
+    tensors too. float32_precision: `ieee` or `tf32`.
     """
 
     backend: str
@@ -75,6 +77,12 @@ class Program:
         from attn_dsl.backend.portable.launch import Kernels
 
         return Kernels(self.variant, derive_schedule(self.variant, self._proof, padded=True))
+
+    @functools.cached_property
+    def hopper(self) -> HopperKernels:
+        from attn_dsl.backend.hopper.launch import Kernels
+
+        return Kernels(self.kernels)
 
     @functools.cached_property
     def has_row_term(self) -> bool:
@@ -116,9 +124,9 @@ def forward(program: Program, call: Call, options: Options) -> Outputs:
     """Run the forward pass; nothing is saved."""
     if options.backend == CPU:
         return _cpu_forward(program, call)
-    if options.backend == PORTABLE:
-        return _portable_forward(program, call, options)
-    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, portable")
+    if options.backend in (GPU, PORTABLE, HOPPER):
+        return _gpu_forward(program, call, options)
+    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper")
 
 
 def backward(
@@ -172,13 +180,13 @@ def _cpu_backward(
     return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
 
 
-# ---------------------------------------------------------------- the portable backend
+# ---------------------------------------------------------------- the GPU backends
 
 
-def _portable_forward(program: Program, call: Call, options: Options) -> Outputs:
-    from attn_dsl.backend.portable import launch
+def _gpu_forward(program: Program, call: Call, options: Options) -> Outputs:
+    from attn_dsl.backend.gpu import forward
 
-    out, lse, shifted = launch.forward(program.kernels, portable_call(program, call, options))
+    out, lse, shifted = forward(program, portable_call(program, call, options), options.backend)
     return out, lse, lse.new_empty(0) if shifted is lse else shifted
 
 
@@ -210,7 +218,7 @@ def _portable_backward(
 
 
 def portable_call(program: Program, call: Call, options: Options) -> PortableCall:
-    """The call as the portable kernels take it, with tiles that a search found."""
+    """The call as the kernels of a GPU take it, with portable tiles that a search found."""
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.tuning import chosen
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.execute import PORTABLE, Options, Program, backward, forward, program_of
+from attn_dsl.backend.execute import CPU, Options, Program, backward, forward, program_of
 from attn_dsl.ir.types import Type
 
 _LIBRARY: Any = torch.library.Library("attn_dsl", "DEF")  # type: ignore[no-untyped-call]
@@ -133,7 +133,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, q_len, _ = call.query.shape
     out = call.query.new_empty((batch, heads, q_len, call.value.shape[3]))
     lse = call.query.new_empty((batch, heads, q_len), dtype=lse_dtype(call.query.dtype, options))
-    keeps = options.backend == PORTABLE and program.has_row_term
+    keeps = options.backend != CPU and program.has_row_term
     return out, lse, torch.empty_like(lse) if keeps else lse.new_empty(0)
 
 

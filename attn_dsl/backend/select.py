@@ -32,7 +32,11 @@ def select(device: torch.device) -> Backend:
         from attn_dsl.backend.cpu import backend
 
         return backend
-    raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu), got one on {device}")
+    if device.type == "cuda":
+        from attn_dsl.backend import gpu
+
+        return gpu
+    raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu, cuda), got one on {device}")
 
 
 def options(
@@ -54,8 +58,8 @@ def options(
     raise BindingError(f"`deterministic`, `precise`: expected bools, got {deterministic!r}, {precise!r}")
 
 
-_BACKENDS = {"cpu": "cpu", "cuda": "portable"}
+_BACKENDS = {"cpu": "cpu", "cuda": "gpu"}
 _OPTIONS = {  # made here, so that a trace meets constants
     choice: Options(*choice)
-    for choice in itertools.product(("cpu", "portable"), (False, True), (False, True), ("ieee", "tf32"))
+    for choice in itertools.product(("cpu", "gpu"), (False, True), (False, True), ("ieee", "tf32"))
 }

@@ -87,8 +87,10 @@ class Terms:
 
         With `L` the log-sum-exp over `loop(origin)`, the true one is `L + dropped(origin)`; a sink joins the loop's
         denominator as `sink - dropped(origin)`. Where `dropped` is minus infinity the row sees nothing: output 0.
+        Counted from the row itself, a term of q - k leaves nothing.
         """
-        return _simple(_sum([self.head, self.row, *(term.row(origin) for term in self.affine)]))
+        affine = [term for term in self.affine if not (origin is Q and term.q_step + term.k_step == 0)]
+        return _simple(_sum([self.head, self.row, *(term.row(origin) for term in affine)]))
 
     def text(self) -> str:
         """One line a term, for people."""

@@ -1,12 +1,15 @@
 """What the assembler made of a kernel: registers spilled, products serialized, the machine's features in use.
 
 ptxas serializes asynchronous products without a word unless it is asked (`-v`; its notes C7510 to C7514), and a spill
-costs as much: either is a defect of a configuration. The words of ptxas are kept, for whoever must be told.
+in the loop costs as much: either is a defect of a configuration. The words of ptxas are kept on disk with the kernel's
+key, so that they are asked for once, not once a process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import re
 import subprocess
 import tempfile
@@ -15,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.jit import create_function_from_signature
 
-TARGET = GPUTarget("cuda", 90, 32)
+from attn_dsl.backend import cache
+
+SPILLS = 256
+"""Bytes that ptxas may spill: so few are the scalars of a program, kept beside the loop for the next query tile."""
+_FILE = "verdict.json"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Build:
     @property
     def defect(self) -> str | None:
         """Why the build should not be used, or None."""
-        if self.spilled:
+        if self.spilled > SPILLS:
             return f"ptxas spilled {self.spilled} bytes of registers"
         if self.notes:
             return f"ptxas: {self.notes[0]}"
@@ -46,6 +49,25 @@ FEATURES = {
     "asynchronous products": r"wgmma\.mma_async",
     "register reallocation": r"setmaxnreg",
 }
+
+
+def inspected(name: str, kernel: Any) -> Build:
+    """`inspect` of a kernel that Triton compiled for the variant of a name; the disk is asked first."""
+    key = cache.digest(str(kernel.hash), _version())
+    entry = cache.find(cache.VERDICTS, name, key)
+    if entry is None:
+        found = inspect(kernel.asm["ptx"])
+        data = {_FILE: json.dumps(dataclasses.asdict(found)).encode()}
+        cache.put(cache.VERDICTS, name, key, data, {"kernel": str(kernel.hash)})
+        return found
+    said = json.loads(entry.files[_FILE].read_bytes())
+    return Build(said["spilled"], tuple(said["notes"]), tuple(said["missing"]))
+
+
+@functools.cache
+def _version() -> str:
+    """What is looked for: this file."""
+    return cache.digest(Path(__file__).read_text())
 
 
 @functools.lru_cache(maxsize=64)
@@ -75,14 +97,3 @@ def sass(ptx: str) -> str:
 
 def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def compile_ahead(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """What a launch with these arguments would compile, for sm_90; tensors may be on the device `meta`."""
-    backend = make_backend(TARGET)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    keywords = {**options, "debug": False}
-    bound, specialization, rest = bind(*arguments, **keywords)
-    chosen, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
-    language = GluonASTSource if kernel.is_gluon() else ASTSource
-    return triton.compile(language(kernel, signature, constants, attributes), target=TARGET, options=chosen.__dict__)

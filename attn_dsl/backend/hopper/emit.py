@@ -81,8 +81,7 @@ def emit_module(
         module.add("residue", ("s", *PAIR), residue)
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
-    uneven = tuple(term for term in terms.affine if term.q_step + term.k_step)  # else nothing is left for the row
-    if (row := dataclasses.replace(terms, affine=uneven).dropped(Q)) is not ZERO:
+    if (row := terms.dropped(Q)) is not ZERO:
         module.add("row_term", ROWS, row)
     if variant.sink is not None:
         module.add("sink", PROGRAM, variant.sink)

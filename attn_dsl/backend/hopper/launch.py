@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.runtime.errors import PTXASError
 
+from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.hopper import check
 from attn_dsl.backend.hopper.configs import Config, candidates
 from attn_dsl.backend.hopper.emit import Emitted, emit_module
@@ -25,25 +29,48 @@ from attn_dsl.backend.hopper.forward import attention_forward
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.algebra import SCALE
 from attn_dsl.backend.portable.device import plain
-from attn_dsl.backend.portable.launch import Call
+from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.load import load
+from attn_dsl.backend.portable.run import Compiler, Options, Runner, inputs_of, launch, variant_of
 from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
 
 ROWS = 64
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = ("factor", "uniform", "rows", "residue", "slope", "mask", "row_term", "sink", "kv_ranges")
+_lock = threading.Lock()
+
+Compile = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
+"""From a kernel, its arguments and options to what Triton compiles for them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The configuration that calls of a kind run with, and what the assembler said of it; None where none is good.
+
+    `rejected` are the configurations that were to come first, each with the reason.
+    """
+
+    config: Config | None
+    build: check.Build | None
+    rejected: tuple[tuple[Config, str], ...] = ()
 
 
 @dataclass
 class Kernels:
-    """The Hopper kernels of a variant: emitted functions, and the configurations that were found good or bad."""
+    """The Hopper kernels of a variant: emitted functions, and what was decided for each kind of call."""
 
     portable: portable.Kernels
-    rejected: dict[Config, str] = field(default_factory=dict)
+    choices: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._modules: dict[tuple[frozenset[Node], bool], tuple[Emitted, ModuleType]] = {}
+        self._plans: dict[tuple[Any, ...], _Plan] = {}
+        parameters = enumerate(self.portable.variant.parameters)
+        self._floats = tuple(i for i, parameter in parameters if parameter.type is Type.FLOAT)
+        bounds = [bound for s in self.portable.schedule.kv.segments for bound in (s.begin, s.end)]
+        self.uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*bounds))
+        """Whether the rows of a query tile decide how many key tiles it visits."""
 
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
@@ -54,6 +81,52 @@ class Kernels:
             self._modules[key] = text, load(text.source, f"hopper_{variant.name}")
         text, module = self._modules[key]
         return {name.upper(): getattr(module, name) if name in text.functions else None for name in _FUNCTIONS}
+
+    def source(self, *, precise: bool = False) -> str:
+        """The emitted text, for parameters of which nothing is known and a positive softmax scale."""
+        positive = frozenset((SCALE,))
+        return emit_module(self.portable.variant, self.portable.schedule, positive, fast_tanh=not precise).source
+
+    def choice(self, call: Call, compile: Compile | None = None) -> Choice:
+        """The configuration for calls like this one: the first candidate whose compiled kernel has no defect."""
+        kind = self._kind(call)
+        found = self.choices.get(kind)
+        if found is None:
+            with _lock:
+                found = self.choices[kind] = self.choices.get(kind) or self._settle(call, compile or compile_here)
+        return found
+
+    def plan(self, call: Call, config: Config) -> _Plan:
+        """What launches with a configuration have in common."""
+        key = (config, self._kind(call))
+        found = self._plans.get(key)
+        if found is None:
+            found = self._plans[key] = _Plan.of(self, call, config)
+        return found
+
+    def _kind(self, call: Call) -> tuple[Any, ...]:
+        """What of a call decides the kernel that Triton compiles for a configuration."""
+        query, parameters = call.query, call.parameters
+        signs = [not isinstance(x := parameters[i], Tensor) and x > 0 for i in self._floats]
+        numbers = [isinstance(x, Tensor) for x in (call.q_offset, *parameters)]
+        return (query.dtype, query.shape[3], call.value.shape[3], call.scale > 0, call.precise, *signs, *numbers)
+
+    def _settle(self, call: Call, compile: Compile) -> Choice:
+        rejected: list[tuple[Config, str]] = []
+        name = self.portable.variant.name
+        dims = padded(call.query.shape[3]), padded(call.value.shape[3])
+        for config in candidates(*dims, uneven=self.uneven):
+            try:
+                compiled = _compiled(self, call, config, compile)
+            except (CompilationError, PTXASError) as error:
+                defect: str | None = f"it does not compile ({type(error).__name__})"
+            else:
+                build = check.inspected(name, compiled)
+                defect = build.defect
+                if defect is None:
+                    return Choice(config, build, tuple(rejected))
+            rejected.append((config, str(defect)))
+        return Choice(None, None, tuple(rejected))
 
 
 def _positive(kernels: portable.Kernels, call: Call) -> frozenset[Node]:
@@ -77,39 +150,123 @@ def refusal(kernels: portable.Kernels, call: Call) -> str | None:
     query, key, value = call.query, call.key, call.value
     if query.dtype not in _TYPES:
         return f"the element type is {str(query.dtype).removeprefix('torch.')}, not bfloat16 or float16"
-    for dim in (query.shape[3], value.shape[3]):
-        if dim > 256 or dim % 8:
-            return f"the head dimension {dim} is not a multiple of 8 up to 256"
+    shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
+    if reason := _shape_refusal(*shapes):
+        return reason
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not _copyable(tensor):
-            return f"the bulk copy engine needs rows of `{name}` contiguous and at multiples of 16 bytes"
+        if tensor.device.type != "meta" and tensor.data_ptr() % 16:
+            return f"the bulk copy engine needs `{name}` at a multiple of 16 bytes"
     return "positions need 64 bits" if kernels.wide(call) else None
 
 
-def _copyable(tensor: Tensor) -> bool:
-    aligned = all(
-        stride % 8 == 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1
-    )
-    address = 0 if tensor.device.type == "meta" else tensor.data_ptr()
-    return tensor.stride(3) == 1 and aligned and address % 16 == 0
+@functools.lru_cache(maxsize=LAYOUTS)
+def _shape_refusal(*shapes: tuple[int, ...]) -> str | None:
+    """`shapes`: size and strides of query, key and value."""
+    for dim in (shapes[0][3], shapes[4][3]):
+        if dim > 256 or dim % 8:
+            return f"the head dimension {dim} is not a multiple of 8 up to 256"
+    for name, sizes, strides in zip(("query", "key", "value"), shapes[::2], shapes[1::2], strict=True):
+        outer = [stride for size, stride in zip(sizes[:3], strides[:3], strict=True) if size > 1]
+        if strides[3] != 1 or any(stride % 8 for stride in outer):
+            return f"the bulk copy engine needs rows of `{name}` contiguous and at multiples of 16 bytes"
+        if 0 in outer:
+            return f"the bulk copy engine does not take `{name}` with a broadcast axis"
+    return None
 
 
-def _descriptor(tensor: Tensor, rows: int, dim: int) -> TensorDescriptor:
-    """Blocks of [1, 1, rows, dim]; what a block has beyond the tensor is read as 0 and not written."""
-    block = [1, 1, rows, dim]
-    layout = _layout(rows, dim, tensor.dtype)
-    strides = [plain_stride(size, stride) for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], block, layout)
+class Block(TensorDescriptor):  # type: ignore[misc]
+    """A descriptor whose fields were checked by `refusal`."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
-def plain_stride(size: int, stride: int) -> int:
-    """The stride of an axis of one element is never used, but must be one that the copy engine takes."""
-    return stride if size > 1 else 8
+@dataclass(frozen=True)
+class _Shape:
+    """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim].
+
+    What a block has beyond the tensor is read as 0 and not written.
+    """
+
+    sizes: list[int]
+    strides: list[int]
+    block: list[int]
+    layout: Any
+
+    @staticmethod
+    def of(tensor: Tensor, rows: int, dim: int) -> _Shape:
+        # The stride of an axis of one element is never used, but must be one that the copy engine takes.
+        strides = [t if n > 1 else 8 for n, t in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
+        block = [1, 1, rows, dim]
+        layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
+        return _Shape(list(tensor.shape), [*strides, 1], block, layout)
+
+    def __call__(self, tensor: Tensor) -> Block:
+        return Block(tensor, self.sizes, self.strides, self.block, self.layout)
 
 
-@functools.cache
-def _layout(rows: int, dim: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, dim], _TYPES[dtype])
+@dataclass(frozen=True)
+class _Layout:
+    """What of a launch follows from shapes and strides. `shapes`: of query, key, value and output."""
+
+    programs: int
+    shapes: tuple[_Shape, _Shape, _Shape, _Shape]
+    sizes: tuple[int, ...]
+    extents: tuple[int, ...]
+    section: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What launches of one kernel have in common; `dims` are the head dimensions of the tiles."""
+
+    config: Config
+    uneven: bool
+    dims: tuple[int, int]
+    has_row_term: bool
+    options: Options
+    layouts: dict[tuple[Any, ...], _Layout]
+
+    @staticmethod
+    def of(kernels: Kernels, call: Call, config: Config) -> _Plan:
+        functions = kernels.functions(call)
+        d, dv = padded(call.query.shape[3]), padded(call.value.shape[3])
+        options = Options({**functions, "D": d, "DV": dv, **_options(config), "num_warps": 4})
+        return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
+
+    def layout(self, call: Call, out: Tensor) -> _Layout:
+        query, key, value = call.query, call.key, call.value
+        at = (
+            query.shape,
+            query.stride(),
+            key.shape,
+            key.stride(),
+            value.shape,
+            value.stride(),
+            call.extents,
+            query.device,
+        )
+        found = self.layouts.get(at)
+        if found is None:
+            if len(self.layouts) >= LAYOUTS:
+                self.layouts.clear()
+            found = self.layouts[at] = self._layout(call, out)
+        return found
+
+    def _layout(self, call: Call, out: Tensor) -> _Layout:
+        (d, dv), config = self.dims, self.config
+        batch, heads, q_len = call.query.shape[:3]
+        tiles = batch * heads * -(-q_len // config.rows)
+        index = call.query.device.index if call.query.is_cuda else None
+        # Uneven: all heads together, so that the longest tiles of all come first. Even: those whose keys are the same,
+        # which then stay in the cache.
+        section = config.section or (batch * heads if self.uneven else heads // call.key.shape[1])
+        return _Layout(
+            min(tiles, _multiprocessors(index)) if config.persistent else tiles,
+            (_Shape.of(call.query, ROWS, d), _Shape.of(call.key, config.keys, d),
+             _Shape.of(call.value, config.keys, dv), _Shape.of(out, ROWS, dv)),
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
+        )  # fmt: skip
 
 
 @functools.cache
@@ -117,59 +274,34 @@ def _multiprocessors(index: int | None) -> int:
     return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
-Runner = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], Any]
-
-
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    return kernel[(programs,)](*arguments, **options)
-
-
 def forward(
-    kernels: Kernels, call: Call, run: Runner = _launch, config: Config | None = None, section: int | None = None
+    kernels: Kernels, call: Call, run: Runner = launch, config: Config | None = None, section: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]), as `portable.launch.forward`; the call must not be one of
-    which `refusal` speaks. `section` is how many heads run side by side."""
+    """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]), as `portable.launch.forward`.
+
+    The call must not be one of which `refusal` speaks, and `config`, that of `Kernels.choice` unless given, must be
+    there. `section` overrides how many heads run side by side.
+    """
+    config = config or kernels.choice(call).config
+    assert config is not None, "no configuration fits: ask `Kernels.choice` first"
     query, value = call.query, call.value
-    batch, heads, q_len, dim = query.shape
-    value_dim = value.shape[3]
-    out = torch.empty((batch, heads, q_len, value_dim), dtype=query.dtype, device=query.device)
+    batch, heads, q_len, _ = query.shape
+    out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
-    functions = kernels.functions(call)
-    shifted = lse if functions["ROW_TERM"] is None else torch.empty_like(lse)
-    d, dv = padded(dim), padded(value_dim)
-    if config is None:
-        config = candidates(d, dv)[0]
-    if d != dv:
-        config = replace(config, own_output=True)
-    arguments = (
-        _descriptor(query, ROWS, d), _descriptor(call.key, config.keys, d), _descriptor(value, config.keys, dv),
-        _descriptor(out, ROWS, dv), lse, shifted, call.q_offset, *_numbers(call), float(call.scale),
-        section or _section(kernels, call),
-    )  # fmt: skip
-    options = {**functions, "D": d, "DV": dv, **_options(config), "num_warps": 4}
-    tiles = batch * heads * triton.cdiv(q_len, config.rows)
-    index = query.device.index if query.is_cuda else None
-    run(attention_forward, min(tiles, _multiprocessors(index)) if config.persistent else tiles, arguments, options)
-    return out, lse, shifted
-
-
-def _numbers(call: Call) -> tuple[Any, ...]:
-    """The kernel's arguments `parameters, B, H, HK, Q, KV, DIM, extents, tensors`."""
+    plan = kernels.plan(call, config)
+    shifted = torch.empty_like(lse) if plan.has_row_term else lse
+    layout = plan.layout(call, out)
+    q, k, v, o = layout.shapes
     parameters = tuple(plain(p) if isinstance(p, int) and not isinstance(p, bool) else p for p in call.parameters)
     tensors = tuple((t, tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in call.tensors)
-    return parameters, *call.sizes[:6], tuple(map(plain, call.sizes[6:])), tensors
-
-
-def _section(kernels: Kernels, call: Call) -> int:
-    """How many heads run side by side.
-
-    Where the rows of a query decide how many key tiles it visits, all of them, so that the longest tiles of all heads
-    come first; else those whose query heads share keys, which then stay in the cache.
-    """
-    batch, heads = call.query.shape[:2]
-    bounds = [bound for s in kernels.portable.schedule.kv.segments for bound in (s.begin, s.end)]
-    uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*bounds))
-    return batch * heads if uneven else heads // call.key.shape[1]
+    run(
+        attention_forward,
+        layout.programs,
+        (q(query), k(call.key), v(value), o(out), lse, shifted, call.q_offset, parameters, *layout.sizes,
+         layout.extents, tensors, float(call.scale), section or layout.section),
+        plan.options,
+    )  # fmt: skip
+    return out, lse, shifted
 
 
 def _options(config: Config) -> dict[str, Any]:
@@ -180,12 +312,37 @@ def _options(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# ---------------------------------------------------------------- compiling without a launch
+
+
+def compile_here(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """For the GPU of the first argument, where a launch will find it."""
+    with (
+        torch.cuda.device(arguments[0].base.device),
+        compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)),
+    ):
+        return kernel.run(*arguments, grid=(1,), warmup=True, **options)
+
+
+def compile_ahead(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    """For a Hopper GPU that is not here; tensors may be on the device `meta`."""
+    compiler = Compiler(GPUTarget("cuda", 90, 32))
+    compiler(kernel, 1, arguments, options)
+    return compiler.compiled[0]
+
+
 def build(kernels: Kernels, call: Call, config: Config | None = None) -> Any:
-    """The forward kernel compiled ahead of time; tensors may be on the device `meta`."""
+    """The forward kernel compiled ahead of time, with the configuration that is found good unless one is given."""
+    config = config or kernels.choice(call, compile_ahead).config
+    assert config is not None, "no configuration fits"
+    return _compiled(kernels, call, config, compile_ahead)
+
+
+def _compiled(kernels: Kernels, call: Call, config: Config, compile: Compile) -> Any:
     compiled: list[Any] = []
 
-    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        compiled.append(check.compile_ahead(kernel, arguments, options))
+    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        compiled.append(compile(kernel, arguments, options))
 
     forward(kernels, call, run, config)
     return compiled[0]

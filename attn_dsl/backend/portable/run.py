@@ -35,8 +35,10 @@ _ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-    """Run on the current stream of the device of the first argument, a tensor."""
+    """Run on the current stream of the device of the first argument, a tensor or a descriptor of one."""
     tensor = arguments[0]
+    if not isinstance(tensor, torch.Tensor):
+        tensor = tensor.base
     if not tensor.is_cuda:
         kernel[(programs,)](*arguments, **options)
         return
@@ -112,6 +114,14 @@ class Compiler:
         keywords = {**options, "debug": False}
         bound, specialization, rest = bind(*arguments, **keywords)
         chosen, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, rest)
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = _language(kernel)(kernel, signature, constants, attributes)
         with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
             self.compiled.append(triton.compile(source, target=self.target, options=chosen.__dict__))
+
+
+def _language(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource

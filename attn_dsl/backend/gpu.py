@@ -1,0 +1,152 @@
+"""Which kernels run a call on a GPU: those for Hopper where they take it, else the portable ones; and why.
+
+Backward passes are portable. Nothing falls back unseen: `explain` says what a call runs on and what stood in the way.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend import execute
+from attn_dsl.backend.execute import GPU, HOPPER, PORTABLE, Options
+from attn_dsl.backend.portable import launch as portable
+from attn_dsl.backend.portable import tiles
+from attn_dsl.errors import BindingError
+
+if TYPE_CHECKING:
+    from attn_dsl.backend.binding import Call
+    from attn_dsl.backend.hopper.launch import Choice, Compile
+    from attn_dsl.passes.pipeline import Program
+
+name = GPU
+
+
+@dataclass(frozen=True)
+class Route:
+    """The backend of a forward pass, and what kept it from Hopper's, if anything did; `choice` is Hopper's."""
+
+    backend: str
+    reason: str | None
+    choice: Choice | None = None
+
+
+def forward(program: execute.Program, call: portable.Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, shifted) as `portable.launch.forward`, by the kernels that `backend` names or allows.
+
+    Raises BindingError where `hopper` is asked for and does not take the call.
+    """
+    if backend == PORTABLE:
+        return portable.forward(program.kernels, call)
+    found = route(program, call)
+    if found.choice is not None and found.choice.config is not None:
+        from attn_dsl.backend.hopper import launch
+
+        return launch.forward(program.hopper, call, config=found.choice.config)
+    if backend == HOPPER:
+        raise BindingError(f"the Hopper kernels do not take the call: {found.reason}")
+    return portable.forward(program.kernels, call)
+
+
+def route(
+    program: execute.Program,
+    call: portable.Call,
+    capability: tuple[int, int] | None = None,
+    compile: Compile | None = None,
+) -> Route:
+    """Which kernels a call takes; `capability` is that of the tensors' GPU unless given.
+
+    The first call of a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
+    """
+    reason = unavailable(_capability(call.query.device) if capability is None else capability)
+    if reason is not None:
+        return Route(PORTABLE, reason)
+    from attn_dsl.backend.hopper import launch
+
+    if reason := launch.refusal(program.kernels, call):
+        return Route(PORTABLE, reason)
+    choice = program.hopper.choice(call, compile)
+    if choice.config is None:
+        return Route(PORTABLE, f"no configuration is good, the last since {choice.rejected[-1][1]}", choice)
+    return Route(HOPPER, None, choice)
+
+
+@functools.cache
+def unavailable(capability: tuple[int, int] | None) -> str | None:
+    """Why no Hopper kernel can run on a GPU of a compute capability, or None."""
+    if capability is None:
+        return "the tensors are not on an NVIDIA GPU"
+    if capability != (9, 0):
+        return "the GPU has compute capability {}.{}, not 9.0".format(*capability)
+    if importlib.util.find_spec("triton.experimental.gluon.nvidia.hopper") is None:
+        return "this Triton has no Gluon for Hopper"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    if device.type != "cuda" or torch.version.hip is not None or portable.interpreted():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def explain(program: Program, call: Call) -> str:
+    """Which kernels and tiles the call takes, and why; compiles the kernel if that was not done."""
+    of = execute.program_for(program.variant, program.proof)
+    bound = execute.portable_call(of, call, Options(GPU))
+    return describe(of, bound, route(of, bound), _capability(call.query.device))
+
+
+def describe(program: execute.Program, call: portable.Call, found: Route, capability: tuple[int, int] | None) -> str:
+    """`explain` of a route."""
+    dims = f"{str(call.query.dtype)[6:]}, head dimensions {call.query.shape[3]} and {call.value.shape[3]}"
+    choice = found.choice
+    if choice is not None and choice.config is not None and choice.build is not None:
+        lines = [
+            f"backend    hopper: compute capability 9.0; {dims}",
+            f"tiles      {choice.config}",
+            f"assembler  {choice.build.spilled} bytes of registers spilled, no product serialized",
+        ]
+    else:
+        tile = _tiles(call, capability).forward
+        lines = [
+            f"backend    portable, since {found.reason}; {dims}",
+            f"tiles      {tile.rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages"
+            + (", found by a search" if call.tiles else ""),
+        ]
+    if choice is not None:
+        lines += [f"rejected   {config}: {why}" for config, why in choice.rejected]
+    segments = program.kernels.schedule.kv.segments
+    full = sum(not segment.masked for segment in segments)
+    lines.append(f"schedule   {len(segments) - full} masked and {full} unmasked ranges of key tiles, in closed form")
+    backward = _tiles(call, capability)
+    lines.append(
+        f"backward   portable: dK and dV {backward.keys.rows} x {backward.keys.keys}, "
+        f"dQ {backward.queries.rows} x {backward.queries.keys}"
+    )
+    return "\n".join(lines)
+
+
+def _tiles(call: portable.Call, capability: tuple[int, int] | None) -> tiles.Tiles:
+    dims = (sum(portable.chunks(x.shape[3])) for x in (call.query, call.value))
+    return call.tiles or tiles.choose(capability, call.query.element_size(), *dims)
+
+
+def source(program: Program, dtype: torch.dtype) -> str:
+    """The emitted functions: the portable kernels', and in 16 bits those of the Hopper kernels."""
+    from attn_dsl.backend.portable.emit import emit_module
+
+    of = execute.program_for(program.variant, program.proof)
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    text = emit_module(of.variant, of.kernels.schedule, fast_tanh=narrow).source
+    if not narrow or unavailable((9, 0)) is not None:
+        return text
+    return f"# portable kernels\n{text}\n\n# Hopper kernels\n{of.hopper.source()}"
