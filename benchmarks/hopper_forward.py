@@ -7,7 +7,7 @@
 
 One JSON object a line. Each part runs in a process of its own, under an alarm for each case: a kernel that hangs costs
 its case and no more. Times are medians in milliseconds of interleaved rounds; `tflops` counts unmasked pairs only.
-Before anything runs, the kernels are compiled in parallel processes (`--jobs`), into Triton's cache.
+Before anything runs, the kernels are compiled in parallel processes (`--jobs`), into the cache.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def call(case: Case, device: str) -> tuple[portable.Call, dict[str, Any]]:
 
 
 def default_config(case: Case) -> Config:
-    return candidates(hopper.padded(case.dim), hopper.padded(case.value_dim or case.dim))[0]
+    dims = hopper.padded(case.dim), hopper.padded(case.value_dim or case.dim)
+    return candidates(*dims, uneven=kernels(case.variant).uneven)[0]
 
 
 # ---------------------------------------------------------------- right

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_dsl.backend.cache_triton import compiling
+from attn_dsl.backend.hopper.forward import attention_forward as hopper_forward
 from attn_dsl.backend.portable import backward, forward
 from attn_dsl.backend.portable.run import inputs_of, variant_of
 
@@ -19,6 +20,7 @@ KERNELS = (
     backward.attention_delta,
     backward.attention_keys_backward,
     backward.attention_queries_backward,
+    hopper_forward,
 )
 
 

@@ -1,0 +1,57 @@
+"""The Hopper kernels compiled ahead of time, without a GPU: what the assembler makes of the shipped table."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from fake_gpu import ask, compilations, fake_gpu
+from portable_support import program_of
+
+from attn_dsl.backend.execute import Program
+from attn_dsl.backend.hopper import check, launch
+from attn_dsl.backend.hopper.configs import candidates
+from attn_dsl.backend.portable.launch import Call
+
+
+def call(of: Program, dim: int, *, length: int = 256, heads: int = 4, batch: int = 1, **more: Any) -> Call:
+    query = torch.empty(batch, heads, length, dim, dtype=torch.bfloat16, device="meta")
+    tensors = tuple(torch.empty(heads, device="meta") for _ in of.variant.tensors)
+    parameters = tuple({"cap": 20.0}[p.name] for p in of.variant.parameters)
+    return Call(query, query, query, parameters, tensors, (), 0.1, **more)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("name", ["noop", "causal"])
+def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
+    of = program_of(name)
+    choice = launch.Kernels(of.kernels).choice(call(of, dim), launch.compile_ahead)
+    assert choice.config == candidates(dim, dim, uneven=name == "causal")[0], choice.rejected
+    assert choice.build == check.Build(0, (), ())
+
+
+@pytest.mark.parametrize("name", ["alibi", "softcap"])
+def test_scores_of_variants_leave_it_sound(name: str) -> None:
+    of = program_of(name)
+    choice = launch.Kernels(of.kernels).choice(call(of, 128), launch.compile_ahead)
+    assert choice.config == candidates(128, 128)[0] and choice.build is not None
+    assert choice.build.spilled <= check.SPILLS and not choice.build.notes and not choice.build.missing
+
+
+def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:
+    of = program_of("causal")
+    kernels = launch.Kernels(of.kernels)
+    config = candidates(64, 64, uneven=True)[0]
+    launch.build(kernels, call(of, 64), config)
+    with fake_gpu(), compilations() as cached:
+        for length, heads, batch in ((1, 1, 1), (300, 4, 2), (128, 64, 3), (5000, 3, 1)):
+            query = torch.empty(batch, heads, length, 64, dtype=torch.bfloat16)
+            bound = Call(query, query, query, (), (), (), 1 / length, q_offset=length % 7)
+            launch.forward(kernels, bound, ask, config)
+    assert cached == [True]
