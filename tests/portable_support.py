@@ -86,7 +86,7 @@ class Problem:
         inputs = leaves["query"], leaves["key"], leaves["value"]
         call = self.program.binder.bind(*inputs, self.scale, self.q_offset, bindings)
         out, lse = operators.attention(self.program, call, Options("portable", **options))
-        return _differentiated(out, lse, leaves, upstream)
+        return differentiated(out, lse, leaves, upstream)
 
     def truth(self, upstream: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> Result:
         """By the evaluator, every operation in `dtype`."""
@@ -102,7 +102,7 @@ class Problem:
             bindings=bindings,
             dtype=dtype,
         )
-        return _differentiated(out, lse, leaves, upstream)
+        return differentiated(out, lse, leaves, upstream)
 
     def upstream(self, seed: int = 7) -> tuple[Tensor, Tensor]:
         """Gradients of the outputs, float64; none for the log-sum-exp of rows that see nothing."""
@@ -113,7 +113,7 @@ class Problem:
         return out.to(self.query.dtype).double().to(self.query.device), lse.float().double().to(self.query.device)
 
 
-def _differentiated(
+def differentiated(
     out: Tensor, lse: Tensor, leaves: dict[str, Tensor], upstream: tuple[Tensor, Tensor] | None
 ) -> Result:
     result = Result(out.detach(), lse.detach())

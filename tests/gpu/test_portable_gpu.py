@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from portable_support import Problem, Result, program_of
+from gpu_support import larger, within_budget
+from portable_support import Problem, program_of
 from torch import Tensor
-from variant_cases import SHIPPED, Case, Sizes, cases
+from variant_cases import SHIPPED, Case, cases
 
 from attn_dsl.backend.portable import backward as backward_kernels
 from attn_dsl.backend.portable import forward as forward_kernels
@@ -19,43 +19,6 @@ from attn_dsl.backend.portable import forward as forward_kernels
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGER = Sizes(B=2, H=4, HK=2, Q=333, KV=333, D=64, DV=64)
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "sliding_window": {"window": 100},
-    "prefix_lm": {"prefix": 70},
-    "softcap": {"cap": 3.0},
-    "t5_bias": {"reach": 40},
-    "longformer": {"reach": 30, "globals": 10},
-    "bigbird": {"block": 32, "reach": 1, "globals": 1, "random": 2},
-    "sparse_strided": {"stride": 50},
-    "sparse_fixed": {"stride": 64, "summary": 5},
-    "dilated_window": {"window": 160, "dilation": 4},
-    "natten1d": {"r": 20},
-    "natten2d": {"width": 37, "height": 9, "r": 3},
-    "natten3d": {"width": 37, "height": 3, "depth": 3, "r": 1},
-    "shared_prefix": {"prefix": 90},
-    "block_diffusion": {"length": 167, "block": 16},
-    "gemma2_local": {"window": 120, "cap": 5.0},
-    "gpt_oss": {"window": 64},
-}
-
-
-def larger(name: str, **sizes: int) -> Case:
-    const = frozenset({"random"}) if name == "bigbird" else frozenset()
-    return Case(name, PARAMETERS.get(name, {}), replace(LARGER, **sizes), const)
-
-
-def within_budget(found: Result, truth: Result, eager: Result, factor: float) -> None:
-    """The root mean square error is at most `factor` times that of the eager computation, everywhere."""
-    named = {"out": (found.out, truth.out, eager.out)}
-    named.update({name: (found.grads[name], truth.grads[name], eager.grads[name]) for name in truth.grads})
-    for name, (a, b, c) in named.items():
-        assert not a.isnan().any(), name
-        ours, theirs = ((x.double() - b).square().mean().sqrt().item() for x in (a, c))
-        floor = 1e-6 * max(1.0, b.abs().max().item())
-        assert ours <= factor * theirs + floor, f"{name}: {ours:.3g}, eager {theirs:.3g}"
-    error = torch.where(truth.lse.isinf(), 0.0, found.lse.double() - truth.lse).abs().max()
-    assert error < 2e-2, f"lse: {error:.3g}"
 
 
 def check(problem: Problem) -> None:
