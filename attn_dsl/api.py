@@ -19,6 +19,7 @@ from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for
 from attn_dsl.backend.operators import autocast
+from attn_dsl.backend.replay import Replays
 from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
 from attn_dsl.errors import BindingError
@@ -59,6 +60,7 @@ class Attention:
         self._program = pipeline.run(variant, constants, stop_after="schedule")
         self._executable = program_for(self._program.variant, self._program.proof)
         self._binder = self._executable.binder
+        self._replays = Replays(self._executable)
 
     @property
     def variant(self) -> Variant:
@@ -132,6 +134,15 @@ class Attention:
 
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
         """
+        known = None
+        if not torch.compiler.is_compiling() and not validate:
+            choice = (deterministic, precise, float32_precision)
+            known = self._replays.key(query, key, value, scale, q_offset, bindings, choice)
+            again = self._replays.known.get(known) if known is not None else None
+            if again is not None:
+                tensors = [cast(Tensor, bindings[name]) for name in self._replays.names]
+                out, lse = again.run(query, key, value, tensors, q_offset)
+                return (out, lse) if return_lse else out
         query, key, value = autocast(query, key, value)
         bind = self._binder.assume if torch.compiler.is_compiling() else self._binder.bind
         call = bind(query, key, value, scale, q_offset, bindings)
@@ -139,6 +150,8 @@ class Attention:
             validate_call(self.variant, call)
         chosen = options(call.query.device, deterministic, precise, float32_precision)
         out, lse = operators.attention(self._executable, call, chosen)
+        if known is not None:
+            self._replays.remember(known, call, chosen)
         return (out, lse) if return_lse else out
 
     def ir(self, after: str | None = None) -> str:
@@ -252,6 +265,7 @@ class Attention:
             raise BindingError(f"`query`: expected a tensor on a GPU, since only those have tiles; got {query.device}")
         given = {**call.tensors, **call.parameters}
         wanted = frozenset(name for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad)
+        self._replays.known.clear()  # they hold the tiles of before
         with torch.cuda.device(query.device):
             return tuning.run(self._executable, call, options(query.device), wanted=wanted, backward=backward)
 

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
+from attn_dsl.backend.gpu import route
 from attn_dsl.backend.portable import launch
 from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.tuning import chosen
@@ -142,8 +143,9 @@ def _tensor(dtype: DType, shape: tuple[int, ...]) -> Tensor:
 
 def _steps(program: Program, request: Request, call: launch.Call, wanted: frozenset[str]) -> Iterator[Any]:
     """The passes of a call, each a function of the runner that is to take its kernels."""
+    yield lambda run: _hopper(program, call, run)
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    yield lambda run: outputs.append(launch.forward(program.kernels, call, run))
+    yield lambda run: outputs.append(_forward(program, call, run))
     if request.backward:
         out, lse, shifted = outputs[0]
         for grad_lse in (None, lse):
@@ -153,13 +155,44 @@ def _steps(program: Program, request: Request, call: launch.Call, wanted: frozen
             )  # fmt: skip
 
 
+def _forward(program: Program, call: launch.Call, run: Compiler) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernels that the call would take on the GPU."""
+    found = route(program, call, call.capability, _ahead)
+    if found.choice is not None and found.choice.config is not None:
+        from attn_dsl.backend.hopper import launch as hopper
+
+        return hopper.forward(program.hopper, call, run, found.choice.config)
+    return launch.forward(program.kernels, call, run)
+
+
+def _ahead(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+    from attn_dsl.backend.hopper.launch import compile_ahead
+
+    return compile_ahead(kernel, arguments, options)
+
+
+def _hopper(program: Program, call: launch.Call, run: Compiler) -> None:
+    """The forward kernel of a call that the Hopper kernels take, after those whose builds had to be rejected."""
+    from attn_dsl.backend.gpu import route
+
+    def compile(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
+        run(kernel, 1, arguments, options)
+        return run.compiled[-1]
+
+    choice = route(program, call, call.capability, compile).choice
+    if choice is not None and choice.config is not None:
+        from attn_dsl.backend.hopper.launch import forward
+
+        forward(program.hopper, call, run, choice.config)
+
+
 # ---------------------------------------------------------------- Triton's launcher
 
 
 def _build_launcher(name: str, kernel: Any) -> None:
     """Triton 3.6 writes a C function for each kernel signature and compiles it where the kernel is first launched.
 
-    Do it here, linked against an empty library that has the driver's name. Later releases have no such function.
+    Do it here, linked against a library that only has the driver's names. Later releases have no such function.
     """
     from triton.backends.nvidia import driver
 
@@ -169,7 +202,8 @@ def _build_launcher(name: str, kernel: Any) -> None:
     from triton.runtime.build import _build, platform_key
     from triton.runtime.cache import get_cache_manager
 
-    text = driver.make_launcher(kernel.src.constants, dict(kernel.src.signature), None)
+    described = getattr(kernel.metadata, "tensordesc_meta", None)
+    text = driver.make_launcher(kernel.src.constants, dict(kernel.src.signature), described)
     key = hashlib.sha256((text + platform_key()).encode()).hexdigest()
     with compiling(name, dict):
         manager = get_cache_manager(key)
@@ -179,9 +213,10 @@ def _build_launcher(name: str, kernel: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)
             (path / "main.c").write_text(text)
-            (path / "empty.c").write_text("")
-            empty = [compiler, "-shared", "-o", str(path / "libcuda.so.1"), str(path / "empty.c")]
-            subprocess.run([*empty, "-Wl,-soname,libcuda.so.1"], check=True, capture_output=True)
+            used = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", text)))
+            (path / "stub.c").write_text("".join(f"void {function}(void) {{}}\n" for function in used))
+            stub = [compiler, "-shared", "-o", str(path / "libcuda.so.1"), str(path / "stub.c")]
+            subprocess.run([*stub, "-Wl,-soname,libcuda.so.1"], check=True, capture_output=True)
             built = _build(
                 "__triton_launcher", str(path / "main.c"), folder, [folder], driver.include_dirs, driver.libraries, []
             )

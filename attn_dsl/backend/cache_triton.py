@@ -72,6 +72,7 @@ class KernelCache(CacheManager):  # type: ignore[misc]
     def __init__(self, key: str, name: str, inputs: Inputs) -> None:
         self.key, self.name, self.inputs = key, name, inputs
         self.group: dict[str, bytes] | None = None
+        self.found = False
 
     def get_group(self, filename: str) -> dict[str, str] | None:
         self.group = {}
@@ -89,6 +90,7 @@ class KernelCache(CacheManager):  # type: ignore[misc]
 
     def get_file(self, filename: str) -> str | None:
         entry = cache.find(cache.KERNELS, f"module.{filename.partition('.')[0]}", self.key)
+        self.found = entry is not None
         return None if entry is None else str(entry.files[filename])
 
     def put(self, data: Any, filename: str, binary: bool = True) -> str:
@@ -96,7 +98,7 @@ class KernelCache(CacheManager):  # type: ignore[misc]
         if self.group is not None:
             self.group[filename] = encoded
             return filename  # no path yet: `put_group` gives it
-        entry = cache.put(
-            cache.KERNELS, f"module.{filename.partition('.')[0]}", self.key, {filename: encoded}, {"file": filename}
-        )
+        name, inputs = f"module.{filename.partition('.')[0]}", {"file": filename}
+        # What was found and is written all the same did not load.
+        entry = cache.put(cache.KERNELS, name, self.key, {filename: encoded}, inputs, replace=self.found)
         return str(entry.files[filename])

@@ -63,7 +63,8 @@ class Program:
 
     def __init__(self, variant: Variant, proof: Proof | None = None) -> None:
         self.variant = variant
-        self.text = print_ir(variant, locations=False)
+        # One line, since PyTorch shows arguments of graphs in comments of generated code; nothing else has a bar.
+        self.text = print_ir(replace(variant, doc=""), locations=False).replace("\n", "|")
         self.binder = Binder(variant)
         self._proof = proof
 
@@ -103,7 +104,7 @@ def program_for(variant: Variant, proof: Proof | None = None) -> Program:
 def program_of(text: str) -> Program:
     """The program that a graph names by the printed form of its variant."""
     found = _programs.get(text)
-    return program_for(parse_ir(text)) if found is None else found
+    return program_for(parse_ir(text.replace("|", "\n"))) if found is None else found
 
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -139,6 +140,8 @@ def backward(
     wanted: frozenset[str],
 ) -> Gradients:
     """Gradients of query, key, value and of the captured tensors and parameters named in `wanted`."""
+    if grad_out.stride(-1) != 1:  # that of a sum is one number everywhere; no kernel is compiled for that
+        grad_out = grad_out.contiguous()
     run = _cpu_backward if options.backend == CPU else _portable_backward
     found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
     given: dict[str, Any] = {**call.tensors, **call.parameters}

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_dsl.backend.cache_triton import compiling
-from attn_dsl.backend.hopper.forward import attention_forward as hopper_forward
+from attn_dsl.backend.hopper.forward import hopper_forward
 from attn_dsl.backend.portable import backward, forward
 from attn_dsl.backend.portable.run import inputs_of, variant_of
 
@@ -25,10 +25,13 @@ KERNELS = (
 
 
 class FakeDriver:
-    """The driver of one GPU of compute capability 9.0."""
+    """The driver of one GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -38,11 +41,11 @@ class FakeDriver:
 
 
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Triton takes itself to be on that GPU; kernels forget before and after what they have compiled."""
+def fake_gpu(arch: int = 90) -> Iterator[None]:
+    """Triton takes itself to be on a GPU of an architecture, `sm_<arch>`; kernels forget before and after what they have compiled."""
     _forget()
     before = driver._active
-    driver.set_active(FakeDriver())
+    driver.set_active(FakeDriver(arch))
     try:
         yield
     finally:

@@ -198,7 +198,7 @@ def test_parameters_as_tensors_of_either_device(bias: attn_dsl.Attention) -> Non
         cap = torch.tensor(5.0, device=device, requires_grad=True)
         (grad,) = torch.autograd.grad(loss(bias, *leaves, cap=cap), cap)
         assert grad.device == cap.device and grad.isfinite()
-        torch.testing.assert_close(loss(bias, *leaves, cap=cap), loss(bias, *leaves), atol=1e-2, rtol=1e-4)
+        torch.testing.assert_close(loss(bias, *leaves, cap=cap), loss(bias, *leaves), atol=1e-2, rtol=1e-3)
 
 
 def test_a_hundred_lengths_and_windows_compile_what_the_first_does(
@@ -244,12 +244,27 @@ def test_what_was_built_ahead_is_loaded_and_nothing_is_compiled(
     major, minor = torch.cuda.get_device_capability()
     attn_dsl.compile("sliding_window").build(f"sm_{major}{minor}")
     entries = {entry.path.name for entry in cache.entries() if entry.kind != "sources"}
-    answer = subprocess.run([sys.executable, "-c", SECOND], check=True, capture_output=True, text=True, timeout=200)
+    answer = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=200)
+    assert answer.returncode == 0, answer.stderr
     first, asked, hits = map(float, answer.stdout.split())
     print(f"first call {first:.3f} s")
     assert asked == hits == 4
     assert {entry.path.name for entry in cache.entries() if entry.kind != "sources"} == entries
     assert first < 1.5
+
+
+def test_a_call_of_a_kind_that_was_seen_is_the_same_call(bias: attn_dsl.Attention) -> None:
+    for turn in range(3):
+        query, key, value, table, sinks = (torch.randn_like(x) for x in inputs(grad=False))
+        for cap in (5.0, 2.0, 5):
+            for offset in (0, 7, torch.tensor([3, 90], device="cuda", dtype=torch.int32)):
+                given = {"table": table, "sinks": sinks, "cap": cap, "q_offset": offset, "return_lse": True}
+                found = bias(query, key, value, **given)  # type: ignore[call-overload]
+                expected = bias(query.clone().requires_grad_(), key, value, **given)  # type: ignore[call-overload]
+                for a, b in zip(found, expected, strict=True):
+                    assert torch.equal(a, b.detach()), (turn, cap, offset)
+    with pytest.raises(attn_dsl.BindingError):
+        bias(query, key, value, table=table[:, 1:], sinks=sinks)
 
 
 def test_the_host_is_quick() -> None:

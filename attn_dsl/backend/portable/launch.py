@@ -277,6 +277,45 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     return out, lse, shifted
 
 
+@dataclass
+class Replay:
+    """The forward pass of one kind of call, known by its shapes, strides, dtypes and numbers."""
+
+    layout: _Layout
+    out: tuple[int, ...]
+    fixed: tuple[Any, ...]
+    captured: tuple[tuple[Any, ...], ...]
+    end: tuple[Any, ...]
+    has_row: bool
+
+    @staticmethod
+    def of(kernels: Kernels, call: Call) -> Replay:
+        query, value = call.query, call.value
+        plan = _Plan.of(kernels, call, frozenset(), launch)
+        shape = (*query.shape[:3], value.shape[3])
+        layout = _forward_layout(plan, torch.empty(shape, dtype=query.dtype, device="meta"))
+        parameters = tuple(_number(x) for x in call.parameters)
+        captured = tuple(rest for _, *rest in _described(call.tensors))
+        end = (_number(float(call.scale)), layout.section)
+        row = "row_term" in plan.emitted.functions
+        return Replay(layout, shape, (*layout.strides, parameters, layout.sizes), captured, end, row)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), not differentiable."""
+        device = query.device
+        out = torch.empty(self.out, dtype=query.dtype, device=device)
+        lse = torch.empty(self.out[:3], dtype=torch.float32, device=device)
+        shifted = torch.empty_like(lse) if self.has_row else lse
+        if isinstance(q_offset, Tensor):
+            q_offset = q_offset.to(torch.int64)
+        captured = tuple((x, *rest) for x, rest in zip(tensors, self.captured, strict=True))
+        arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
+        launch(attention_forward, self.layout.programs, arguments, self.layout.options)
+        return out, lse
+
+
 def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
     query, key, value = plan.call.query, plan.call.key, plan.call.value
     unit, tile = _unit(query, key, value, out), plan.tiles.forward

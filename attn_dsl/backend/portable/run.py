@@ -43,11 +43,11 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapp
         kernel[(programs,)](*arguments, **options)
         return
     index = tensor.device.index
-    if index != torch.cuda.current_device():
+    if index != torch._C._cuda_getDevice():
         with torch.cuda.device(index):
             launch(kernel, programs, arguments, options)
         return
-    key = (options, index, *map(_kind, arguments)) if type(options) is Options else None
+    key = (options, index, *_kinds(arguments)) if type(options) is Options else None
     found = _ready.get(key) if key is not None else None
     if found is not None:
         compiled, constants = found
@@ -59,16 +59,23 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapp
         _ready[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
-def _kind(x: Any) -> Any:
-    """What of an argument Triton compiles for; integers of tuples are made to look alike (`device.plain`)."""
-    kind = type(x)
-    if kind is int:
-        return -(2**31) <= x < 2**31
-    if kind is tuple:
-        return tuple(_kind(item) for item in x if type(item) is not int)
-    if x is None or kind is float:
-        return kind
-    return (x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, torch.Tensor) else kind
+def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
+    """What of the arguments Triton compiles for; integers of tuples are made to look alike (`device.plain`)."""
+    found: list[Any] = []
+    for x in arguments:
+        kind = type(x)
+        if kind is tuple:
+            for item in x:
+                if type(item) is not int:
+                    found += _kinds((item,))
+            found.append(None)
+        elif kind is int:
+            found.append(-(2**31) <= x < 2**31)
+        elif isinstance(x, torch.Tensor):
+            found += (x.dtype, x.data_ptr() % 16 == 0)
+        else:
+            found.append(kind)
+    return found
 
 
 def variant_of(options: Mapping[str, Any]) -> str:

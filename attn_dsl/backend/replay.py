@@ -1,0 +1,115 @@
+"""Calls that were made before: no second check, no second plan, only new tensors.
+
+A call without gradients is known by its numbers and by what its tensors are but for their values. What was
+checked and worked out for the first of its kind holds for all; the host then only allocates and launches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.binding import Call
+from attn_dsl.backend.execute import PORTABLE, Options, Program, portable_call
+
+if TYPE_CHECKING:
+    from attn_dsl.backend.hopper.configs import Config
+    from attn_dsl.backend.portable.launch import Call as PortableCall
+
+KEPT = 4096
+"""So many kinds of calls are remembered; lengths that change with every call must not fill the memory."""
+_PLAIN = (Tensor, torch.nn.Parameter)
+Key = tuple[Any, ...]
+
+
+class Replays:
+    """The kinds of calls of one program that were seen."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.names = tuple(tensor.name for tensor in program.variant.tensors)
+        self.known: dict[Key, Replay] = {}
+
+    def key(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        q_offset: int | Tensor,
+        bindings: Mapping[str, Any],
+        chosen: Key,
+    ) -> Key | None:
+        """What a call is known by; None where it must go the long way: a gradient, a mode, a subclass, the CPU."""
+        if not (isinstance(query, Tensor) and query.is_cuda) or _watched():
+            return None
+        grad = torch.is_grad_enabled()
+        found: list[Any] = [scale, type(scale), *chosen]
+        for x in (query, key, value, q_offset, *bindings.values()):
+            kind = type(x)
+            if kind in _PLAIN:
+                if grad and x.requires_grad:
+                    return None
+                found += (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+            elif kind is int or kind is float or kind is bool:
+                found += (kind, x)
+            else:
+                return None
+        found += bindings
+        return tuple(found)
+
+    def remember(self, key: Key, call: Call, options: Options) -> None:
+        """Let later calls of this kind, which was bound as `call`, be replayed."""
+        if any(isinstance(x, Tensor) for x in call.parameters.values()):
+            return
+        from attn_dsl.backend.gpu import route
+        from attn_dsl.backend.portable import launch
+
+        bound = portable_call(self.program, call, options)
+        found = None if options.backend == PORTABLE else route(self.program, bound)
+        if len(self.known) >= KEPT:
+            self.known.clear()
+        if found is None or found.choice is None or found.choice.config is None:
+            self.known[key] = launch.Replay.of(self.program.kernels, bound)
+        else:
+            self.known[key] = HopperReplay(self.program, bound, found.choice.config)
+
+
+class Replay(Protocol):
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of a call of the kind, not differentiable."""
+
+
+@dataclass(frozen=True)
+class HopperReplay:
+    """The forward pass of one kind of call by the Hopper kernels, in a configuration that is known to be good."""
+
+    program: Program
+    call: PortableCall
+    config: Config
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from attn_dsl.backend.hopper.launch import forward
+
+        if isinstance(q_offset, Tensor):
+            q_offset = q_offset.to(torch.int64)
+        # Hopper's kernels take no broadcast axis: key and value are as they were given.
+        call = replace(self.call, query=query, key=key, value=value, tensors=tuple(tensors), q_offset=q_offset)
+        return forward(self.program.hopper, call, config=self.config)[:2]
+
+
+def _watched() -> bool:
+    """Whether a mode wants to see operators, or autocast to change dtypes."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.is_autocast_enabled("cuda")
+    )
