@@ -143,7 +143,6 @@ def _tensor(dtype: DType, shape: tuple[int, ...]) -> Tensor:
 
 def _steps(program: Program, request: Request, call: launch.Call, wanted: frozenset[str]) -> Iterator[Any]:
     """The passes of a call, each a function of the runner that is to take its kernels."""
-    yield lambda run: _hopper(program, call, run)
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
     yield lambda run: outputs.append(_forward(program, call, run))
     if request.backward:
@@ -169,21 +168,6 @@ def _ahead(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) 
     from attn_dsl.backend.hopper.launch import compile_ahead
 
     return compile_ahead(kernel, arguments, options)
-
-
-def _hopper(program: Program, call: launch.Call, run: Compiler) -> None:
-    """The forward kernel of a call that the Hopper kernels take, after those whose builds had to be rejected."""
-    from attn_dsl.backend.gpu import route
-
-    def compile(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:
-        run(kernel, 1, arguments, options)
-        return run.compiled[-1]
-
-    choice = route(program, call, call.capability, compile).choice
-    if choice is not None and choice.config is not None:
-        from attn_dsl.backend.hopper.launch import forward
-
-        forward(program.hopper, call, run, choice.config)
 
 
 # ---------------------------------------------------------------- Triton's launcher

@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_dsl.backend.cache_triton import compiling
-from attn_dsl.backend.hopper.forward import hopper_forward
+from attn_dsl.backend.hopper.forward import attention_forward as hopper_forward
 from attn_dsl.backend.portable import backward, forward
 from attn_dsl.backend.portable.run import inputs_of, variant_of
 
@@ -42,7 +42,7 @@ class FakeDriver:
 
 @contextlib.contextmanager
 def fake_gpu(arch: int = 90) -> Iterator[None]:
-    """Triton takes itself to be on a GPU of an architecture, `sm_<arch>`; kernels forget before and after what they have compiled."""
+    """Triton takes itself to be on a GPU of architecture `sm_<arch>`; kernels forget before and after."""
     _forget()
     before = driver._active
     driver.set_active(FakeDriver(arch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from fake_gpu import ask, compilations, fake_gpu
 from portable_support import program_of
 
+from attn_dsl.backend.build import Request, build
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.hopper import check, launch
 from attn_dsl.backend.hopper.configs import candidates
@@ -54,4 +56,17 @@ def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:
             query = torch.empty(batch, heads, length, 64, dtype=torch.bfloat16)
             bound = Call(query, query, query, (), (), (), 1 / length, q_offset=length % 7)
             launch.forward(kernels, bound, ask, config)
+    assert cached == [True]
+
+
+def test_building_for_hopper_builds_what_calls_will_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+    of = program_of("noop")
+    built = list(build(of, Request("sm_90", head_dim=64, backward=False)))
+    assert [kernel.name for kernel in built] == ["attention_forward"]
+    bound = call(of, 64, length=77, capability=(9, 0))
+    config = of.hopper.choice(bound).config
+    with fake_gpu(), compilations() as cached:
+        query = torch.empty(1, 2, 77, 64, dtype=torch.bfloat16)
+        launch.forward(of.hopper, Call(query, query, query, (), (), (), 0.1), ask, config)
     assert cached == [True]
