@@ -7,18 +7,13 @@ checked and worked out for the first of its kind holds for all; the host then on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import PORTABLE, Options, Program, portable_call
-
-if TYPE_CHECKING:
-    from attn_dsl.backend.hopper.configs import Config
-    from attn_dsl.backend.portable.launch import Call as PortableCall
 
 KEPT = 4096
 """So many kinds of calls are remembered; lengths that change with every call must not fill the memory."""
@@ -76,7 +71,9 @@ class Replays:
         if found is None or found.choice is None or found.choice.config is None:
             self.known[key] = launch.Replay.of(self.program.kernels, bound)
         else:
-            self.known[key] = HopperReplay(self.program, bound, found.choice.config)
+            from attn_dsl.backend.hopper import launch as hopper
+
+            self.known[key] = hopper.Replay(self.program.hopper, bound, found.choice.config)
 
 
 class Replay(Protocol):
@@ -84,26 +81,6 @@ class Replay(Protocol):
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """(out, lse) of a call of the kind, not differentiable."""
-
-
-@dataclass(frozen=True)
-class HopperReplay:
-    """The forward pass of one kind of call by the Hopper kernels, in a configuration that is known to be good."""
-
-    program: Program
-    call: PortableCall
-    config: Config
-
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        from attn_dsl.backend.hopper.launch import forward
-
-        if isinstance(q_offset, Tensor):
-            q_offset = q_offset.to(torch.int64)
-        # Hopper's kernels take no broadcast axis: key and value are as they were given.
-        call = replace(self.call, query=query, key=key, value=value, tensors=tuple(tensors), q_offset=q_offset)
-        return forward(self.program.hopper, call, config=self.config)[:2]
 
 
 def _watched() -> bool:

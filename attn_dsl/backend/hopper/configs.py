@@ -59,7 +59,7 @@ _D128 = Config(groups=2, keys=128)
 _D256 = Config(groups=2, keys=64, own_output=False)
 EVEN: dict[int, tuple[Config, ...]] = {
     64: (replace(_D64, own_output=False), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
-    128: (_D128, replace(_D128, pin=False), replace(_D128, carry_wide=False), replace(_D128, keys=64)),
+    128: (_D128, replace(_D128, keys=64), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
     256: (replace(_D256, pin=False), _D256, replace(_D256, carry_wide=False)),
 }
 """By head dimension, where every query tile visits as many key tiles."""

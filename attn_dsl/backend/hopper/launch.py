@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -234,7 +234,7 @@ class _Plan:
         options = Options({**functions, "D": d, "DV": dv, **_options(config), "num_warps": 4})
         return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
-    def layout(self, call: Call, out: Tensor) -> _Layout:
+    def layout(self, call: Call) -> _Layout:
         query, key, value = call.query, call.key, call.value
         at = (
             query.shape,
@@ -250,12 +250,13 @@ class _Plan:
         if found is None:
             if len(self.layouts) >= LAYOUTS:
                 self.layouts.clear()
-            found = self.layouts[at] = self._layout(call, out)
+            found = self.layouts[at] = self._layout(call)
         return found
 
-    def _layout(self, call: Call, out: Tensor) -> _Layout:
+    def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
-        batch, heads, q_len = call.query.shape[:3]
+        batch, heads, q_len, _ = call.query.shape
+        out = torch.empty(batch, heads, q_len, call.value.shape[3], dtype=call.query.dtype, device="meta")
         tiles = batch * heads * -(-q_len // config.rows)
         index = call.query.device.index if call.query.is_cuda else None
         # Uneven: all heads together, so that the longest tiles of all come first. Even: those whose keys are the same,
@@ -284,24 +285,61 @@ def forward(
     """
     config = config or kernels.choice(call).config
     assert config is not None, "no configuration fits: ask `Kernels.choice` first"
-    query, value = call.query, call.value
-    batch, heads, q_len, _ = query.shape
-    out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     plan = kernels.plan(call, config)
-    shifted = torch.empty_like(lse) if plan.has_row_term else lse
-    layout = plan.layout(call, out)
-    q, k, v, o = layout.shapes
-    parameters = tuple(plain(p) if isinstance(p, int) and not isinstance(p, bool) else p for p in call.parameters)
-    tensors = tuple((t, tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in call.tensors)
-    run(
-        attention_forward,
-        layout.programs,
-        (q(query), k(call.key), v(value), o(out), lse, shifted, call.q_offset, parameters, *layout.sizes,
-         layout.extents, tensors, float(call.scale), section or layout.section),
-        plan.options,
-    )  # fmt: skip
-    return out, lse, shifted
+    launched = _Launch.of(plan, plan.layout(call), call, section)
+    return launched(call.query, call.key, call.value, call.tensors, call.q_offset, run)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch for calls that differ in nothing but their tensors' addresses and `q_offset`."""
+
+    plan: _Plan
+    layout: _Layout
+    out: tuple[int, ...]
+    numbers: tuple[Any, ...]
+    captured: tuple[tuple[Any, ...], ...]
+    end: tuple[float, int]
+
+    @staticmethod
+    def of(plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
+        out = (*call.query.shape[:3], call.value.shape[3])
+        parameters = tuple(plain(p) if isinstance(p, int) and not isinstance(p, bool) else p for p in call.parameters)
+        captured = tuple((tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in call.tensors)
+        numbers = (parameters, *layout.sizes, layout.extents)
+        return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section))
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor, run: Runner
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.empty(self.out, dtype=query.dtype, device=query.device)
+        lse = torch.empty(self.out[:3], dtype=torch.float32, device=query.device)
+        shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
+        q, k, v, o = self.layout.shapes
+        captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
+        run(
+            attention_forward,
+            self.layout.programs,
+            (q(query), k(key), v(value), o(out), lse, shifted, q_offset, *self.numbers, captured, *self.end),
+            self.plan.options,
+        )
+        return out, lse, shifted
+
+
+class Replay:
+    """The forward pass of one kind of call, known by its shapes, strides, dtypes and numbers; it holds no tensors."""
+
+    def __init__(self, kernels: Kernels, call: Call, config: Config) -> None:
+        plan = kernels.plan(call, config)
+        self._launch = _Launch.of(plan, plan.layout(call), call)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), not differentiable."""
+        if isinstance(q_offset, Tensor):
+            q_offset = q_offset.to(torch.int64)
+        return self._launch(query, key, value, tensors, q_offset, launch)[:2]
 
 
 def _options(config: Config) -> dict[str, Any]:
