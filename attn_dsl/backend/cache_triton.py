@@ -20,6 +20,7 @@ from attn_dsl.backend import cache
 Inputs = Callable[[], Mapping[str, Any]]
 """What a kernel is compiled from, for `attn-dsl cache why`; asked only when something is stored."""
 
+LAUNCHER = "__triton_launcher"
 _here = threading.local()
 _lock = threading.Lock()
 _inside = 0
@@ -58,15 +59,20 @@ def _manager(key: str, override: bool = False, dump: bool = False) -> Any:
     job = getattr(_here, "job", None)
     if job is not None and not (override or dump):
         return KernelCache(key, *job)
+    return _theirs()(key, override=override, dump=dump)
+
+
+def _theirs() -> Any:
+    """The class that Triton would use without this module."""
     with _lock:
-        theirs = _before[0] if _before else type(knobs.cache).__dict__["manager_class"].get()
-    return (theirs or FileCacheManager)(key, override=override, dump=dump)
+        found = _before[0] if _before else type(knobs.cache).__dict__["manager_class"].get()
+    return found or FileCacheManager
 
 
 class KernelCache(CacheManager):  # type: ignore[misc]
-    """One key of Triton's: a compiled kernel, which is a group of files, or a single native module.
+    """One key of Triton's: a compiled kernel, which is a group of files, or the launcher of one, a native module.
 
-    A group is collected in a folder of its own until `put_group`, which stores it whole.
+    A group is collected until `put_group`, which stores it whole. Modules that are no launcher are Triton's own.
     """
 
     def __init__(self, key: str, name: str, inputs: Inputs) -> None:
@@ -89,7 +95,10 @@ class KernelCache(CacheManager):  # type: ignore[misc]
         group.update({file: str(path) for file, path in entry.files.items()})
 
     def get_file(self, filename: str) -> str | None:
-        entry = cache.find(cache.KERNELS, f"module.{filename.partition('.')[0]}", self.key)
+        if not filename.startswith(LAUNCHER):
+            path: str | None = _theirs()(self.key).get_file(filename)
+            return path
+        entry = cache.find(cache.KERNELS, LAUNCHER, self.key)
         self.found = entry is not None
         return None if entry is None else str(entry.files[filename])
 
@@ -98,7 +107,9 @@ class KernelCache(CacheManager):  # type: ignore[misc]
         if self.group is not None:
             self.group[filename] = encoded
             return filename  # no path yet: `put_group` gives it
-        name, inputs = f"module.{filename.partition('.')[0]}", {"file": filename}
+        if not filename.startswith(LAUNCHER):
+            return str(_theirs()(self.key).put(data, filename, binary=binary))
         # What was found and is written all the same did not load.
-        entry = cache.put(cache.KERNELS, name, self.key, {filename: encoded}, inputs, replace=self.found)
+        inputs = {"file": filename}
+        entry = cache.put(cache.KERNELS, LAUNCHER, self.key, {filename: encoded}, inputs, replace=self.found)
         return str(entry.files[filename])

@@ -12,11 +12,13 @@ n(umber) in a tensor of the CPU, which is how a float stays symbolic in a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
 
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import CPU, Options, Program, backward, forward, program_of
@@ -38,8 +40,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def attention(program: Program, call: Call, options: Options) -> tuple[Tensor, Tensor]:
     """`(out [B, H, Q, DV], lse [B, H, Q])` of a checked call, differentiable once."""
     query, key, value = call.query, call.key, call.value
-    if not torch.compiler.is_compiling() and _plain(call):
-        return forward(program, call, options)[:2]
+    if not torch.compiler.is_compiling() and _unwatched(call):
+        return _directly(program, call, options)
     offsets, start = (call.q_offset, 0) if isinstance(call.q_offset, Tensor) else (None, call.q_offset)
     integers: list[int] = [start]  # int() would pin a symbolic number
     scalars, floats, given = [], [call.scale], ""
@@ -79,15 +81,60 @@ def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if x.is_floating_point() and x.dtype is not torch.float64 else x
 
 
-def _plain(call: Call) -> bool:
-    """Whether nobody watches: no gradient is wanted, no mode or subclass wants to see the operator."""
-    given = [call.query, call.key, call.value, *call.tensors.values()]
-    given += [x for x in call.parameters.values() if isinstance(x, Tensor)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
-        return False
+def _unwatched(call: Call) -> bool:
+    """Whether no mode, transform or subclass wants to see the operator."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(x) in _PLAIN for x in given)
+    return all(type(x) in _PLAIN for x in _tensors(call))
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    """Every tensor of a call: query, key, value; what is captured; parameters and offsets that are tensors."""
+    given = (*call.tensors.values(), *call.parameters.values(), call.q_offset)
+    return [call.query, call.key, call.value, *(x for x in given if isinstance(x, Tensor))]
+
+
+def _directly(program: Program, call: Call, options: Options) -> tuple[Tensor, Tensor]:
+    """What the operator does, without PyTorch's dispatcher, which costs more than a short call."""
+    tensors = _tensors(call)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        out, lse = _Direct.apply(program, call, options, *tensors)
+        return out, lse
+    return forward(program, call, options)[:2]
+
+
+class _Direct(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, program: Program, call: Call, options: Options, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs = forward(program, call, options)
+        ctx.save_for_backward(*outputs, *tensors)
+        nothing: Any = None
+        names = dict.fromkeys(call.tensors, nothing)  # large tensors are for `saved_tensors` alone to hold
+        ctx.rest = program, replace(call, query=nothing, key=nothing, value=nothing, tensors=names), options
+        ctx.set_materialize_grads(False)
+        return outputs[:2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        (program, call, options), (out, lse, shifted, query, key, value, *others) = ctx.rest, ctx.saved_tensors
+        given = iter(others)
+        tensors = {name: next(given) for name in call.tensors}
+        parameters = {name: next(given) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
+        q_offset = next(given) if isinstance(call.q_offset, Tensor) else call.q_offset
+        call = replace(
+            call, query=query, key=key, value=value, tensors=tensors, parameters=parameters, q_offset=q_offset
+        )
+        names = [*tensors, *(name for name, x in parameters.items() if isinstance(x, Tensor))]
+        needed = dict(zip(names, ctx.needs_input_grad[6:], strict=False))
+        wanted = frozenset(name for name, needs in needed.items() if needs)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        found = backward(program, call, options, (out, lse, shifted), grad_out, grad_lse, wanted)
+        captured = [found.captured.get(name) for name in names]
+        offset = [None] if isinstance(q_offset, Tensor) else []
+        return (None, None, None, found.query, found.key, found.value, *captured, *offset)
 
 
 # ---------------------------------------------------------------- implementations

