@@ -98,16 +98,14 @@ def _directly(program: Program, call: Call, options: Options) -> tuple[Tensor, T
     """What the operator does, without PyTorch's dispatcher, which costs more than a short call."""
     tensors = _tensors(call)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        out, lse = _Direct.apply(program, call, options, *tensors)
+        out, lse = _Direct.apply(program, call, options, *tensors)  # type: ignore[no-untyped-call]
         return out, lse
     return forward(program, call, options)[:2]
 
 
 class _Direct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, program: Program, call: Call, options: Options, *tensors: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, program: Program, call: Call, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         outputs = forward(program, call, options)
         ctx.save_for_backward(*outputs, *tensors)
         nothing: Any = None
