@@ -52,6 +52,8 @@ TEXTS = {
     "sink_causal": "attention sink_causal\ntensor sinks: float32[H]\nsink = sinks[h]\nmask = q >= k\n",
     "row_bias": "attention row_bias\ntensor bias: float32[H, Q]\nscore = score + bias[h, q]\nmask = q >= k\n",
 }
+DOCUMENTS = 12
+"""Of equal length, in a batch entry of the variants that have them."""
 
 
 # ---------------------------------------------------------------- cases
@@ -102,7 +104,7 @@ def bindings(case: Case, device: str) -> dict[str, Any]:
         if tensor.name == "slope":
             value = 2.0 ** (-8.0 * torch.arange(1, case.heads + 1) / case.heads)
         elif tensor.name == "doc":
-            value = (torch.arange(kv_len) * 12 // kv_len).expand(shape).to(torch.int32).contiguous()
+            value = (torch.arange(kv_len) * DOCUMENTS // kv_len).expand(shape).to(torch.int32).contiguous()
         else:
             value = torch.randn(shape)
         found[tensor.name] = value.to(device)
@@ -237,9 +239,10 @@ def configurations() -> Iterator[tuple[Case, Config, int | None]]:
             if dim == 64:
                 yield case, replace(base, groups=2, registers=240), None
                 yield case, replace(base, groups=2, registers=240, stages=3, ping_pong=True, pin=True), None
-    for variant in ("alibi", "softcap", "relative_causal"):
+    for variant in ("alibi", "softcap", "relative_causal", "packed_causal", "document"):
         case = Case(variant, parameters=(("cap", 20.0),))
         yield case, default_config(case), None
+        yield case, replace(default_config(case), keys=64), None
         yield case, replace(default_config(case), pin=False), None
         yield case, replace(default_config(case), carry_wide=False), None
         yield case, replace(default_config(case), ping_pong=True), None
@@ -254,6 +257,10 @@ def pairs(case: Case) -> float:
             return window * q_len - window * (window - 1) / 2
         case "prefix_lm":
             return q_len * (q_len + 1) / 2 + prefix * (prefix - 1) / 2
+        case "packed_causal":
+            return q_len * (q_len / DOCUMENTS + 1) / 2
+        case "document":
+            return q_len * q_len / DOCUMENTS
         case "noop" | "softcap" | "alibi_full":
             return q_len * q_len
         case _:
