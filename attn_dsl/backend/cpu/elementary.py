@@ -57,7 +57,7 @@ def tanh_(x: Tensor) -> Tensor:
     if x.dtype is not torch.float32 or x.numel() < FEW:
         return x.tanh_()
     square = torch.mul(x, x, out=scratch("tanh.square", x.shape, x.dtype))
-    bound = math.sqrt(square.max().item())
+    bound = math.sqrt(square.amax().item())
     for reach, coefficients in POLYNOMIALS:
         if bound <= reach:
             return x.mul_(_polynomial(coefficients, square, "tanh.numerator"))
