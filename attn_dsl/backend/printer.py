@@ -476,7 +476,7 @@ class PythonDialect(Dialect):
                 return call("abs", x)
             case UnaryOp.SIGN:
                 operand = x.at(Level.BIT_OR)
-                return Text(f"({operand} > 0) - ({operand} < 0)", Level.SUM)
+                return Text(f"({operand} > 0) * 1 - ({operand} < 0) * 1", Level.SUM)  # a bool or a bool tensor
             case UnaryOp.FLOOR | UnaryOp.CEIL:
                 return call(f"math.{node.op.value}", x)
             case UnaryOp.RSQRT:

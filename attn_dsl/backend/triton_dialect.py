@@ -35,6 +35,7 @@ _FUNCTIONS = {
     UnaryOp.SILU: "silu",
     UnaryOp.GELU: "gelu",
 }
+_TILE = frozenset({"q", "k", "score"})
 _OWN_EXTENT = {"b": "B", "h": "H", "hk": "HK"}
 
 
@@ -82,6 +83,14 @@ class TritonDialect(Dialect):
             return Text(f"whole_power({x.at()}, {int(node.y.value)})")
         return call("power", x, y)
 
+    def logical(self, node: Binary, x: Operand, y: Operand) -> Text:
+        """A choice where one operand is a scalar: the interpreter takes a scalar comparison for a number."""
+        for scalar, tile in ((x, y), (y, x)):
+            if not scalar.node.depends & _TILE and tile.node.depends & _TILE:
+                branches = f"{tile.at()}, False" if node.op is BinaryOp.AND else f"True, {tile.at()}"
+                return Text(f"tl.where({scalar.at()}, {branches})")
+        return super().logical(node, x, y)
+
     def select(self, node: Select, condition: Operand, x: Operand, y: Operand) -> Text:
         return call("tl.where", condition, x, y)
 
@@ -118,7 +127,7 @@ class TritonDialect(Dialect):
 
 def varying(node: Load) -> int:
     """The axes whose index is not the same for a whole tile, one bit each."""
-    return sum(1 << axis for axis, index in enumerate(node.indices) if index.depends & {"q", "k", "score"})
+    return sum(1 << axis for axis, index in enumerate(node.indices) if index.depends & _TILE)
 
 
 def _own(index: Node, extent: Node) -> bool:

@@ -194,6 +194,8 @@ def attention_keys_backward(
         k = k.to(tl.int32)
 
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
+    if WIDE:
+        b = b64
     key += b64 * key_strides[0] + hk64 * key_strides[1] + k0 * key_strides[2]
     value += b64 * value_strides[0] + hk64 * value_strides[1] + k0 * value_strides[2]
     state = (zero_rows(BN, D0, D1), zero_rows(BN, DV0, DV1), _zeros(TOTALS, BN))
@@ -202,6 +204,8 @@ def attention_keys_backward(
         h = hk * group + member
         row = pair.to(tl.int64) * group + member
         h64 = h.to(tl.int64)
+        if WIDE:
+            h = h64
         q_base = query + b64 * query_strides[0] + h64 * query_strides[1]
         g_base = grad_out + b64 * grad_strides[0] + h64 * grad_strides[1]
         factor, slope = 1.0, None
@@ -214,7 +218,7 @@ def attention_keys_backward(
             loaded = loaded & KEY_MASK(b, h, k, False, scalars, tensors)
         keys = load_rows(key, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
         rows = load_rows(value, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
-        partial, full = Q_RANGES(b, h, k0, k0 + (BN - 1), start, BM, scalars_64, wide)
+        partial, full = Q_RANGES(b64, h64, k0, k0 + (BN - 1), start, BM, scalars_64, wide)
         if len(partial) > 0:
             for n in range(count(partial)):
                 i = nth(partial, n)
@@ -227,7 +231,7 @@ def attention_keys_backward(
                     )  # fmt: skip
                 else:
                     q0 = start + i.to(tl.int64) * BM
-                    if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
+                    if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
                         state = _visit_queries(
                             i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
                             query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
@@ -339,12 +343,14 @@ def attention_queries_backward(
     q = q0 + lines
     if not WIDE:
         q = q.to(tl.int32)
+    b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
+    if WIDE:
+        b, h = b64, h64
     if QUERY_MASK is not None:
         seen = inside & QUERY_MASK(b, h, q, False, scalars, tensors)
     else:
         seen = inside
 
-    b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
     query += b64 * query_strides[0] + h64 * query_strides[1] + first * query_strides[2]
     grad_out += b64 * grad_strides[0] + h64 * grad_strides[1] + first * grad_strides[2]
     key += b64 * key_strides[0] + hk64 * key_strides[1]
@@ -362,7 +368,7 @@ def attention_queries_backward(
     if SLOPE is not None:
         slope = SLOPE(b, h, scalars, tensors)
     state = (zero_rows(BM, D0, D1), _zeros(TOTALS, BM))
-    partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
+    partial, full = KV_RANGES(b64, h64, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
     if len(partial) > 0:
         for n in range(count(partial)):
             j = nth(partial, n)
@@ -375,7 +381,7 @@ def attention_queries_backward(
                 )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
-                if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
+                if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit_keys(
                         j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
                         factor, slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE,

@@ -123,10 +123,14 @@ def plain(value: int) -> int:
 def scalar(x, WIDE: tl.constexpr):
     """A scalar of a tuple argument: a number, or what a pointer to one element points to; integers of 32 or 64 bits."""
     if x.dtype.is_ptr():
-        if x.dtype.element_ty == tl.int64 and not WIDE:
-            return tl.load(x).to(tl.int32)
-        else:
+        if x.dtype.element_ty.is_floating():
+            return tl.load(x).to(tl.float32)
+        elif x.dtype.element_ty == tl.int1:
             return tl.load(x)
+        elif WIDE:
+            return tl.load(x).to(tl.int64)
+        else:
+            return tl.load(x).to(tl.int32)
     elif x.dtype == tl.int64:
         if WIDE:
             return (x - HIDDEN) >> 5

@@ -14,7 +14,23 @@ from dataclasses import dataclass, field
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, conjuncts, times, uniform
 from attn_dsl.backend.printer import Results, Signature, emit
 from attn_dsl.backend.triton_dialect import TritonDialect, varying
-from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Param, Q, Var, post_order
+from attn_dsl.ir.nodes import (
+    FALSE,
+    SCORE,
+    TRUE,
+    Binary,
+    BinaryOp,
+    Compare,
+    CompareOp,
+    Const,
+    Load,
+    Node,
+    Param,
+    Q,
+    Select,
+    Var,
+    post_order,
+)
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import Gradient, LoadGradient, ParameterGradient, gradient
@@ -155,7 +171,8 @@ def _add_score(module: _Module, logit: Node) -> None:
 def _add_masks(module: _Module, mask: Node) -> None:
     if mask is TRUE:
         return
-    module.add("mask", PAIR, mask)
+    tile = mask.depends & {"q", "k"}  # a mask of scalars becomes one of rows, as the kernels combine it with others
+    module.add("mask", PAIR, mask if tile else Select(mask, Compare(CompareOp.GE, Q, Const(0)), FALSE))
     for name, axis in (("key_mask", "k"), ("query_mask", "q")):
         own = [part for part in conjuncts(mask) if axis in part.depends and part.depends <= {"b", "h", axis}]
         if own:  # rows that no pair sees are loaded as zeros, lest what stands there poison a product

@@ -118,6 +118,8 @@ def attention_forward(
         q = q.to(tl.int32)
 
     b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
+    if WIDE:
+        b, h = b64, h64
     query += b64 * query_strides[0] + h64 * query_strides[1]
     query += (tile * BM).to(tl.int64) * query_strides[2]
     key += b64 * key_strides[0] + hk64 * key_strides[1]
@@ -145,7 +147,7 @@ def attention_forward(
         l = tl.where(m > float("-inf"), 1.0, 0.0)
 
     state = (zero_rows(BM, DV0, DV1), m, l)
-    partial, full = KV_RANGES(b, h, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
+    partial, full = KV_RANGES(b64, h64, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
     if len(partial) > 0:
         for n in range(count(partial)):
             j = nth(partial, n)
@@ -157,7 +159,7 @@ def attention_forward(
                 )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
-                if SKIP(b, h, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
+                if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit(
                         j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
                         q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
