@@ -31,6 +31,8 @@ import triton
 from torch import Tensor
 
 import attn_dsl
+from attn_dsl.backend import operators
+from attn_dsl.backend.execute import Options, portable_call
 from attn_dsl.backend.portable import launch, tiles
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 
@@ -205,6 +207,18 @@ def ours(case: Case) -> Rival:
     return Rival(lambda: attention(*case.inputs, **bindings))
 
 
+def portable(case: Case) -> Rival:
+    """The `triton.language` kernels, where `attn_dsl` would choose others."""
+    attention = attn_dsl.compile(case.variant.text)
+    bindings = {**case.variant.parameters, **case.tensors}
+
+    def run() -> Tensor:
+        call = attention._binder.bind(*case.inputs, None, 0, bindings)
+        return operators.attention(attention._executable, call, Options("portable"))[0]
+
+    return Rival(run)
+
+
 def flex(case: Case) -> Rival:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -281,6 +295,7 @@ def flash3(case: Case) -> Rival | None:
 
 RIVALS: dict[str, Callable[[Case], Rival | None]] = {
     "attn_dsl": ours,
+    "portable": portable,
     "flex": flex,
     "cudnn": functools.partial(sdpa, "cudnn"),
     "flash2": functools.partial(sdpa, "flash"),
@@ -361,8 +376,6 @@ def sweep(case: Case, rep: int, stop: float) -> Iterator[dict[str, Any]]:
         case.query.detach(), case.key.detach(), case.value.detach(), None, 0,
         {**case.variant.parameters, **case.tensors},
     )  # fmt: skip
-    from attn_dsl.backend.execute import Options, portable_call
-
     call = portable_call(program, bound, Options("portable"))
     out, _, shifted = launch.forward(program.kernels, call)
     size = case.query.element_size()
