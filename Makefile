@@ -49,6 +49,8 @@ test: $(READY)
 	$(BIN)/lint-imports
 	@echo "== Tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
+	@echo "== Kernels, interpreted"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not gpu" tests/backend/test_portable.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
