@@ -56,7 +56,11 @@ def number(value: int) -> Poly:
 
 def as_integer(poly: Poly) -> int | None:
     """The value of a constant polynomial, else None."""
-    return int(poly.coeff(1)) if poly.is_ground else None
+    return constant_term(poly) if poly.is_ground else None
+
+
+def constant_term(poly: Poly) -> int:
+    return int(poly.get(_ring().zero_monom, 0))
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class Space:
     _least: list[int | None] = field(default_factory=list)
     _shift: dict[int, Poly] = field(default_factory=dict)
     _related: set[int] = field(default_factory=set)
+    _free: set[int] = field(default_factory=set)
     _signs: dict[Poly, bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,6 +158,8 @@ class Space:
             self._nodes.append(node)
             self._least.append(None)
             self._least[position] = self._lower_bound(node)
+            if self._least[position] is None:
+                self._free.add(position)
             self._relate(node, position)
         return self._symbols[node]
 
@@ -187,7 +194,7 @@ class Space:
 
     def _is_free(self, poly: Poly) -> bool:
         """Whether a symbol of unknown sign occurs that nothing can cancel."""
-        free = [p for p, least in enumerate(self._least) if least is None and p not in self._related]
+        free = self._free - self._related
         return any(exponents[p] for exponents in poly for p in free)
 
     def _sign(self, poly: Poly) -> bool | None:
@@ -233,7 +240,7 @@ class Space:
             return number(max(1, int(form.const.content())))
         coefficients = list(form.terms.values())
         if all(c.is_ground for c in coefficients):
-            return number(gcd(*(int(c.coeff(1)) for c in coefficients)))
+            return number(gcd(*map(constant_term, coefficients)))
         first = coefficients[0] if self.nonnegative(coefficients[0]) else -coefficients[0]
         shared = all(c in (first, -first) for c in coefficients)
         return first if shared and self.nonnegative(first - 1) else number(1)
@@ -288,7 +295,7 @@ class Space:
 
     def _split(self, form: Form) -> tuple[Node, Node, int]:
         """form = more - less + rest."""
-        rest = int(form.const.coeff(1))
+        rest = constant_term(form.const)
         monomials = list(self._form_monomials(Form(form.terms, form.const - rest)))
         more = _sum((c, factors) for c, factors in monomials if c > 0)
         less = _sum((-c, factors) for c, factors in monomials if c < 0)
