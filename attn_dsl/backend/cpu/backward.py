@@ -91,11 +91,11 @@ def _tile_backward(
     tile: Tile, saved: Saved, d_out: Tensor, delta: Tensor, gradients: Gradients, *, careful: bool
 ) -> None:
     scale = tile.problem.scale
-    rows, d_rows = tile.gather(saved.query, scale), tile.gather(d_out)
+    rows, d_rows = tile.gather("query", saved.query, scale), tile.gather("d_out", d_out)
     # 2^(log2(e) (s - lse)) is the probability; where nothing was seen every logit is minus infinity.
-    shift = tile.gather(saved.lse.unsqueeze(-1))
+    shift = tile.gather("lse", saved.lse.unsqueeze(-1))
     shift = shift.clamp_(min=LOWEST).mul_(-LOG2E)
-    delta_rows = tile.gather(delta.unsqueeze(-1))
+    delta_rows = tile.gather("delta", delta.unsqueeze(-1))
     d_query, scores = torch.zeros_like(rows), tile.problem.functions.score is not None
     for visit in tile.visits():
         keys = slice(visit.begin, visit.end)

@@ -2,7 +2,7 @@
 
 Base-2 exponentials throughout, since torch's `exp2` is several times as fast as its `exp`:
 
-    w = 2^(log2(e) (s - m)),   one multiply-add and one exp2 a tile, m the running row maximum.
+    w = 2^(log2(e) (s - m)),   one multiply-add and one exp2 a tile, m the row maximum of the first keys seen.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.cpu.scratch import scratch
 from attn_dsl.backend.cpu.tiles import Tile, Visit, tiles
 
+LARGE = 1e30
+"""A sum of weights that is larger calls for the careful way."""
 TINY = 1e-38
 """A row sum is zero or at least one."""
 LOG2E = math.log2(math.e)
@@ -36,14 +38,15 @@ def attend(problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Te
 
     def work(items: Iterator[Tile]) -> None:
         for tile in items:
-            rows = tile.gather(query, problem.scale * before)
+            rows = tile.gather("query", query, problem.scale * before)
             k, v = key[tile.kv], value[tile.kv]
             state = _attend(tile, rows, k, v, after, careful=False)
-            if math.isnan(state[2].sum().item()):
+            if not (state[1].amax().item() < LARGE and math.isfinite(state[2].sum().item())):
                 state = _attend(tile, rows, k, v, after, careful=True)
             _finish(tile, state, sink, out, lse)
 
-    count = math.ceil(problem.q_len / problem.shape.rows) * len(problem.parts())
+    whole = problem.chunks(0, problem.batch, 0, problem.heads)
+    count = math.ceil(problem.q_len / problem.shape.rows) * sum(1 for _ in whole)
     problem.spread(work, tiles(problem), count)
     return out, lse
 
@@ -58,10 +61,16 @@ def logit_factors(problem: Problem) -> tuple[float, float]:
 
 
 def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, *, careful: bool) -> State:
-    """The softmax state over all visits. `careful`: what no row of a tile sees does not even meet a weight of zero."""
+    """The softmax state over all visits.
+
+    Once every row has seen a key, its maximum so far is kept for good: any shift does that does not overflow, and the
+    caller sees a sum that is too large. `careful` follows the maximum to the end, and what no row of a tile sees does
+    not even meet a weight of zero.
+    """
     matrices, height = rows.shape[:2]
     factor = after if after > 0 else 1.0
     state: State | None = None
+    shift, settled = rows, False
     for visit in tile.visits():
         k, v = key[:, visit.begin : visit.end], value[:, visit.begin : visit.end]
         if careful and visit.keep is not None:
@@ -69,19 +78,25 @@ def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, 
         s = torch.bmm(rows, k.transpose(1, 2), out=scratch("logits", (matrices, height, k.shape[1]), rows.dtype))
         s = _scored(tile, visit, s, 1.0 if after > 0 else after)
         s = masked(tile, visit, s, careful=careful)
-        highest = s.amax(2, keepdim=True)
-        if state is not None:
-            highest = torch.maximum(state[0], highest, out=highest)
-        shift = highest.clamp(min=LOWEST).mul_(-LOG2E * factor)
+        if not settled:
+            highest = s.amax(2, keepdim=True)
+            if state is not None:
+                highest = torch.maximum(state[0], highest, out=highest)
+            shift = highest.clamp(min=LOWEST).mul_(-LOG2E * factor)
         torch.add(shift, s, alpha=LOG2E * factor, out=s).exp2_()
         if state is None:
-            state = highest, s.sum(2, keepdim=True), torch.bmm(s, v)
+            weighted = scratch("weighted", (matrices, height, v.shape[2]), rows.dtype)
+            state = highest, s.sum(2, keepdim=True), torch.bmm(s, v, out=weighted)
         else:
             peak, total, weighted = state
-            shrink = shift.add_(peak, alpha=LOG2E * factor).exp2_()
-            total.mul_(shrink).add_(s.sum(2, keepdim=True))
-            weighted.mul_(shrink).baddbmm_(s, v)
-            state = highest, total, weighted
+            if not settled:
+                shrink = torch.add(shift, peak, alpha=LOG2E * factor).exp2_()
+                total.mul_(shrink)
+                weighted.mul_(shrink)
+                state = highest, total, weighted
+            total.add_(s.sum(2, keepdim=True))
+            weighted.baddbmm_(s, v)
+        settled = settled or (not careful and highest.amin().item() > -math.inf)
     if state is None:
         nothing = rows.new_zeros((matrices, height, 1))
         return nothing - math.inf, nothing, rows.new_zeros((matrices, height, value.shape[2]))

@@ -82,7 +82,9 @@ class TileFunctions:
     mask: Emitted | None
     mask_relative: Emitted
     by_distance: bool
-    """Some of the functions work along antidiagonals."""
+    """Some function other than a whole mask works along antidiagonals."""
+    mask_alike: bool
+    """The mask is a function of `q - k` alone."""
     mask_by_distance: bool
     """The mask is a function of `q - k` (and of b and h)."""
     mask_reads_positions: bool
@@ -150,7 +152,9 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
         after=names["after"],
         mask=None if mask is TRUE else names["mask"],
         mask_relative=names["mask_relative"],
-        by_distance=bool(score_parts or mask_parts or grad_parts) or any(load.relative for load in score_loads),
+        by_distance=bool(score_parts or grad_parts or (mask_parts and mask not in mask_parts))
+        or any(load.relative for load in score_loads),
+        mask_alike=mask in mask_parts and mask.depends <= PAIR,
         mask_by_distance=mask in mask_parts,
         mask_reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
         score_grad=derivative("score_grad", slope, score_loads),

@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 BLOCK = 64
 """Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
-CACHE = 5 << 18
-"""Bytes of logits in a tile: about what a core's cache holds from one operation to the next."""
+CACHE = 5 << 19
+"""Bytes of logits in a tile: more leave the cache between operations, fewer pay for more operations."""
 ROWS = 512
 """Query rows of a tile where rows see many keys."""
 FEW_OPERATIONS = 50_000_000
@@ -40,14 +40,16 @@ class TileShape:
     heads: int
 
     @staticmethod
-    def of(rows: int, visited: int, kv_heads: int, group: int, dtype: torch.dtype, threads: int) -> TileShape:
-        """The shape for so many rows of a head; `visited` keys are what a row of tiles sees, `kv_heads` of all batches.
+    def of(problem: Problem, rows: int, visited: int) -> TileShape:
+        """The shape for so many rows of a head; `visited` keys are what a row of tiles sees.
 
-        512 x 512 in one head fills a core's cache; fewer rows go with longer runs of keys, and with several heads.
+        Fewer rows go with longer runs of keys, and with several heads, so long as every thread gets some tiles.
         """
-        keys = min(max(512 * 512 // (rows * group), 512), 4096, math.ceil(visited / BLOCK) * BLOCK)
-        heads = max(CACHE // (rows * group * keys * dtype.itemsize), 1)
-        return TileShape(rows, keys, min(heads, math.ceil(kv_heads / threads)))
+        group, threads = problem.group, problem.threads
+        keys = min(max(ROWS * ROWS // (rows * group), ROWS), 4096, math.ceil(visited / BLOCK) * BLOCK)
+        heads = CACHE // (rows * group * keys * problem.dtype.itemsize)
+        tiles = problem.batch * problem.kv_heads * math.ceil(problem.q_len / rows)
+        return TileShape(rows, keys, max(min(heads, tiles // (4 * threads)), 1))
 
 
 Part = tuple[int, int, int, int]
@@ -87,6 +89,16 @@ class Problem:
     def group(self) -> int:
         return self.heads // self.kv_heads
 
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether the mask of a tile is the same for all tiles that stand alike to their keys."""
+        return self.functions.mask_alike and len(self.offsets) == 1
+
+    @cached_property
+    def descending(self) -> bool:
+        """Whether tiles hold their last row first, as what works along antidiagonals wants it."""
+        return self.functions.by_distance or (self.functions.mask_by_distance and not self.keeps_masks)
+
     def shaped(self) -> Problem:
         """The problem with the tile shape that fits its schedule.
 
@@ -100,9 +112,7 @@ class Problem:
             if rows <= 128 or visited >= 4 * rows or self.functions.mask_reads_positions:
                 break
             rows //= 2
-        kv_heads, visited = self.batch * self.kv_heads, max(visited, BLOCK)
-        shape = TileShape.of(rows, visited, kv_heads, self.group, self.dtype, self.threads)
-        return replace(self, shape=shape)
+        return replace(self, shape=TileShape.of(self, rows, max(visited, BLOCK)))
 
     def spread(self, work: Callable[[Iterator[T]], None], items: Iterator[T], pieces: int) -> None:
         """Run `work` over so many independent items: on all threads or, where the items are too few, with torch's."""
@@ -131,8 +141,10 @@ class Problem:
         return torch.arange(self.q_len + self.kv_len)
 
     def parts(self) -> list[Part]:
-        """All heads, in parts that share no key/value head."""
-        return list(self.chunks(0, self.batch, 0, self.heads))
+        """All heads, in parts that share no key/value head, for every thread one if there are so many."""
+        heads = min(self.shape.heads, math.ceil(self.batch * self.kv_heads / self.threads))
+        shape = replace(self.shape, heads=heads)
+        return list(replace(self, shape=shape).chunks(0, self.batch, 0, self.heads))
 
     def rectangles(self, start: int, stop: int, part: Part) -> Iterator[tuple[Part, tuple[Run, ...]]]:
         """The part, cut into parts with equal runs."""

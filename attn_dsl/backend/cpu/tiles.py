@@ -18,6 +18,7 @@ from torch import Tensor
 from attn_dsl.backend.cpu.functions import Emitted
 from attn_dsl.backend.cpu.problem import BLOCK, Part, Problem, Run, joined, pieces
 from attn_dsl.backend.cpu.relative import antidiagonals
+from attn_dsl.backend.cpu.scratch import scratch
 
 KNOWN = 64
 """Masks over `q - k` that are kept for the next tile."""
@@ -38,7 +39,7 @@ class Visit(NamedTuple):
 @dataclass(frozen=True)
 class Tile:
     """The query rows `[start, stop)` of the heads `[h0, h1)` of the batches `[b0, b1)`; the last row
-    first where the functions are `by_distance`.
+    first where the problem says `descending`.
 
     Its matrices are `[(b1 - b0) * key/value heads, query heads of each * rows, ...]`; seen as
     `[batches, heads, rows, ...]` they have no copy.
@@ -78,17 +79,17 @@ class Tile:
         """The rows in tensors `[B, H, Q, ...]`."""
         return slice(self.b0, self.b1), slice(self.h0, self.h1), slice(self.start, self.stop)
 
-    def gather(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        """The rows of `x [B, H, Q, D]`, times a factor, as a fresh matrix for each key/value head."""
+    def gather(self, name: str, x: Tensor, factor: float = 1.0) -> Tensor:
+        """The rows of `x [B, H, Q, D]`, times a factor, a matrix for each key/value head, in scratch of that name."""
         rows = x[self.index].to(self.problem.dtype)
-        if self.problem.functions.by_distance:
-            rows = rows.flip(2)
-        return (rows * factor).reshape(self.matrices, self.shared * self.rows, x.shape[3])
+        result = scratch(name, rows.shape, self.problem.dtype)
+        torch.mul(rows.flip(2) if self.problem.descending else rows, factor, out=result)
+        return result.view(self.matrices, self.shared * self.rows, x.shape[3])
 
     def scatter(self, x: Tensor, rows: Tensor) -> None:
         """Write matrices back to the rows of `x [B, H, Q, ...]`."""
         rows = rows.view(self.b1 - self.b0, self.h1 - self.h0, self.rows, *x.shape[3:])
-        x[self.index] = rows.flip(2) if self.problem.functions.by_distance else rows
+        x[self.index] = rows.flip(2) if self.problem.descending else rows
 
     def places(self, x: Tensor) -> Tensor:
         """Matrices `[matrices, shared * rows, keys]` as `[batches, heads, rows, keys]`."""
@@ -106,9 +107,7 @@ class Tile:
     def q(self) -> Tensor:
         """Positions of the rows: `[1 or batches, 1, rows, 1]`."""
         steps = self.problem.steps[: self.rows]
-        return self.last.view(-1, 1, 1, 1) - (steps if self.problem.functions.by_distance else steps.flip(0)).view(
-            -1, 1
-        )
+        return self.last.view(-1, 1, 1, 1) - (steps if self.problem.descending else steps.flip(0)).view(-1, 1)
 
     @cached_property
     def last(self) -> Tensor:
@@ -129,6 +128,8 @@ class Tile:
 
     def relative(self, function: Emitted, begin: int, end: int) -> tuple[Tensor, ...]:
         """The same, spread over the tile."""
+        if not self.problem.functions.by_distance:
+            return ()
         return tuple(antidiagonals(v, self.rows, end - begin) for v in self.by_distance(function, begin, end))
 
     def visits(self) -> Iterator[Visit]:
@@ -146,14 +147,15 @@ class Tile:
         """`keep` and `limit` of a mask over `q - k`: the same for all tiles that stand alike to their keys."""
         known = self.problem.masks
         place = (self.problem.offsets[0] + self.stop - run.begin, self.rows, run.end - run.begin)
-        found = known.get(place)
-        if found is None:
-            (keep,) = self.by_distance(self.problem.functions.mask_relative, run.begin, run.end)
-            columns = run.end - run.begin
-            found = antidiagonals(keep, self.rows, columns), antidiagonals(self.limit(keep), self.rows, columns)
-            if len(self.problem.offsets) == 1 and keep.shape[:2] == (1, 1) and len(known) < KNOWN:
-                known[place] = found
-        return found
+        if self.problem.keeps_masks and place in known:
+            return known[place]
+        (keep,) = self.by_distance(self.problem.functions.mask_relative, run.begin, run.end)
+        keep, limit = (antidiagonals(v, self.rows, run.end - run.begin) for v in (keep, self.limit(keep)))
+        if not self.problem.descending:
+            keep, limit = (x.flip(2).contiguous() for x in (keep, limit))
+        if self.problem.keeps_masks and len(known) < KNOWN:
+            known[place] = keep, limit
+        return keep, limit
 
     def _visits(self, run: Run, mask: Emitted) -> Iterator[Visit]:
         relative = self.relative(self.problem.functions.mask_relative, run.begin, run.end)
