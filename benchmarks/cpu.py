@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import attn_dsl
-from attn_dsl.backend.cpu.elementary import clip
+from attn_dsl.backend.cpu.elementary import clip, nonzero
 from attn_dsl.backend.printer import Signature, TorchDialect, emit
 from attn_dsl.ir.nodes import SCORE, TRUE, Node
 
@@ -187,7 +187,13 @@ def _flex(
             known.setdefault(getattr(extent, "name", ""), size)
     scalars = tuple(known[node.name] for node in signature.scalars)  # type: ignore[attr-defined]
     captured = tuple(tensors.values())
-    names: dict[str, Any] = {"torch": torch, "FLOAT": torch.float32, "clip": clip, "tanh": torch.tanh}
+    names: dict[str, Any] = {
+        "torch": torch,
+        "FLOAT": torch.float32,
+        "clip": clip,
+        "nonzero": nonzero,
+        "tanh": torch.tanh,
+    }
     place = ("b", "h", "q", "k", "scalars", "tensors")
     exec(emit("score", ("s", *place), variant.score, signature, _FlexDialect()), names)
     exec(emit("mask", place, variant.mask, signature, _FlexDialect()), names)

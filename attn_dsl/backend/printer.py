@@ -53,6 +53,8 @@ from attn_dsl.ir.variant import Tensor, Variant
 from attn_dsl.passes.unroll import unroll_node
 
 SIZES = tuple(Size(name) for name in ("B", "H", "HK", "Q", "KV", "D"))
+GROUP = Binary(BinaryOp.FLOORDIV, Size("H"), Size("HK"))
+"""Query heads for each key/value head."""
 UNROLL = 16
 """Reductions of at most so many terms are unrolled, longer ones become a loop."""
 INLINE = 72
@@ -235,8 +237,7 @@ def emit(
 
 def lower(root: Node) -> Node:
     """The expression without `hk` and without short reductions: the form that is printed."""
-    group = Binary(BinaryOp.FLOORDIV, H, Binary(BinaryOp.FLOORDIV, Size("H"), Size("HK")))
-    return substitute(unroll_node(root, UNROLL), {HK: group})
+    return substitute(unroll_node(root, UNROLL), {HK: Binary(BinaryOp.FLOORDIV, H, GROUP)})
 
 
 STEPS = {
@@ -493,6 +494,11 @@ class PythonDialect(Dialect):
             case _:
                 return call(f"math.{FUNCTIONS[node.op]}", x)
 
+    def binary(self, node: Binary, x: Operand, y: Operand) -> Text:
+        if _may_vanish(node):  # in a branch that is not taken, say, which straight-line code computes all the same
+            return super().binary(node, x, Operand(y.node, _or_one(y)))
+        return super().binary(node, x, y)
+
     def minimum_maximum(self, node: Binary, x: Operand, y: Operand) -> Text:
         return call(node.op.value, x, y)
 
@@ -513,10 +519,10 @@ class PythonDialect(Dialect):
 class TorchDialect(Dialect):
     """Torch operations over tiles of axes `[b, h, q, k]`, broadcast against each other; `number` marks Python numbers.
 
-    The emitted text refers to `torch`, to `FLOAT` (the dtype in which floats are computed) and to `clip`, `tanh` and
-    `tanh_` of `cpu/elementary.py`. A load moves its indices into range: it must not fail under the mask, where its
-    value is never used. Values that depend on sizes and parameters alone are Python numbers for as long as Python
-    computes them as IEEE 754 does. An operation overwrites an operand that no one else needs, of its own shape:
+    The emitted text refers to `torch`, to `FLOAT` (the dtype in which floats are computed) and to `clip`, `nonzero`,
+    `tanh` and `tanh_` of `cpu/elementary.py`. A load moves its indices into range: it must not fail under the mask,
+    where its value is never used. Values that depend on sizes and parameters alone are Python numbers for as long as
+    Python computes them as IEEE 754 does. An operation overwrites an operand that no one else needs, of its own shape:
     `tanh_(s.div_(p_cap)).mul_(p_cap)`.
     """
 
@@ -582,6 +588,8 @@ class TorchDialect(Dialect):
     def binary(self, node: Binary, x: Operand, y: Operand) -> Text:
         if self.number(node):
             return PythonDialect().binary(node, x, y)
+        if _may_vanish(node):
+            y = Operand(y.node, _or_one(y) if self.number(y.node) else call("nonzero", y))
         if self.number(x.node) and self.number(y.node):  # a quotient or power of numbers: IEEE 754 as a tensor
             return super().binary(node, Operand(x.node, Text(self._tensor(x))), y)
         method = {BinaryOp.ADD: "add_", BinaryOp.SUB: "sub_", BinaryOp.MUL: "mul_", BinaryOp.DIV: "div_"}.get(node.op)
@@ -600,11 +608,11 @@ class TorchDialect(Dialect):
         return call(f"torch.{node.op.value}imum", x, y)
 
     def select(self, node: Select, condition: Operand, x: Operand, y: Operand) -> Text:
-        if self.number(condition.node):
+        if self.number(node):
             return PythonDialect().select(node, condition, x, y)
-        if (
-            node.type is Type.FLOAT and self.number(x.node) and self.number(y.node)
-        ):  # else torch takes its default dtype
+        if self.number(condition.node):  # in the shape of both branches, whichever is taken
+            condition = Operand(condition.node, Text(self._tensor(condition)))
+        if node.type is Type.FLOAT and self.number(x.node) and self.number(y.node):  # else in torch's default dtype
             return Text(f"torch.where({condition.at()}, {self._tensor(x)}, {y.at()})")
         return call("torch.where", condition, x, y)
 
@@ -620,6 +628,16 @@ class TorchDialect(Dialect):
         )
         kind = {Type.FLOAT: ".to(FLOAT)", Type.INT: ".to(torch.int64)", Type.BOOL: ""}[node.type]
         return Text(f"{tensor}[{', '.join(inside)}]{kind}")
+
+
+def _may_vanish(node: Binary) -> bool:
+    """Whether an integer division has a divisor that is not known to be positive."""
+    divides = node.op in (BinaryOp.FLOORDIV, BinaryOp.MOD) and node.type is Type.INT
+    return divides and node.y is not GROUP and not isinstance(node.y, Const | Param | Size | Var)
+
+
+def _or_one(divisor: Operand) -> Text:
+    return Text(f"{divisor.at(Level.AND)} or 1", Level.OR)
 
 
 def _all_numbers(dialect: TorchDialect, node: Node) -> bool:

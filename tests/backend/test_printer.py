@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attn_dsl.backend.cpu.elementary import nonzero
 from attn_dsl.backend.printer import Level, PythonDialect, Signature, Text, TorchDialect, emit, identifier
 from attn_dsl.errors import Source, Span
 from attn_dsl.frontend import load
@@ -150,6 +151,20 @@ def test_a_dead_tile_is_overwritten_and_a_shared_one_is_not() -> None:
     )
     twice = Binary(BinaryOp.MUL, once, SCORE)
     assert "s / p_cap" in emit("f", ("s", *PLACE), twice, Signature.of(variant(twice)), TorchDialect(), owned=owned)
+
+
+def test_a_division_in_a_branch_not_taken_does_not_fail() -> None:
+    window = Param("window", Type.INT)
+    divisor = Binary(BinaryOp.SUB, window, Const(1))
+    quotient = Binary(BinaryOp.FLOORDIV, Q, divisor)
+    shared = Binary(BinaryOp.ADD, quotient, quotient)
+    root = Select(Compare(CompareOp.GT, divisor, Const(0)), shared, Const(-1))
+    scalars = (1, 1.0, 1, 1, 1, 1, 1, 1)
+    for dialect, q in ((PythonDialect(), 5), (TorchDialect(), torch.tensor([5]))):
+        names: dict[str, object] = {"torch": torch, "nonzero": nonzero}
+        exec(text(root, dialect), names)
+        assert int(names["f"](0, 0, q, 0, scalars, ())) == -1  # type: ignore[operator]
+        assert int(names["f"](0, 0, q, 0, (3, *scalars[1:]), ())) == 4  # type: ignore[operator]
 
 
 SHIPPED_INTEGERS = ["natten2d", "sparse_fixed", "dilated_window", "block_diffusion", "longformer"]

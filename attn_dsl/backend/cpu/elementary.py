@@ -47,6 +47,11 @@ def clip(index: Tensor | int, extent: int) -> Tensor | int:
     return index.clamp(0, extent - 1)
 
 
+def nonzero(divisor: Tensor) -> Tensor:
+    """The divisor with 1 for 0: a division must not fail where its value is never used."""
+    return divisor.masked_fill(divisor == 0, 1)
+
+
 def tanh(x: Tensor) -> Tensor:
     """Hyperbolic tangent, elementwise."""
     return tanh_(x.clone())

@@ -236,7 +236,7 @@ def _bound(relative: Sequence[Node]) -> Mapping[Node, str]:
 _TORCH_HEADER = """\
 import torch
 
-from attn_dsl.backend.cpu.elementary import clip, tanh, tanh_
+from attn_dsl.backend.cpu.elementary import clip, nonzero, tanh, tanh_
 
 FLOAT = {dtype}
 """
