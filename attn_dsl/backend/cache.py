@@ -1,4 +1,5 @@
-"""Folders of files that survive the process: emitted sources, compiled kernels, tuning choices, words of the assembler.
+"""Folders of files that survive the process: emitted sources, compiled kernels, tuning choices, words of the assembler,
+hashes of compilers.
 
     <root>/<kind>/<name>-<digest>/     one entry: its files and `manifest.json`
 
@@ -29,7 +30,7 @@ from typing import Any
 import attn_dsl
 
 MANIFEST = "manifest.json"
-SOURCES, KERNELS, TUNING, VERDICTS = "sources", "kernels", "tuning", "verdicts"
+SOURCES, KERNELS, TUNING, VERDICTS, COMPILERS = "sources", "kernels", "tuning", "verdicts", "compilers"
 _lock = threading.Lock()
 _said: set[str] = set()
 
@@ -121,7 +122,7 @@ def clear() -> int:
     """Remove every entry of this version from the disk; returns how many there were."""
     root = folder()
     removed = 0
-    for kind in (SOURCES, KERNELS, TUNING, VERDICTS):
+    for kind in (SOURCES, KERNELS, TUNING, VERDICTS, COMPILERS):
         for path in (root / kind).glob("*"):
             removed += not path.name.startswith(".")
             shutil.rmtree(path, ignore_errors=True)

@@ -2,17 +2,25 @@
 
 Triton asks one class of the process for its cache. Inside `compiling(...)` that is a switch: the thread that compiles
 for this package gets `KernelCache`, every other thread gets what Triton would have given it. Outside, nothing changes.
+
+Triton's key of a kernel begins with a hash over Triton itself, half a gigabyte, which takes longer than everything else
+in a process that finds its kernels. That hash is remembered for the files by their names, sizes and times.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import triton
 from triton import knobs
+from triton.runtime import cache as triton_cache
 from triton.runtime.cache import CacheManager, FileCacheManager
 
 from attn_dsl.backend import cache
@@ -47,11 +55,45 @@ def _switch(step: int) -> None:
         if _inside == 0:
             _before[:] = [vars(knobs.cache).get("manager_class")] if "manager_class" in vars(knobs.cache) else []
             knobs.cache.manager_class = _manager
+            if _hash_of_triton is not None:
+                triton_cache.triton_key = _remembered_key
         _inside += step
         if _inside == 0:
             del knobs.cache.manager_class
             if _before:
                 knobs.cache.manager_class = _before[0]
+            if _hash_of_triton is not None:
+                triton_cache.triton_key = _hash_of_triton
+
+
+# ---------------------------------------------------------------- the hash of Triton
+
+_hash_of_triton: Callable[[], str] | None = getattr(triton_cache, "triton_key", None)
+"""Triton's own; some releases have it elsewhere, and then go without a memory."""
+
+
+@functools.cache
+def _remembered_key() -> str:
+    """What `triton_key` returns, from the disk where it was computed for the same files."""
+    assert _hash_of_triton is not None
+    key = cache.digest(triton.__version__, *_files_of_triton())
+    entry = cache.find(cache.COMPILERS, "triton", key)
+    if entry is not None:
+        return entry.files["key"].read_text()
+    found = _hash_of_triton()
+    cache.put(cache.COMPILERS, "triton", key, {"key": found.encode()}, {"version": triton.__version__})
+    return found
+
+
+def _files_of_triton() -> Iterator[str]:
+    """Path, size and times of each file that the compiler consists of."""
+    root = Path(triton.__file__).parent
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            about = os.stat(path)
+            yield f"{path} {about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino}"
 
 
 def _manager(key: str, override: bool = False, dump: bool = False) -> Any:

@@ -174,6 +174,31 @@ def test_other_users_of_triton_keep_their_cache(folder: Path, tmp_path: Path, mo
     assert isinstance(get_cache_manager("00"), Theirs)
 
 
+def test_the_hash_of_triton_is_computed_once_for_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import cache as triton_cache
+
+    from attn_dsl.backend import cache_triton
+
+    original = cache_triton._hash_of_triton
+    if original is None:
+        pytest.skip("this Triton has its hash elsewhere")
+    computed: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_triton, "_hash_of_triton", lambda: computed.append("") or f"hash {len(computed)}")
+        for _ in range(2):
+            cache_triton._remembered_key.cache_clear()  # as in a new process
+            assert cache_triton._remembered_key() == "hash 1"
+        files = [*cache_triton._files_of_triton()]
+        patch.setattr(cache_triton, "_files_of_triton", lambda: iter([*files, "another file"]))
+        cache_triton._remembered_key.cache_clear()
+        assert cache_triton._remembered_key() == "hash 2"
+    cache_triton._remembered_key.cache_clear()
+    assert triton_cache.triton_key is original
+    with cache_triton.compiling("noop", dict):
+        assert triton_cache.triton_key() == original()
+    assert triton_cache.triton_key is original
+
+
 def test_requests_that_do_not_fit_are_refused() -> None:
     of = attn_dsl.compile("causal")._executable
     with pytest.raises(BindingError, match="`target`: expected sm_80"):
