@@ -185,13 +185,10 @@ def test_the_hash_of_triton_is_computed_once_for_the_same_files(monkeypatch: pyt
     computed: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(cache_triton, "_hash_of_triton", lambda: computed.append("") or f"hash {len(computed)}")
-        for _ in range(2):
+        for files, expected in ((["a"], "hash 1"), (["a"], "hash 1"), (["a", "b"], "hash 2")):
+            patch.setattr(cache_triton, "_files_of_triton", lambda files=files: iter(files))
             cache_triton._remembered_key.cache_clear()  # as in a new process
-            assert cache_triton._remembered_key() == "hash 1"
-        files = [*cache_triton._files_of_triton()]
-        patch.setattr(cache_triton, "_files_of_triton", lambda: iter([*files, "another file"]))
-        cache_triton._remembered_key.cache_clear()
-        assert cache_triton._remembered_key() == "hash 2"
+            assert cache_triton._remembered_key() == expected
     cache_triton._remembered_key.cache_clear()
     assert triton_cache.triton_key is original
     with cache_triton.compiling("noop", dict):
