@@ -36,7 +36,7 @@ class Emitted:
 
 
 @dataclass
-class _Module:
+class Module:
     variant: Variant
     signature: Signature
     fast_tanh: bool
@@ -66,11 +66,11 @@ def emit_module(
     factor, residue = _logit(terms, positive)
     residue, mask = lower(residue), lower(variant.mask)
 
-    uniform = _outermost([residue, mask], _is_uniform)
-    rows = _outermost([residue, mask], _is_row)
+    uniform = outermost([residue, mask], is_uniform)
+    rows = outermost([residue, mask], _is_row)
     bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
     bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
-    module = _Module(variant, signature, fast_tanh, bindings)
+    module = Module(variant, signature, fast_tanh, bindings)
 
     module.add("factor", PROGRAM, factor)
     if uniform:
@@ -118,7 +118,7 @@ def _is_positive(node: Node, known: frozenset[Node]) -> bool:
             return node in known
 
 
-def _is_uniform(node: Node) -> bool:
+def is_uniform(node: Node) -> bool:
     """Worth a register of a program: an operation or a look-up over batch and head."""
     return node.depends <= {"b", "h"} and bool(node.children)
 
@@ -132,7 +132,7 @@ def _is_row(node: Node) -> bool:
     )
 
 
-def _outermost(roots: Iterable[Node], wanted: Callable[[Node], bool]) -> list[Node]:
+def outermost(roots: Iterable[Node], wanted: Callable[[Node], bool]) -> list[Node]:
     """The nodes that are wanted and under no other wanted node."""
     found: dict[Node, None] = {}
     seen: set[Node] = set()
