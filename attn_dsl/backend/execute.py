@@ -203,7 +203,6 @@ def _portable_backward(
     wanted: frozenset[str],
 ) -> Gradients:
     from attn_dsl.backend.portable import launch
-    from attn_dsl.backend.portable.sink import sink_gradients
 
     out, lse, shifted = outputs
     device = call.query.device
@@ -213,11 +212,7 @@ def _portable_backward(
     found = launch.backward(
         program.kernels, bound, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
     )
-    captured = dict(found.captured)
-    if program.variant.sink is not None and wanted:
-        for name, grad in sink_gradients(program.kernels, bound, lse, found.delta, wanted).items():
-            captured[name] = captured[name] + grad if name in captured else grad
-    return Gradients(found.query, found.key, found.value, captured)
+    return Gradients(found.query, found.key, found.value, found.captured)
 
 
 def portable_call(program: Program, call: Call, options: Options) -> PortableCall:

@@ -145,6 +145,24 @@ def test_deterministic_gradients_are_right_and_the_same_bits(pattern: str) -> No
     assert torch.equal(first.grads["bias"], second.grads["bias"])
 
 
+SINKS = """attention sinks(gain: float = 0.7)
+tensor table: float32[H]
+tensor bias: float32[KV]
+score = score + bias[q] * table[h]
+mask = 0 < q - k
+sink = gain * table[h] - 1
+"""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sinks_hand_their_gradient_on_to_all_that_they_read(deterministic: bool) -> None:
+    query, key, value = small().inputs()
+    tensors = {"table": torch.tensor([0.3, -1.2]), "bias": torch.linspace(-2, 1, 35)}
+    problem = Problem(program_of(SINKS), query, key, value, tensors)
+    upstream = problem.upstream()
+    assert_close(problem.portable(upstream, deterministic=deterministic), problem.truth(upstream), FLOAT32)
+
+
 def test_captures_of_any_strides() -> None:
     problem = capture("bias[k, q]")
     check(replace(problem, bindings={"bias": problem.bindings["bias"].T.contiguous().T}))

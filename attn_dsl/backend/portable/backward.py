@@ -30,12 +30,19 @@ from attn_dsl.backend.portable.device import (
 )
 
 
-@triton.jit(do_not_specialize=["out_strides", "grad_strides", "sizes"])
+@triton.jit(do_not_specialize=[
+    "q_offset", "out_strides", "grad_strides", "parameters", "sizes", "tensors", "grads", "scale"])  # fmt: skip
 def attention_delta(
-        out, grad_out, grad_lse, delta, out_strides, grad_strides, sizes, BM: tl.constexpr, DV: tl.constexpr,
-        DV0: tl.constexpr, DV1: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr
+        out, grad_out, grad_lse, lse, delta, q_offset, out_strides, grad_strides, parameters, sizes, tensors, grads,
+        peaks, factors, scale, SINK: tl.constexpr, ROW: tl.constexpr, SINK_GRAD: tl.constexpr, SCATTER: tl.constexpr,
+        MODE: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
+        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """delta [B, H, Q] float32; one program for BM query rows of one batch and head."""
+    """delta [B, H, Q] float32; one program for BM query rows of one batch and head.
+
+    A sink takes the share p = exp(sink - lse) of a row and no value, so its gradient is -p * delta: where SINK_GRAD is
+    given, that reaches what the sink reads.
+    """
     out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
     tiles = tl.cdiv(q_len, BM)
@@ -55,6 +62,24 @@ def attention_delta(
     if grad_lse is not None:
         total -= tl.load(grad_lse + place, mask=inside, other=0.0)
     tl.store(delta + place, total, mask=inside)
+
+    if SINK_GRAD is not None:
+        scalars, tensors = scalars_of(parameters + sizes + (scalar(scale, False),), WIDE), captured(tensors, WIDE)
+        grads = captured(grads, WIDE)
+        if q_offset.dtype.is_ptr():
+            start = tl.load(q_offset + b).to(tl.int64)
+        else:
+            start = q_offset.to(tl.int64)
+        q = start + first + lines
+        if not WIDE:
+            b, h, q = b.to(tl.int32), h.to(tl.int32), q.to(tl.int32)
+        logit = tl.zeros([BM], tl.float32) + SINK(b, h, scalars, tensors)
+        if ROW is not None:
+            logit -= ROW(b, h, q, False, scalars, tensors)
+        l = tl.load(lse + place, mask=inside, other=float("-inf"))
+        p = tl.where(l == float("-inf"), 0.0, tl.exp2((logit - l) * LOG2E))
+        shares = SINK_GRAD(-p * total, b, h, scalars, tensors)
+        SCATTER(shares, b, h, 0, 0, None, False, scalars, tensors, grads, peaks, factors, MODE)
 
 
 @triton.jit

@@ -132,7 +132,10 @@ def emit_module(
         _add_ranges(module, axis, ranges, tile)
 
     targets = _targets(derivatives, frozenset(wanted))
-    names = tuple(dict.fromkeys(target.name for target in targets))
+    sink_targets = [] if variant.sink is None else _targets(gradient(variant.sink), frozenset(wanted))
+    names = tuple(dict.fromkeys(target.name for target in (*targets, *sink_targets)))
+    if sink_targets:
+        _add_sink_gradient(module, sink_targets, names)
     derivative = derivatives.d_score
     key_totals = _add_gradients(module, "key", gather, derivative, [t for t in targets if t.axes == {"k"}], names)
     query_totals = _add_gradients(module, "query", gather, derivative, [t for t in targets if t.axes != {"k"}], names)
@@ -226,6 +229,13 @@ def _add_gradients(
     if len(sums) < len(targets):
         _add_scatter(module, "pairs", targets[len(sums) :], names, first=len(sums))
     return len(sums)
+
+
+def _add_sink_gradient(module: _Module, targets: Sequence[Target], names: Sequence[str]) -> None:
+    """`sink_grad`, from the gradients `g` of the sink by rows to the shares of the targets, which `add_sink` adds."""
+    shares = tuple(times(UPSTREAM, target.share) for target in targets)
+    module.add("sink_grad", ("g", "b", "h", "scalars", "tensors"), shares, tiles=False)
+    _add_scatter(module, "sink", targets, names, first=0)
 
 
 def _add_scatter(module: _Module, what: str, targets: Sequence[Target], names: Sequence[str], first: int) -> None:

@@ -338,14 +338,12 @@ def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
 
 @dataclass(frozen=True)
 class Gradients:
-    """`captured` holds the gradients of captured tensors and parameters by name, float32, in their shapes; `delta` is
-    [B, H, Q] float32, which the gradient of a sink needs."""
+    """`captured` holds the gradients of captured tensors and parameters by name, float32, in their shapes."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     captured: Mapping[str, Tensor]
-    delta: Tensor
 
 
 def backward(
@@ -366,20 +364,19 @@ def backward(
     price where there are any: a first pass finds the largest share of each target, the second adds in fixed point.
     """
     plan = _Plan.of(kernels, call, wanted, run)
-    delta = _delta(plan, out, grad_out, grad_lse)
     names = plan.emitted.targets
     dtype = torch.int64 if deterministic else torch.float32
     sums = [torch.zeros(_shape(kernels.variant, call, name), dtype=dtype, device=out.device) for name in names]
-    given = (shifted, delta, grad_out, sums)
+    given = (out, shifted, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), sums)
     if not (deterministic and sums):
         dq, dk, dv = _gradients(plan, *given, None, None, device.ADD.value)
-        return Gradients(dq, dk, dv, dict(zip(names, sums, strict=True)), delta)
+        return Gradients(dq, dk, dv, dict(zip(names, sums, strict=True)))
     peaks = torch.zeros(len(sums), dtype=torch.int32, device=out.device)
     _gradients(plan, *given, peaks, peaks, device.PEAK.value)
     factors = _fixed_point(peaks, call)
     dq, dk, dv = _gradients(plan, *given, peaks, factors, device.FIXED.value)
     floats = [(total.double() / factor.double()).float() for total, factor in zip(sums, factors, strict=True)]
-    return Gradients(dq, dk, dv, dict(zip(names, floats, strict=True)), delta)
+    return Gradients(dq, dk, dv, dict(zip(names, floats, strict=True)))
 
 
 def _shape(variant: Variant, call: Call, name: str) -> tuple[int, ...]:
@@ -402,32 +399,56 @@ def _fixed_point(peaks: Tensor, call: Call) -> Tensor:
     return torch.where(peak.isfinite(), torch.exp2(power), torch.nan)
 
 
-def _delta(plan: _Plan, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+def _delta(
+    plan: _Plan,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    sums: Sequence[Tensor],
+    peaks: Tensor | None,
+    factors: Tensor | None,
+    mode: int,
+) -> Tensor:
+    """delta [B, H, Q] float32; and what a sink hands on is added to `sums`, as by `_gradients`."""
+    call = plan.call
     batch, heads, q_len = out.shape[:3]
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
     unit, rows = _unit(out, grad_out), 64
+    strides = (_strides(out, unit), _strides(grad_out, unit))
     common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
+    functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
+    if functions["SINK_GRAD"] is None:  # the same kernel for all variants
+        functions = dict.fromkeys(functions)
+        rest: tuple[Any, ...] = (None, delta, 0, *strides, (), plan.sizes[:6], (), (), None, None, 1.0)
+        common |= {"MODE": device.ADD.value, "WIDE": False}
+    else:
+        parameters, sizes, tensors = plan.scalars
+        rest = (lse, delta, call.q_offset, *strides, parameters, sizes, tensors, _described(sums), peaks, factors,
+                _number(float(call.scale)))  # fmt: skip
+        common |= {"MODE": mode, "WIDE": plan.common["WIDE"]}
     plan.run(
         backward_kernels.attention_delta,
         batch * heads * triton.cdiv(q_len, rows),
-        (out, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), delta, _strides(out, unit),
-         _strides(grad_out, unit), plan.sizes),
-        plan.options("delta", unit, _contiguous(grad_out), lambda: {"BM": rows, **common}),
-    )  # fmt: skip
+        (out, grad_out, grad_lse, *rest),
+        plan.options(f"delta {mode}", unit, _contiguous(grad_out), lambda: {**functions, **common, "BM": rows}),
+    )
     return delta
 
 
 def _gradients(
     plan: _Plan,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     grad_out: Tensor,
+    grad_lse: Tensor | None,
     sums: Sequence[Tensor],
     peaks: Tensor | None,
     factors: Tensor | None,
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One run of the two kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
+    """One run of the kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
+    delta = _delta(plan, out, lse, grad_out, grad_lse, sums, peaks, factors, mode)
     call = plan.call
     query, key, value = call.query, call.key, call.value
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, value_dim) = query.shape, value.shape
