@@ -18,18 +18,21 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from attn_dsl.errors import ProofError
 from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import Index, K, Load, Node, Param, Q, Reduce, Size, Unary, Var, post_order
 from attn_dsl.ir.types import Type
-from attn_dsl.passes.concrete import evaluate_all
+from attn_dsl.passes.concrete import evaluate_in_order
 from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.monotone import K0, K1, Q0, Q1
-from attn_dsl.passes.symbolic import Form, Monomial, Poly, Space
+from attn_dsl.passes.polynomial import Monomial, Poly
+from attn_dsl.passes.symbolic import Form, Space
 
 SAMPLES = 6
 Values = dict[Node, int]
+Powers = dict[Monomial, int]
 
 
 @dataclass
@@ -41,7 +44,6 @@ class Checker:
     clauses: dict[bool, list[Node]] = field(default_factory=lambda: {False: [], True: []})
     derived: list[Constraint] = field(default_factory=list)
     premises: list[tuple[Node, list[list[Constraint]]]] = field(default_factory=list)
-    _monomials: dict[int, list[Monomial]] = field(default_factory=dict)
 
     def add(self, clause: Node, projections: Iterable[Sequence[Projection]], *, negated: bool) -> None:
         """A clause of the mask (or of its negation), and its projections, each perhaps in several cases."""
@@ -54,27 +56,18 @@ class Checker:
     def check(self) -> None:
         """Raise `ProofError` where a step, or the list of clauses, does not hold."""
         order = list(steps(*self.derived))
-        atoms = {node for clauses in self.clauses.values() for clause in clauses for node in post_order(clause)}
-        roots = list(dict.fromkeys([self.mask, *self.clauses[False], *self.clauses[True], *self._nodes(order)]))
-        leaves = [node for node in post_order(*roots) if _is_leaf(node, atoms)]
+        monomials = {m: self.space.factors(m) for step in order for poly in _polys(step) for m in poly.terms}
+        terms = {term: None for step in order for term in step.form.terms}
+        factors = {factor: None for found in monomials.values() for factor in found}
+        clauses = [*self.clauses[False], *self.clauses[True]]
+        nodes = list(post_order(self.mask, *clauses, *terms, *factors))
+        atoms = set(post_order(*clauses))
+        leaves = [node for node in nodes if _is_leaf(node, atoms)]
         for seed in range(SAMPLES):
-            values = evaluate_all(roots, self.sample(random.Random(seed), leaves))
-            at = self.check_steps(order, values)
+            values = evaluate_in_order(nodes, self.sample(random.Random(seed), leaves))
+            powers = {m: prod(values[factor] for factor in found) for m, found in monomials.items()}
+            at = self.check_steps(order, values, powers)
             self.check_clauses(values, at)
-
-    def _nodes(self, order: Iterable[Constraint]) -> Iterator[Node]:
-        """Every unknown and every symbol of the steps."""
-        for step in order:
-            yield from step.form.terms
-            for poly in _polys(step):
-                for _, factors in self._terms(poly):
-                    yield from (node for node, _ in factors)
-
-    def _terms(self, poly: Poly) -> list[Monomial]:
-        found = self._monomials.get(id(poly))
-        if found is None:
-            found = self._monomials[id(poly)] = self.space.symbols(poly)
-        return found
 
     # -- points -------------------------------------------------------------------------------------------------------
 
@@ -103,19 +96,19 @@ class Checker:
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def check_steps(self, order: Sequence[Constraint], values: Values) -> dict[int, int]:
+    def check_steps(self, order: Sequence[Constraint], values: Values, powers: Powers) -> dict[int, int]:
         """The value of every step's form, by identity."""
         at: dict[int, int] = {}
         for step in order:
-            here = at[id(step)] = self.form_value(step.form, values)
+            here = at[id(step)] = _form_value(step.form, values, powers)
             match step.why:
                 case Given(_, rule):
                     ok = rule == "comparison" or here >= 0
                 case Combined(a, x, b, y):
-                    weights = self.value(a, values), self.value(b, values)
+                    weights = _value(a, powers), _value(b, powers)
                     ok = min(weights) >= 0 and here == weights[0] * at[id(x)] + weights[1] * at[id(y)]
                 case Rounded(x, divisor):
-                    by = self.value(divisor, values)
+                    by = _value(divisor, powers)
                     ok = by >= 1 and here == at[id(x)] // by
                 case Inverted(x):
                     ok = at[id(x)] < 0 or here >= 0
@@ -131,19 +124,19 @@ class Checker:
             if values[clause] and not any(all(at[id(x)] >= 0 for x in case) for case in cases):
                 raise ProofError(f"a derivation assumes what its clause does not say: {infix(clause)}")
 
-    def form_value(self, form: Form, values: Values) -> int:
-        total = self.value(form.const, values)
-        for node, coefficient in form.terms.items():
-            total += self.value(coefficient, values) * values[node]
-        return total
 
-    def value(self, poly: Poly, values: Values) -> int:
-        total = 0
-        for coefficient, factors in self._terms(poly):
-            for node, exponent in factors:
-                coefficient *= values[node] ** exponent
-            total += coefficient
-        return total
+def _form_value(form: Form, values: Values, powers: Powers) -> int:
+    total = _value(form.const, powers)
+    for node, coefficient in form.terms.items():
+        total += _value(coefficient, powers) * values[node]
+    return total
+
+
+def _value(poly: Poly, powers: Powers) -> int:
+    total = 0
+    for monomial, coefficient in poly.terms.items():
+        total += coefficient * powers[monomial]
+    return total
 
 
 def _comparisons(derived: Sequence[Constraint]) -> list[Constraint]:

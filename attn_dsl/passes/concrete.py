@@ -71,8 +71,13 @@ def evaluate(root: Node, values: Mapping[Node, int]) -> int:
 
 def evaluate_all(roots: Iterable[Node], values: Mapping[Node, int]) -> dict[Node, int]:
     """The values of several nodes and their operands. What rests on a leaf without a value, or on floats, has none."""
+    return evaluate_in_order(post_order(*roots), values)
+
+
+def evaluate_in_order(order: Iterable[Node], values: Mapping[Node, int]) -> dict[Node, int]:
+    """The same for nodes that come operands first."""
     known: dict[Node, int] = dict(values)
-    for node in post_order(*roots):
+    for node in order:
         if node not in known and node.type is not Type.FLOAT and (isinstance(node, Const) or _is_ready(node, known)):
             known[node] = _step(node, known)
     return known

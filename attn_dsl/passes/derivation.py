@@ -11,7 +11,8 @@ from functools import cached_property
 
 from attn_dsl.ir.nodes import Node
 from attn_dsl.passes.formula import Fact
-from attn_dsl.passes.symbolic import Form, Poly
+from attn_dsl.passes.polynomial import Poly
+from attn_dsl.passes.symbolic import Form
 
 
 @dataclass(frozen=True, eq=False)

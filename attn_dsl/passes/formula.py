@@ -13,7 +13,8 @@ from math import lcm
 
 from attn_dsl.ir.nodes import Binary, BinaryOp, Const, K, Node, Q
 from attn_dsl.passes.monotone import Q0, Q1
-from attn_dsl.passes.symbolic import Form, Space, as_integer, constant, number, unknown
+from attn_dsl.passes.polynomial import number
+from attn_dsl.passes.symbolic import Form, Space, constant, unknown
 
 MAX_RESIDUES = 16
 
@@ -141,9 +142,9 @@ def residues(clause: Clause, space: Space) -> tuple[Clause, ...]:
     1, and elimination is exact. None where that is not the form of the clause, or where L is large.
     """
     forms = [x.form for x in clause.literals if isinstance(x, Atom)]
-    if any(node not in (Q, K) or as_integer(c) is None for form in forms for node, c in form.terms.items()):
+    if any(node not in (Q, K) or c.integer is None for form in forms for node, c in form.terms.items()):
         return ()
-    period = lcm(*(abs(as_integer(form.terms[K]) or 1) for form in forms if K in form.terms))
+    period = lcm(*(abs(form.terms[K].integer or 1) for form in forms if K in form.terms))
     if period > MAX_RESIDUES:
         return ()
     quotient = unknown(Binary(BinaryOp.FLOORDIV, Q, Const(period))).times(number(period))

@@ -40,7 +40,8 @@ from attn_dsl.ir.nodes import (
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.formula import NO, YES, And, Atom, Clause, Fact, Formula, Or, Unknown, disjuncts
 from attn_dsl.passes.monotone import POSITIONS, interval, varies
-from attn_dsl.passes.symbolic import Form, Opaque, Poly, Space, constant, ratio, unknown
+from attn_dsl.passes.polynomial import Poly
+from attn_dsl.passes.symbolic import Form, Opaque, Space, constant, ratio, unknown
 
 MAX_CLAUSES = 32
 MAX_UNROLL = 64

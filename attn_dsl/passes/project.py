@@ -34,7 +34,8 @@ from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Pr
 from attn_dsl.passes.formula import Atom, Clause, Fact
 from attn_dsl.passes.logic import Lowering, is_quotient
 from attn_dsl.passes.monotone import CORNERS, K0, K1, POSITIONS, Q0, Q1, interval, varies
-from attn_dsl.passes.symbolic import Form, Space, as_integer, constant, number, unknown
+from attn_dsl.passes.polynomial import MINUS_ONE, ONE
+from attn_dsl.passes.symbolic import Form, Space, constant, unknown
 
 FAR = 1 << 40
 """Beyond every position: stands for "no bound" where an inverse gives one only under a condition."""
@@ -105,7 +106,7 @@ class _Elimination:
 
     def rounded(self, constraint: Constraint) -> Constraint:
         divisor = self.space.common_factor(constraint.form)
-        if as_integer(divisor) == 1:
+        if divisor == ONE:
             return constraint
         return Constraint(self.space.divide(constraint.form, divisor), Rounded(constraint, divisor), constraint.own)
 
@@ -192,7 +193,7 @@ class _Elimination:
         # Chernikov: after n eliminations, what rests on more than n + 1 premises is implied by the others.
         if len(x.premises | y.premises) > self.eliminated + 1:
             return
-        factor_x, factor_y = (number(1), number(1)) if a == b else (b, a)
+        factor_x, factor_y = (ONE, ONE) if a == b else (b, a)
         form = x.form.times(factor_x) + y.form.times(factor_y)
         self.add(Constraint(form, Combined(factor_x, x, factor_y, y), x.own or y.own))
 
@@ -226,7 +227,7 @@ class _Elimination:
         x, c = (term.x, term.y) if varies(term.x) else (term.y, term.x)
         argument, level = Lowering(self.space).form(x), self.space.poly(c)
         limit = -form.const if rising else form.const
-        sign = number(1 if rising else -1)
+        sign = ONE if rising else MINUS_ONE
         if (term.op is BinaryOp.MAX) == rising:
             settled = level - limit if rising else limit - level
             if self.space.nonnegative(settled):
@@ -261,12 +262,8 @@ class _Elimination:
 
     def interest(self, guard: Constraint) -> tuple[bool, int]:
         """First what relates the positions of both axes: the rest seldom tells one tile from another."""
-        leaves = {
-            leaf
-            for _, factors in self.space.symbols(guard.form.const)
-            for node, _ in factors
-            for leaf in post_order(node)
-        }
+        factors = {factor for monomial in guard.form.const.terms for factor in self.space.factors(monomial)}
+        leaves = set(post_order(*factors))
         return not (leaves & {Q0, Q1} and leaves & {K0, K1}), guard.weight
 
 
@@ -286,7 +283,7 @@ def _is_law_of(quotient: Node, constraint: Constraint) -> bool:
 
 
 def _is_unit_pair(x: Constraint, y: Constraint, term: Node) -> bool:
-    return bool(x.form.terms[term] == 1 or y.form.terms[term] == -1)
+    return x.form.terms[term] == ONE or y.form.terms[term] == MINUS_ONE
 
 
 def _is_gapless(node: Node) -> bool:

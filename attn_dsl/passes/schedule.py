@@ -37,9 +37,10 @@ from attn_dsl.ir.nodes import (
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.derivation import Constraint, Projection
 from attn_dsl.passes.monotone import K1, Q1, Q_OFFSET
+from attn_dsl.passes.polynomial import Poly
 from attn_dsl.passes.prove import Proof, Side, conjunction, disjunction, prove
 from attn_dsl.passes.specialize import Saturation
-from attn_dsl.passes.symbolic import Poly, Space
+from attn_dsl.passes.symbolic import Space
 
 MAX_MIDDLES = 2
 """More intervals than these are joined to one, and the tiles between them are told apart by `skip` and `full`."""
@@ -250,7 +251,7 @@ class Bound:
         rest = constraint.form.const
         is_lower = bool(space.nonnegative(coefficient))
         divisor = coefficient if is_lower else -coefficient
-        if divisor == 1:
+        if divisor.integer == 1:
             poly = -rest if is_lower else rest
             return cls(space.node(poly), poly)
         quotient = Binary(BinaryOp.FLOORDIV, space.node(rest), space.node(divisor))

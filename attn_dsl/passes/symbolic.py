@@ -4,8 +4,8 @@ Inside, an integer expression is an affine form over *unknowns* (nodes that vary
 polynomials over *symbols* (nodes that a tile sees as constants: lengths, parameters, positions of the tile, tensors of
 `b` and `h` alone). What is no polynomial (`min`, `//` of constants, a tensor element) is one opaque symbol.
 
-The polynomials are elements of SymPy's sparse ring Z[s0, s1, ...], whose arithmetic is exact and takes microseconds;
-`sympy.simplify` and the assumption system take milliseconds for the same questions.
+SymPy divides polynomials by polynomials, and is loaded when a divisor has more than one monomial: a question to its
+ring takes tens of microseconds, one to `sympy.simplify` or the assumption system milliseconds.
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import gcd
-from typing import Any, TypeAlias
-
-from sympy.polys.domains import ZZ
-from sympy.polys.rings import PolyRing
+from typing import Any
 
 from attn_dsl.ir.nodes import (
     Binary,
@@ -33,34 +30,15 @@ from attn_dsl.ir.nodes import (
     Var,
     substitute,
 )
+from attn_dsl.passes import polynomial
 from attn_dsl.passes.monotone import DOWN, K0, K1, Q0, Q1, Q_OFFSET, UP, direction
-
-Poly: TypeAlias = Any
-"""An element of the ring: a polynomial with integer coefficients over the symbols of a `Space`."""
+from attn_dsl.passes.polynomial import ONE, ZERO, Monomial, Poly, number, quotient
 
 MAX_SYMBOLS = 96
 
 
 class Opaque(Exception):
     """An expression cannot be read as integers, or not cheaply; carries the reason."""
-
-
-@lru_cache(maxsize=1)
-def _ring() -> Any:
-    return PolyRing([f"s{i}" for i in range(MAX_SYMBOLS)], ZZ)
-
-
-def number(value: int) -> Poly:
-    return _ring().ground_new(value)
-
-
-def as_integer(poly: Poly) -> int | None:
-    """The value of a constant polynomial, else None."""
-    return constant_term(poly) if poly.is_ground else None
-
-
-def constant_term(poly: Poly) -> int:
-    return int(poly.get(_ring().zero_monom, 0))
 
 
 @dataclass(frozen=True)
@@ -89,7 +67,7 @@ class Form:
     def times(self, factor: Poly) -> Form:
         if not factor:
             return Form({}, factor)
-        if factor == 1:
+        if factor == ONE:
             return self
         return Form({u: c * factor for u, c in self.terms.items()}, self.const * factor)
 
@@ -100,7 +78,7 @@ class Form:
 
 def unknown(node: Node) -> Form:
     """The form that is one unknown."""
-    return Form({node: number(1)}, number(0))
+    return Form({node: ONE}, ZERO)
 
 
 def constant(poly: Poly | int) -> Form:
@@ -108,7 +86,8 @@ def constant(poly: Poly | int) -> Form:
     return Form({}, number(poly) if isinstance(poly, int) else poly)
 
 
-Monomial = tuple[int, list[tuple[Node, int]]]
+Term = tuple[int, tuple[Node, ...]]
+"""A coefficient and the nodes that it multiplies."""
 
 
 @dataclass
@@ -120,11 +99,10 @@ class Space:
 
     positive: frozenset[Node] = frozenset()
     _nodes: list[Node] = field(default_factory=list)
-    _symbols: dict[Node, Poly] = field(default_factory=dict)
+    _symbols: dict[Node, int] = field(default_factory=dict)
     _least: list[int | None] = field(default_factory=list)
     _shift: dict[int, Poly] = field(default_factory=dict)
-    _related: set[int] = field(default_factory=set)
-    _free: set[int] = field(default_factory=set)
+    _loose: set[int] = field(default_factory=set)
     _signs: dict[Poly, bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -150,16 +128,19 @@ class Space:
                 return self.symbol(node)
 
     def symbol(self, node: Node) -> Poly:
+        return polynomial.symbol(self._position(node))
+
+    def _position(self, node: Node) -> int:
+        """The number of a symbol; a new one is placed behind the others."""
         if node not in self._symbols:
             if len(self._nodes) == MAX_SYMBOLS:
                 raise Opaque(f"it needs more than {MAX_SYMBOLS} symbols")
-            position = len(self._nodes)
-            self._symbols[node] = _ring().gens[position]
+            position = self._symbols[node] = len(self._nodes)
             self._nodes.append(node)
             self._least.append(None)
             self._least[position] = self._lower_bound(node)
             if self._least[position] is None:
-                self._free.add(position)
+                self._loose.add(position)
             self._relate(node, position)
         return self._symbols[node]
 
@@ -178,24 +159,26 @@ class Space:
         moved = direction(node)
         if moved not in (UP, DOWN):
             return
-        at_first = substitute(node, {Q1: Q0, K1: K0})
-        first = self.symbol(at_first)
+        first = self._position(substitute(node, {Q1: Q0, K1: K0}))
         slack = self.symbol(Var(f"slack{position}"))
-        self._shift[position] = first + slack if moved == UP else first - slack
-        self._related |= {position, self._nodes.index(at_first)}
+        here = polynomial.symbol(first)
+        self._shift[position] = here + slack if moved == UP else here - slack
+        self._loose -= {position, first}
 
     # -- questions ----------------------------------------------------------------------------------------------------
 
     def nonnegative(self, poly: Poly) -> bool | None:
         """Whether `poly >= 0` for all values of its symbols: True, False (always negative), or None: don't know."""
+        value = poly.integer
+        if value is not None:
+            return value >= 0
         if poly not in self._signs:
             self._signs[poly] = None if self._is_free(poly) else self._sign(self._shifted(poly))
         return self._signs[poly]
 
     def _is_free(self, poly: Poly) -> bool:
         """Whether a symbol of unknown sign occurs that nothing can cancel."""
-        free = self._free - self._related
-        return any(exponents[p] for exponents in poly for p in free)
+        return not all(map(self._loose.isdisjoint, poly.terms))
 
     def _sign(self, poly: Poly) -> bool | None:
         least = self._minimum(poly)
@@ -207,27 +190,25 @@ class Space:
     def _minimum(self, poly: Poly) -> int | None:
         """A constant that the polynomial is never below: each monomial's, by the lower bounds of its symbols."""
         total = 0
-        for exponents, coefficient in poly.items():
-            bound = int(coefficient)
-            for least, exponent in zip(self._least, exponents, strict=False):
-                if exponent:
-                    if least is None or coefficient < 0:
-                        return None
-                    bound *= least**exponent
+        for monomial, coefficient in poly.terms.items():
+            bound = coefficient
+            for position in monomial:
+                least = self._least[position]
+                if least is None or coefficient < 0:
+                    return None
+                bound *= least
             total += bound
         return total
 
     def _shifted(self, poly: Poly) -> Poly:
         """The polynomial in terms of first positions and slacks."""
-        if not any(exponents[p] for exponents in poly for p in self._shift):
+        if all(map(self._shift.keys().isdisjoint, poly.terms)):
             return poly
-        total = number(0)
-        for exponents, coefficient in poly.items():
-            moved = [p for p in self._shift if exponents[p]]
-            rest = tuple(0 if p in moved else e for p, e in enumerate(exponents)) if moved else exponents
-            term = _ring().term_new(rest, coefficient)
-            for p in moved:
-                term *= self._shift[p] ** exponents[p]
+        total = ZERO
+        for monomial, coefficient in poly.terms.items():
+            term = number(coefficient)
+            for position in monomial:
+                term *= self._shift.get(position) or polynomial.symbol(position)
             total += term
         return total
 
@@ -237,27 +218,30 @@ class Space:
         For a form without unknowns, the integer content of its constant.
         """
         if not form.terms:
-            return number(max(1, int(form.const.content())))
+            return number(max(1, form.const.content))
         coefficients = list(form.terms.values())
-        if all(c.is_ground for c in coefficients):
-            return number(gcd(*map(constant_term, coefficients)))
+        integers = [value for c in coefficients if (value := c.integer) is not None]
+        if 1 in integers or -1 in integers:
+            return ONE
+        if len(integers) == len(coefficients):
+            return number(gcd(*integers))
         first = coefficients[0] if self.nonnegative(coefficients[0]) else -coefficients[0]
         shared = all(c in (first, -first) for c in coefficients)
-        return first if shared and self.nonnegative(first - 1) else number(1)
+        return first if shared and self.nonnegative(first - 1) else ONE
 
     def divide(self, form: Form, divisor: Poly) -> Form:
         """form / divisor, the constant rounded down; the divisor is positive and divides the other coefficients."""
-        return Form({u: ratio(c, divisor) for u, c in form.terms.items()}, self.floor(form.const, divisor))
+        return Form({u: divided(c, divisor)[0] for u, c in form.terms.items()}, self.floor(form.const, divisor))
 
     def floor(self, poly: Poly, divisor: Poly) -> Poly:
         """floor(poly / divisor): what divides comes out of the floor, the rest is one symbol.
 
         floor(-x / d) = -1 - floor((x - 1) / d) keeps one spelling for both signs.
         """
-        if as_integer(divisor) == 1:
+        if divisor == ONE:
             return poly
-        whole, rest = poly.div(divisor)
-        fixed, scale = as_integer(rest), as_integer(divisor)
+        whole, rest = divided(poly, divisor)
+        fixed, scale = rest.integer, divisor.integer
         if fixed is not None and scale is not None:
             return whole + fixed // scale
         if not rest:
@@ -267,17 +251,17 @@ class Space:
         return whole + self._quotient(rest, divisor)
 
     def _quotient(self, poly: Poly, divisor: Poly) -> Poly:
-        return self.symbol(Binary(BinaryOp.FLOORDIV, self.node(poly), self.node(divisor))) if poly else number(0)
+        return self.symbol(Binary(BinaryOp.FLOORDIV, self.node(poly), self.node(divisor))) if poly else ZERO
 
     # -- polynomials to IR --------------------------------------------------------------------------------------------
 
     def node(self, poly: Poly) -> Node:
         """A polynomial as an INT node, positive terms first, numbers last."""
-        return _sum(self._monomials(poly))
+        return _sum(self.terms(poly))
 
     def form_node(self, form: Form) -> Node:
         """An affine form as an INT node over its unknowns and symbols."""
-        return _sum(self._form_monomials(form))
+        return _sum(self._form_terms(form))
 
     def holds(self, form: Form) -> Node:
         """`form >= 0` as a comparison, with what is subtracted on the other side."""
@@ -295,44 +279,88 @@ class Space:
 
     def _split(self, form: Form) -> tuple[Node, Node, int]:
         """form = more - less + rest."""
-        rest = constant_term(form.const)
-        monomials = list(self._form_monomials(Form(form.terms, form.const - rest)))
-        more = _sum((c, factors) for c, factors in monomials if c > 0)
-        less = _sum((-c, factors) for c, factors in monomials if c < 0)
+        rest = form.const.constant
+        terms = list(self._form_terms(Form(form.terms, form.const - rest)))
+        more = _sum((c, factors) for c, factors in terms if c > 0)
+        less = _sum((-c, factors) for c, factors in terms if c < 0)
         return more, less, rest
 
-    def symbols(self, poly: Poly) -> list[Monomial]:
-        """The monomials of a polynomial, in no particular order: (coefficient, [(node, exponent)])."""
-        return [
-            (int(coefficient), [(node, e) for node, e in zip(self._nodes, exponents, strict=False) if e])
-            for exponents, coefficient in poly.items()
-        ]
+    def terms(self, poly: Poly) -> list[Term]:
+        """The terms of a polynomial, numbers last."""
+        return [(coefficient, self.factors(monomial)) for monomial, coefficient in poly.ordered()]
 
-    def _form_monomials(self, form: Form) -> Iterator[Monomial]:
+    def factors(self, monomial: Monomial) -> tuple[Node, ...]:
+        """The nodes whose product a monomial is."""
+        return tuple(self._nodes[position] for position in monomial)
+
+    def _form_terms(self, form: Form) -> Iterator[Term]:
         for node, coefficient in form.terms.items():
-            for number_, factors in self._monomials(coefficient):
-                yield number_, [*factors, (node, 1)]
-        yield from self._monomials(form.const)
-
-    def _monomials(self, poly: Poly) -> Iterator[Monomial]:
-        for exponents, coefficient in poly.terms():
-            yield int(coefficient), [(node, e) for node, e in zip(self._nodes, exponents, strict=False) if e]
+            for number_, factors in self.terms(coefficient):
+                yield number_, (*factors, node)
+        yield from self.terms(form.const)
 
 
 def ratio(poly: Poly, divisor: Poly) -> Poly | None:
     """poly / divisor where the division is exact, else None."""
-    quotient, rest = poly.div(divisor)
-    return None if rest else quotient
+    whole, rest = divided(poly, divisor)
+    return None if rest else whole
+
+
+def divided(poly: Poly, divisor: Poly) -> tuple[Poly, Poly]:
+    """The whole part and the rest, poly = whole * divisor + rest; no term of the rest is a multiple of the divisor's
+    first term."""
+    if poly == divisor:
+        return ONE, ZERO
+    if len(divisor.terms) > 1:
+        return _divided_by_ring(poly, divisor)
+    ((by, scale),) = divisor.terms.items()
+    whole: dict[Monomial, int] = {}
+    rest: dict[Monomial, int] = {}
+    for monomial, coefficient in poly.terms.items():
+        over = None if coefficient % scale else quotient(monomial, by)
+        if over is None:
+            rest[monomial] = coefficient
+        else:
+            whole[over] = coefficient // scale
+    return Poly(whole), Poly(rest)
+
+
+def _divided_by_ring(poly: Poly, divisor: Poly) -> tuple[Poly, Poly]:
+    positions = sorted({p for operand in (poly, divisor) for monomial in operand.terms for p in monomial})
+    ring = _ring(len(positions))
+
+    def element(operand: Poly) -> Any:
+        return ring.from_dict({tuple(map(monomial.count, positions)): c for monomial, c in operand.terms.items()})
+
+    def back(result: Any) -> Poly:
+        return Poly(
+            {
+                tuple(p for p, exponent in zip(positions, exponents, strict=True) for _ in range(exponent)): int(c)
+                for exponents, c in result.items()
+            }
+        )
+
+    whole, rest = element(poly).div(element(divisor))
+    return back(whole), back(rest)
+
+
+@lru_cache
+def _ring(symbols: int) -> Any:
+    """SymPy's sparse ring Z[s0, s1, ...] with its monomials in lexicographic order."""
+    from sympy.polys.domains import ZZ
+    from sympy.polys.rings import PolyRing
+
+    return PolyRing([f"s{i}" for i in range(symbols)], ZZ)
 
 
 def _leads_negative(poly: Poly) -> bool:
     """Whether the first monomial, numbers last, has a negative coefficient."""
-    return bool(poly.LC < 0)
+    return bool(poly) and poly.ordered()[0][1] < 0
 
 
-def _sum(monomials: Iterable[Monomial]) -> Node:
-    ordered = sorted(monomials, key=lambda m: not m[1])
-    leader = next((m for m in ordered if m[0] > 0), None)
+def _sum(terms: Iterable[Term]) -> Node:
+    ordered = sorted(terms, key=lambda term: not term[1])
+    leader = next((term for term in ordered if term[0] > 0), None)
     if leader is not None:
         ordered.remove(leader)
         ordered.insert(0, leader)
@@ -357,10 +385,9 @@ def _shift(node: Node, amount: int) -> Node:
     return Binary(BinaryOp.ADD, node, Const(amount))
 
 
-def _product(magnitude: int, factors: list[tuple[Node, int]]) -> Node:
+def _product(magnitude: int, factors: tuple[Node, ...]) -> Node:
     term: Node | None = None if magnitude == 1 and factors else Const(magnitude)
-    for factor, exponent in factors:
-        for _ in range(exponent):
-            term = factor if term is None else Binary(BinaryOp.MUL, term, factor)
+    for factor in factors:
+        term = factor if term is None else Binary(BinaryOp.MUL, term, factor)
     assert term is not None
     return term
