@@ -200,9 +200,34 @@ class Attention:
         call = self._binder.bind(query, key, value, scale, q_offset, bindings)
         return select(call.query.device).explain(self._program, call)
 
-    def source(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> str:
-        """The text emitted for tensors of a device and dtype."""
-        return select(torch.device(device)).source(self._program, dtype)
+    def source(
+        self,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        which: Literal["forward", "backward"] | None = None,
+        target: str | None = None,
+        standalone: bool = False,
+    ) -> str:
+        """The text emitted for tensors of a device and dtype.
+
+        which       for kernels of a GPU: what they call in the `forward` pass, or in the `backward` pass with the
+                    gradients of all captured float tensors
+        target      for kernels of a GPU: the architecture, `sm_90` or the like, for which the functions are
+        standalone  a file that runs with torch and triton alone, on any GPU that Triton serves: kernels, functions and
+                    their launch; with `which="backward"` both passes, differentiable
+        """
+        if which is None and target is None and not standalone:
+            return select(torch.device(device)).source(self._program, dtype)
+        from attn_dsl.backend.build import parse_target
+        from attn_dsl.backend.portable.standalone import functions
+        from attn_dsl.backend.portable.standalone import standalone as whole_file
+
+        if torch.device(device).type != "cuda":
+            raise BindingError(f"`device`: expected cuda, since only kernels of a GPU have that source; got {device}")
+        capability = None if target is None else parse_target(target)
+        make = whole_file if standalone else functions
+        return make(self._executable, which or "forward", dtype, capability)
 
     def cost(
         self,

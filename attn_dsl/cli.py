@@ -170,7 +170,15 @@ def emit(arguments: argparse.Namespace) -> int:
     from attn_dsl.api import Attention
 
     attention = Attention(_load(arguments.file), dict(arguments.parameters))
-    print(attention.source(arguments.device, _dtype(arguments.dtype)).rstrip())
+    kernels = arguments.which is not None or arguments.target is not None or arguments.standalone
+    text = attention.source(
+        "cuda" if kernels else arguments.device,
+        _dtype(arguments.dtype),
+        which=arguments.which,
+        target=arguments.target,
+        standalone=arguments.standalone,
+    )
+    print(text.rstrip())
     return 0
 
 
@@ -284,6 +292,13 @@ def _parser() -> argparse.ArgumentParser:
     emitter = command(emit)
     emitter.add_argument("file", metavar="FILE", help=FILE)
     emitter.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    emitter.add_argument(
+        "--which", choices=("forward", "backward"), help="what GPU kernels call in one pass (default: forward)"
+    )
+    emitter.add_argument("--target", metavar="SM", help="for GPUs such as sm_80 (default: functions for any)")
+    emitter.add_argument(
+        "--standalone", action="store_true", help="a file that runs with torch and triton alone, kernels and launchers"
+    )
     _add_dtype(emitter)
     _add_set(emitter)
 

@@ -6,8 +6,6 @@ one dtype (float32, bfloat16, float16), any strides, 0 among them.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -22,51 +20,32 @@ from attn_dsl.backend.portable import device, tiles
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
+from attn_dsl.backend.portable.host import (
+    Call,
+    capability_of,
+    chunks,
+    dense_columns,
+    described,
+    dimensions,
+    in_units,
+    interpreted,
+    number,
+    precision_of,
+    section,
+    span,
+    tile_options,
+    unit_of,
+)
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.backend.portable.tiles import Tile, Tiles
+from attn_dsl.backend.portable.tiles import Tiles
 from attn_dsl.backend.portable.width import fits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
-Scalar = bool | int | float
-
-
-@functools.cache
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a variant, bound.
-
-    parameters: in declared order, numbers or tensors of one element. tensors: the captured tensors, in declared order.
-    extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
-    precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`. capability: compute capability to
-    compile for, where it is not that of the tensors' device.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    parameters: tuple[Scalar | Tensor, ...]
-    tensors: tuple[Tensor, ...]
-    extents: tuple[int, ...]
-    scale: float
-    q_offset: int | Tensor = 0
-    precise: bool = False
-    float32_precision: str = "ieee"
-    tiles: Tiles | None = None
-    capability: tuple[int, int] | None = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = self.query.shape, self.key.shape
-        return (batch, heads, kv_heads, q_len, kv_len, dim, *self.extents)
+__all__ = ["LAYOUTS", "Call", "Gradients", "Kernels", "Replay", "backward", "chunks", "forward", "interpreted", "tiles"]
 
 
 @dataclass
@@ -103,7 +82,7 @@ class Kernels:
         key = (numbers, bits, *(sizes[i] for i in self._sizes))
         if key not in self._widths:
             self._widths[key] = not self._fits(call, 2**bits)
-        return self._widths[key] or any(_span(tensor) >= 2**31 for tensor in call.tensors)
+        return self._widths[key] or any(span(tensor) >= 2**31 for tensor in call.tensors)
 
     def _fits(self, call: Call, highest: int) -> bool:
         values: dict[Node, int] = dict(zip((*SIZES, *self.extents), call.sizes, strict=True))
@@ -115,57 +94,6 @@ class Kernels:
 
 def _extents(variant: Variant) -> tuple[Size, ...]:
     return tuple(node for node in Signature.of(variant).scalars if isinstance(node, Size) and node not in SIZES)
-
-
-def _span(tensor: Tensor) -> int:
-    """How far the last element is from the first, in elements."""
-    return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-@functools.cache
-def chunks(dim: int) -> tuple[int, int]:
-    """A head dimension as one power of two, or two, each at least 16: 192 = 128 + 64, 80 = 64 + 16, 121 -> 128."""
-    whole = max(16, triton.next_power_of_2(dim))
-    half = whole // 2
-    rest = max(16, triton.next_power_of_2(dim - half)) if dim > 32 else whole
-    return (half, rest) if half + rest < whole else (whole, 0)
-
-
-@functools.cache
-def _cache_bytes(index: int | None) -> int:
-    """What of the second-level cache keys and values may take."""
-    return 2**24 if index is None else int(torch.cuda.get_device_properties(index).L2_cache_size * 0.6)
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-def _strides(tensor: Tensor, unit: int) -> tuple[int, int, int, int]:
-    batch, heads, rows, column = tensor.stride()
-    return plain(batch // unit), plain(heads // unit), plain(rows // unit), plain(column)
-
-
-def _unit(*tensors: Tensor) -> int:
-    """8 where every stride but the last is a multiple of 8 elements, which lets loads be as wide as the machine's."""
-    return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
-
-
-def _contiguous(*tensors: Tensor) -> bool:
-    return all(tensor.stride(3) == 1 for tensor in tensors)
-
-
-def _number(value: Scalar | Tensor) -> Scalar | Tensor:
-    """A parameter as the kernels take it; the interpreter takes neither floats nor bools in tuples."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return plain(value)
-    return torch.tensor(value) if interpreted() and isinstance(value, (bool, float)) else value
-
-
-def _described(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Captured tensors as the kernels know them."""
-    return tuple((t, tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -199,22 +127,14 @@ class _Plan:
     @staticmethod
     def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> _Plan:
         query, value = call.query, call.value
-        cpu = interpreted()
-        fast = not call.precise and not cpu and query.dtype is not torch.float32 and torch.version.hip is None
-        capability = call.capability or (None if cpu else _capability(query.device))
-        precision = call.float32_precision if query.dtype is torch.float32 else "ieee"
-        if cpu and query.dtype is torch.bfloat16:
-            precision = "widen"
+        fast = not call.precise and not interpreted() and query.dtype is not torch.float32 and torch.version.hip is None
+        capability, precision = call.capability or capability_of(query.device), precision_of(call)
         dims = (query.shape[3], value.shape[3])
         key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles)
         shared = kernels.plans.get(key)
         if shared is None:
-            (d0, d1), (dv0, dv1) = map(chunks, dims)
-            common = {
-                "D": dims[0], "D0": d0, "D1": d1, "DV": dims[1], "DV0": dv0, "DV1": dv1,
-                "WIDE": key[6], "PRECISION": precision,
-            }  # fmt: skip
-            chosen = call.tiles or tiles.choose(capability, query.element_size(), d0 + d1, dv0 + dv1)
+            common = {**dimensions(call), "WIDE": key[6], "PRECISION": precision}
+            chosen = call.tiles or tiles.choose(capability, query.element_size(), *(sum(chunks(dim)) for dim in dims))
             shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {})
         return _Plan(call, run, *shared)
 
@@ -233,22 +153,15 @@ class _Plan:
     @property
     def scalars(self) -> tuple[Any, ...]:
         """The kernels' arguments `parameters, sizes, tensors`."""
-        parameters = tuple(_number(value) for value in self.call.parameters)
-        return parameters, self.sizes, _described(self.call.tensors)
+        parameters = tuple(number(value) for value in self.call.parameters)
+        return parameters, self.sizes, described(self.call.tensors)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(plain, self.call.sizes))
 
     def section(self, group: int) -> int:
-        """How many heads run side by side, so that their keys and values stay in the cache."""
-        key, value = self.call.key, self.call.value
-        size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
-        return max(1, _cache_bytes(key.device.index if key.is_cuda else None) // size) * group
-
-
-def _options(tile: Tile) -> dict[str, int]:
-    return {"BM": tile.rows, "BN": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
+        return section(self.call.key, self.call.value, group)
 
 
 def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,12 +179,12 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
         if len(plan.layouts) >= LAYOUTS:
             plan.layouts.clear()
         layout = plan.layouts[shapes] = _forward_layout(plan, out)
-    parameters = tuple(_number(value) for value in call.parameters)
+    parameters = tuple(number(value) for value in call.parameters)
     run(
         attention_forward,
         layout.programs,
         (query, key, value, out, lse, shifted, call.q_offset, *layout.strides, parameters, layout.sizes,
-         _described(call.tensors), _number(float(call.scale)), layout.section),
+         described(call.tensors), number(float(call.scale)), layout.section),
         layout.options,
     )  # fmt: skip
     return out, lse, shifted
@@ -294,9 +207,9 @@ class Replay:
         plan = _Plan.of(kernels, call, frozenset(), launch)
         shape = (*query.shape[:3], value.shape[3])
         layout = _forward_layout(plan, torch.empty(shape, dtype=query.dtype, device="meta"))
-        parameters = tuple(_number(x) for x in call.parameters)
-        captured = tuple(rest for _, *rest in _described(call.tensors))
-        end = (_number(float(call.scale)), layout.section)
+        parameters = tuple(number(x) for x in call.parameters)
+        captured = tuple(rest for _, *rest in described(call.tensors))
+        end = (number(float(call.scale)), layout.section)
         row = "row_term" in plan.emitted.functions
         return Replay(layout, shape, (*layout.strides, parameters, layout.sizes), captured, end, row)
 
@@ -318,21 +231,21 @@ class Replay:
 
 def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
     query, key, value = plan.call.query, plan.call.key, plan.call.value
-    unit, tile = _unit(query, key, value, out), plan.tiles.forward
+    unit, tile = unit_of(query, key, value, out), plan.tiles.forward
 
     def options() -> dict[str, Any]:
         functions = plan.named(
             SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask", ROW="row_term",
             SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
         )  # fmt: skip
-        return {**functions, **plan.common, **_options(tile)}
+        return {**functions, **plan.common, **tile_options(tile)}
 
     return _Layout(
         query.shape[0] * query.shape[1] * -(-query.shape[2] // tile.rows),
-        tuple(_strides(tensor, unit) for tensor in (query, key, value, out)),
+        tuple(in_units(tensor, unit) for tensor in (query, key, value, out)),
         plan.sizes,
         plan.section(query.shape[1] // key.shape[1]),
-        plan.options("forward", unit, _contiguous(query, key, value), options),
+        plan.options("forward", unit, dense_columns(query, key, value), options),
     )
 
 
@@ -414,8 +327,8 @@ def _delta(
     call = plan.call
     batch, heads, q_len = out.shape[:3]
     delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
-    unit, rows = _unit(out, grad_out), 64
-    strides = (_strides(out, unit), _strides(grad_out, unit))
+    unit, rows = unit_of(out, grad_out), 64
+    strides = (in_units(out, unit), in_units(grad_out, unit))
     common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
     functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
     if functions["SINK_GRAD"] is None:  # the same kernel for all variants
@@ -424,14 +337,14 @@ def _delta(
         common |= {"MODE": device.ADD.value, "WIDE": False}
     else:
         parameters, sizes, tensors = plan.scalars
-        rest = (lse, delta, call.q_offset, *strides, parameters, sizes, tensors, _described(sums), peaks, factors,
-                _number(float(call.scale)))  # fmt: skip
+        rest = (lse, delta, call.q_offset, *strides, parameters, sizes, tensors, described(sums), peaks, factors,
+                number(float(call.scale)))  # fmt: skip
         common |= {"MODE": mode, "WIDE": plan.common["WIDE"]}
     plan.run(
         backward_kernels.attention_delta,
         batch * heads * triton.cdiv(q_len, rows),
         (out, grad_out, grad_lse, *rest),
-        plan.options(f"delta {mode}", unit, _contiguous(grad_out), lambda: {**functions, **common, "BM": rows}),
+        plan.options(f"delta {mode}", unit, dense_columns(grad_out), lambda: {**functions, **common, "BM": rows}),
     )
     return delta
 
@@ -455,33 +368,33 @@ def _gradients(
     dq = torch.empty((batch, heads, q_len, dim), dtype=query.dtype, device=query.device)
     dk = torch.empty((batch, kv_heads, kv_len, dim), dtype=key.dtype, device=key.device)
     dv = torch.empty((batch, kv_heads, kv_len, value_dim), dtype=value.dtype, device=value.device)
-    unit = _unit(query, key, value, grad_out, dq, dk, dv)
-    strides = tuple(_strides(tensor, unit) for tensor in (query, key, value, grad_out))
-    contiguous = _contiguous(query, key, value, grad_out)
+    unit = unit_of(query, key, value, grad_out, dq, dk, dv)
+    strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
+    contiguous = dense_columns(query, key, value, grad_out)
     shared = {
         **plan.named(SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
                      QUERY_MASK="query_mask"),
         "MODE": mode, **plan.common,
     }  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
-    rest = (*plan.scalars, _described(sums), peaks, factors, _number(float(call.scale)))
+    rest = (*plan.scalars, described(sums), peaks, factors, number(float(call.scale)))
     tile = plan.tiles.keys
     plan.run(
         backward_kernels.attention_keys_backward,
         batch * kv_heads * triton.cdiv(kv_len, tile.keys),
-        (*inputs, dk, dv, call.q_offset, *strides, _strides(dk, unit), _strides(dv, unit), *rest, plan.section(1)),
+        (*inputs, dk, dv, call.q_offset, *strides, in_units(dk, unit), in_units(dv, unit), *rest, plan.section(1)),
         plan.options(f"keys {mode}", unit, contiguous, lambda: {
             **plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", SCATTER="add_key_sums"),
-            "TOTALS": plan.emitted.key_totals, **shared, **_options(plan.tiles.keys)}),
+            "TOTALS": plan.emitted.key_totals, **shared, **tile_options(plan.tiles.keys)}),
     )  # fmt: skip
     tile = plan.tiles.queries
     plan.run(
         backward_kernels.attention_queries_backward,
         batch * heads * triton.cdiv(q_len, tile.rows),
-        (*inputs, dq, call.q_offset, *strides, _strides(dq, unit), *rest, plan.section(heads // kv_heads)),
+        (*inputs, dq, call.q_offset, *strides, in_units(dq, unit), *rest, plan.section(heads // kv_heads)),
         plan.options(f"queries {mode}", unit, contiguous, lambda: {
             **plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad", SCATTER="add_query_sums",
                          SCATTER_PAIRS="add_pairs"),
-            "TOTALS": plan.emitted.query_totals, **shared, **_options(plan.tiles.queries)}),
+            "TOTALS": plan.emitted.query_totals, **shared, **tile_options(plan.tiles.queries)}),
     )  # fmt: skip
     return dq, dk, dv

@@ -31,6 +31,24 @@ LOADED = 2**30
 def fits(roots: Iterable[Node], values: Mapping[Node, int], highest: int) -> bool:
     """Whether no integer under `roots` can leave 32 bits. `values` gives parameters and sizes; positions go up to
     `highest`. Unknown values (reductions, float roundings) are taken to be small, as positions are."""
+    return _fits(roots, {node: (value, value) for node, value in values.items()}, highest)
+
+
+def reach(roots: Iterable[Node]) -> int:
+    """The largest power of two such that no integer under `roots` leaves 32 bits while positions, sizes and the
+    magnitudes of integer parameters stay below it; at least 1."""
+    roots = tuple(roots)
+    for bits in range(30, 0, -1):
+        ranges: dict[Node, tuple[int, int]] = {}
+        for node in post_order(*roots):
+            if isinstance(node, Param | Size) and node.type is Type.INT:
+                ranges[node] = (1 if isinstance(node, Size) else -(2**bits), 2**bits)
+        if _fits(roots, ranges, 2**bits):
+            return 1 << bits
+    return 1
+
+
+def _fits(roots: Iterable[Node], values: Mapping[Node, tuple[int, int]], highest: int) -> bool:
     found: dict[Node, tuple[int, int]] = {}
     for node in post_order(*roots):
         if node.type is not Type.INT:
@@ -42,13 +60,13 @@ def fits(roots: Iterable[Node], values: Mapping[Node, int], highest: int) -> boo
 
 
 def _interval(
-    node: Node, values: Mapping[Node, int], highest: int, found: Mapping[Node, tuple[int, int]]
+    node: Node, values: Mapping[Node, tuple[int, int]], highest: int, found: Mapping[Node, tuple[int, int]]
 ) -> tuple[int, int]:
     match node:
         case Const(value):
             return int(value), int(value)
         case Param() | Size():
-            return values.get(node, 0), values.get(node, 0)
+            return values.get(node, (0, 0))
         case Index():
             return 0, highest
         case Load():
