@@ -230,6 +230,18 @@ def test_windows_and_lengths_may_differ_for_each_head_and_batch(kv_heads: int) -
     compare(pipeline.run(load(PER_HEAD), stop_after="simplify").variant, query, key, value, bindings=bindings)
 
 
+@pytest.mark.parametrize("name", ["noop", "alibi", "softcap"])
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_tall_tiles_where_all_rows_see_the_same_keys(name: str, kv_heads: int) -> None:
+    make = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 2100, 4, generator=make, dtype=torch.float64).requires_grad_()
+    key, value = (
+        torch.randn(1, kv_heads, 400, 4, generator=make, dtype=torch.float64).requires_grad_() for _ in range(2)
+    )
+    attn, bindings = _prepared(name, 1, 4, 400)
+    compare(pipeline.run(attn.variant, stop_after="simplify").variant, query, key, value, bindings=bindings)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
     """The largest tensor that a forward and backward pass makes is an input's size or a tile's."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -25,6 +25,10 @@ CACHE = 5 << 19
 """Bytes of logits in a tile: more leave the cache between operations, fewer pay for more operations."""
 ROWS = 512
 """Query rows of a tile where rows see many keys."""
+TALL = (2048, 1024)
+"""Query rows of a tile, of all heads that share its keys, where all rows see the same keys."""
+CELLS = 3 << 17
+"""Logits in such a tile."""
 FEW_OPERATIONS = 50_000_000
 """Below so many floating-point operations threads cost more than they bring."""
 WIDE = 4096
@@ -50,6 +54,20 @@ class TileShape:
         heads = CACHE // (rows * group * keys * problem.dtype.itemsize)
         tiles = problem.batch * problem.kv_heads * math.ceil(problem.q_len / rows)
         return TileShape(rows, keys, max(min(heads, tiles // (4 * threads)), 1))
+
+    @staticmethod
+    def tall(problem: Problem) -> TileShape | None:
+        """The shape where all rows see the same keys, and so none waste any: one head, and as many rows as there are.
+
+        A tall product is the fastest, if every thread gets some tiles.
+        """
+        group, matrices = problem.group, problem.batch * problem.kv_heads
+        for rows in TALL:
+            if rows <= problem.q_len * group and rows % group == 0:
+                rows //= group
+                if matrices * math.ceil(problem.q_len / rows) >= 4 * problem.threads:
+                    return TileShape(rows, CELLS // (rows * group), 1)
+        return None
 
 
 Part = tuple[int, int, int, int]
@@ -105,6 +123,10 @@ class Problem:
         A row of tiles computes the whole runs that its rows see: with few keys, as in a window, fewer rows waste less.
         Measured on two Zen cores: smaller tiles lose to the cost of a call, larger ones to the cache.
         """
+        if not any(run.masked for run in self.runs(0, 0, 0, self.q_len)):
+            tall = TileShape.tall(self)
+            if tall is not None:
+                return replace(self, shape=tall)
         rows = min(self.q_len, max(ROWS // self.group, 32))
         while True:
             start = (self.q_len - rows) // 2
