@@ -56,26 +56,26 @@ class Poly:
         return f"Poly({dict(self.ordered())})"
 
     def __add__(self, other: Poly | int) -> Poly:
-        if isinstance(other, int):
-            other = number(other)
-        if not other.terms:
-            return self
-        if not self.terms:
-            return other
-        terms = dict(self.terms)
-        for monomial, coefficient in other.terms.items():
-            total = terms.get(monomial, 0) + coefficient
-            if total:
-                terms[monomial] = total
-            else:
-                del terms[monomial]
-        return Poly(terms)
+        return self._plus(other, 1)
 
     def __neg__(self) -> Poly:
         return Poly({monomial: -coefficient for monomial, coefficient in self.terms.items()})
 
     def __sub__(self, other: Poly | int) -> Poly:
-        return self + -other
+        return self._plus(other, -1)
+
+    def _plus(self, other: Poly | int, sign: int) -> Poly:
+        added = other.terms if isinstance(other, Poly) else {UNIT: other} if other else {}
+        if not added:
+            return self
+        terms = dict(self.terms)
+        for monomial, coefficient in added.items():
+            total = terms.get(monomial, 0) + sign * coefficient
+            if total:
+                terms[monomial] = total
+            else:
+                del terms[monomial]
+        return Poly(terms)
 
     def __mul__(self, other: Poly) -> Poly:
         terms: dict[Monomial, int] = {}

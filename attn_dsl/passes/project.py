@@ -30,7 +30,7 @@ from attn_dsl.ir.nodes import (
     UnaryOp,
     post_order,
 )
-from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded
+from attn_dsl.passes.derivation import Combined, Constraint, Derivation, Given, Inverted, Projection, Rounded
 from attn_dsl.passes.formula import Atom, Clause, Fact
 from attn_dsl.passes.logic import Lowering, is_quotient
 from attn_dsl.passes.monotone import CORNERS, K0, K1, POSITIONS, Q0, Q1, interval, varies
@@ -47,26 +47,70 @@ MAX_GUARDS = 12
 """Where a projection is not exact anyway, this many of its constraints are kept."""
 
 
-def project(clause: Clause, space: Space, keep: Index | None) -> Projection:
-    """Eliminate all unknowns of a clause but `keep` (the position `q` or `k`), or all of them (None)."""
-    return _Elimination(space, keep).run(clause)
+@dataclass
+class Projector:
+    """Projects clauses; what is given, atoms and corner bounds, is one constraint in all projections that use it."""
+
+    space: Space
+    _atoms: dict[Atom, Constraint] = field(default_factory=dict)
+    _bounds: dict[Node, tuple[Constraint, Constraint]] = field(default_factory=dict)
+
+    def project(self, clause: Clause, keep: Index | None) -> Projection:
+        """Eliminate all unknowns of a clause but `keep` (the position `q` or `k`), or all of them (None)."""
+        return _Elimination(self, keep).run(clause)
+
+    def atom(self, atom: Atom) -> Constraint:
+        if atom not in self._atoms:
+            rule = "quotient" if atom.definition else "comparison"
+            self._atoms[atom] = self.oriented(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
+        return self._atoms[atom]
+
+    def bounds(self, term: Node) -> tuple[Constraint, Constraint]:
+        """The corner bounds of a position, or of a monotone term of one position."""
+        if term not in self._bounds:
+            ends = interval(term)
+            assert ends is not None
+            low, high = (constant(self.space.poly(end)) for end in ends)
+            here = unknown(term)
+            self._bounds[term] = (
+                self.oriented(Constraint(here - low, Given(term, "corner"), False)),
+                self.oriented(Constraint(high - here, Given(term, "corner"), False)),
+            )
+        return self._bounds[term]
+
+    def oriented(self, constraint: Constraint) -> Constraint:
+        """The constraint rounded, and for each unknown from which side it bounds it, where that is known."""
+        divisor = self.space.common_factor(constraint.form)
+        if divisor != ONE:
+            form = self.space.divide(constraint.form, divisor)
+            constraint = Constraint(form, Rounded(constraint, divisor), constraint.own)
+        for term, coefficient in constraint.form.terms.items():
+            rising = self.space.nonnegative(coefficient)
+            if rising is None and self.space.nonnegative(-coefficient):
+                rising = False
+            if rising is not None:
+                constraint.rising[term] = rising
+        return constraint
 
 
 @dataclass
 class _Elimination:
-    space: Space
+    projector: Projector
     keep: Index | None
     constraints: list[Constraint] = field(default_factory=list)
     given: int = 0
     eliminated: int = 0
     result: Projection = field(default_factory=Projection)
 
+    @property
+    def space(self) -> Space:
+        return self.projector.space
+
     def run(self, clause: Clause) -> Projection:
         self.result.facts = tuple(x for x in clause.literals if isinstance(x, Fact))
         self.result.exact = not clause.relaxed and not clause.unknowns
         for atom in _without_coarse_laws([x for x in clause.literals if isinstance(x, Atom)]):
-            rule = "quotient" if atom.definition else "comparison"
-            self.add(Constraint(atom.form, Given(atom.origin, rule), not atom.definition))
+            self.add(self.projector.atom(atom))
         self.bound_positions()
         self.given = len(self.constraints)
         while (term := self.next_unknown()) is not None:
@@ -80,15 +124,11 @@ class _Elimination:
     # -- constraints --------------------------------------------------------------------------------------------------
 
     def add(self, constraint: Constraint) -> None:
-        """Keep a constraint, rounded, unless another one implies it; drop those that it implies."""
-        constraint = self.rounded(constraint)
+        """Keep an oriented constraint, unless another one implies it; drop those that it implies."""
         form = constraint.form
-        for term, coefficient in form.terms.items():
-            rising = self.space.nonnegative(coefficient)
-            if rising is None and self.space.nonnegative(-coefficient) is None:
-                self.result.exact = False  # neither a lower nor an upper bound
-                return
-            constraint.rising[term] = rising is True
+        if len(constraint.rising) < len(form.terms):
+            self.result.exact = False  # neither a lower nor an upper bound
+            return
         if not form.terms:
             verdict = self.space.nonnegative(form.const)
             if verdict is False:
@@ -98,17 +138,12 @@ class _Elimination:
         for other in list(self.constraints):
             if other.form.terms == form.terms:
                 gap = form.const - other.form.const
-                if self.space.nonnegative(gap):
+                weaker = self.space.nonnegative(gap)
+                if weaker:
                     return
-                if self.space.nonnegative(-gap):
+                if weaker is False or self.space.nonnegative(-gap):
                     self.constraints.remove(other)
         self.constraints.append(constraint)
-
-    def rounded(self, constraint: Constraint) -> Constraint:
-        divisor = self.space.common_factor(constraint.form)
-        if divisor == ONE:
-            return constraint
-        return Constraint(self.space.divide(constraint.form, divisor), Rounded(constraint, divisor), constraint.own)
 
     def bound_positions(self) -> None:
         """Corner bounds of every term of an eliminated position: q itself, and monotone terms of q."""
@@ -117,23 +152,20 @@ class _Elimination:
             if term is self.keep or self.is_kept_side(term):
                 continue
             if isinstance(term, Index):
-                self.add_bounds(term, *CORNERS[term])
+                self.add_bounds(term)
             elif not is_quotient(term):
-                bounds = interval(term)
-                assert bounds is not None
-                self.add_bounds(term, *bounds)
+                self.add_bounds(term)
                 self.result.exact &= self.is_lone(term, unknowns)
         for position in CORNERS:
             if position is not self.keep and position not in unknowns and self.under_quotient(position, unknowns):
-                self.add_bounds(position, *CORNERS[position])
+                self.add_bounds(position)
 
     def under_quotient(self, position: Index, unknowns: Iterable[Node]) -> bool:
         return any(is_quotient(u) and position.name in u.depends for u in unknowns)
 
-    def add_bounds(self, term: Node, low: Node, high: Node) -> None:
-        here = unknown(term)
-        self.add(Constraint(here - constant(self.space.poly(low)), Given(term, "corner"), False))
-        self.add(Constraint(constant(self.space.poly(high)) - here, Given(term, "corner"), False))
+    def add_bounds(self, term: Node) -> None:
+        for bound in self.projector.bounds(term):
+            self.add(bound)
 
     def is_lone(self, term: Node, unknowns: Iterable[Node]) -> bool:
         """Whether the corner bounds of a monotone term lose nothing: it takes every value between, or is bounded from
@@ -141,6 +173,9 @@ class _Elimination:
         signs = {c.rising[term] for c in self.constraints if term in c.rising and c.own}
         others = any(u is not term and u.depends & term.depends & POSITIONS for u in unknowns)
         return not others and (len(signs) == 1 or _is_gapless(term))
+
+    def derive(self, form: Form, why: Derivation, *, own: bool) -> None:
+        self.add(self.projector.oriented(Constraint(form, why, own)))
 
     # -- elimination --------------------------------------------------------------------------------------------------
 
@@ -195,7 +230,7 @@ class _Elimination:
             return
         factor_x, factor_y = (ONE, ONE) if a == b else (b, a)
         form = x.form.times(factor_x) + y.form.times(factor_y)
-        self.add(Constraint(form, Combined(factor_x, x, factor_y, y), x.own or y.own))
+        self.derive(form, Combined(factor_x, x, factor_y, y), own=x.own or y.own)
 
     # -- terms of the kept side ---------------------------------------------------------------------------------------
 
@@ -217,7 +252,8 @@ class _Elimination:
                 continue
             rising = constraint.rising[term]
             for form in self.inverse(term, constraint.form, rising):
-                self.add_with_laws(Constraint(form, Inverted(constraint), constraint.own))
+                self.derive(form, Inverted(constraint), own=constraint.own)
+                self.add_laws(form)
 
     def inverse(self, term: Binary, form: Form, rising: bool) -> Iterator[Form]:
         """max(x, c) >= a: x >= a, or nothing where c >= a. max(x, c) <= a: x <= a and c <= a. min(x, c): dually."""
@@ -241,12 +277,11 @@ class _Elimination:
             yield constant(level - limit).times(sign)
         yield (argument - constant(limit)).times(sign)
 
-    def add_with_laws(self, constraint: Constraint) -> None:
+    def add_laws(self, form: Form) -> None:
         """A quotient that an inverse uncovers comes with its law."""
-        self.add(constraint)
-        for quotient in filter(is_quotient, constraint.form.terms):
-            for law in Lowering(self.space).laws(quotient, constraint.form.terms):
-                self.add(Constraint(law, Given(quotient, "quotient"), False))
+        for quotient in filter(is_quotient, form.terms):
+            for law in Lowering(self.space).laws(quotient, form.terms):
+                self.derive(law, Given(quotient, "quotient"), own=False)
 
     # -- result -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from attn_dsl.passes.certificate import Checker
 from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.formula import Atom, Clause, Fact, Literal, Unknown, residues
 from attn_dsl.passes.logic import clauses, divisors
-from attn_dsl.passes.project import project
+from attn_dsl.passes.project import Projector
 from attn_dsl.passes.symbolic import Opaque, Space
 
 
@@ -127,34 +127,36 @@ class Proof:
 def prove(variant: Variant) -> Proof:
     """Derive and check every claim about the mask of a variant. Time and memory do not depend on any length."""
     space = Space(frozenset(divisors(variant.mask)))
+    projector = Projector(space)
     proof = Proof(
         variant,
         space,
-        tuple(_sides(variant, space, negated=False)),
-        tuple(_sides(variant, space, negated=True)),
+        tuple(_sides(variant, projector, negated=False)),
+        tuple(_sides(variant, projector, negated=True)),
     )
     proof.check()
     return proof
 
 
-def _sides(variant: Variant, space: Space, *, negated: bool) -> Iterator[Side]:
-    for clause in clauses(variant.mask, space, negated=negated):
-        spans = dict.fromkeys(_spans(clause, variant.locations))
-        claim = Claim("full" if negated else "empty", clause, _tiles(clause, space), space, tuple(spans))
-        yield Side(claim, _project(clause, space, K), _project(clause, space, Q))
+def _sides(variant: Variant, projector: Projector, *, negated: bool) -> Iterator[Side]:
+    for clause in clauses(variant.mask, projector.space, negated=negated):
+        spans = tuple(dict.fromkeys(_spans(clause, variant.locations)))
+        kind = "full" if negated else "empty"
+        claim = Claim(kind, clause, _tiles(clause, projector), projector.space, spans)
+        yield Side(claim, _project(clause, projector, K), _project(clause, projector, Q))
 
 
-def _tiles(clause: Clause, space: Space) -> tuple[Projection, ...]:
-    whole = _project(clause, space, None)
+def _tiles(clause: Clause, projector: Projector) -> tuple[Projection, ...]:
+    whole = _project(clause, projector, None)
     if whole.exact or clause.unknowns or clause.relaxed:
         return (whole,)
-    cases = tuple(_project(case, space, None) for case in residues(clause, space))
+    cases = tuple(_project(case, projector, None) for case in residues(clause, projector.space))
     return cases if cases and all(case.exact for case in cases) else (whole,)
 
 
-def _project(clause: Clause, space: Space, keep: Index | None) -> Projection:
+def _project(clause: Clause, projector: Projector, keep: Index | None) -> Projection:
     try:
-        return project(clause, space, keep)
+        return projector.project(clause, keep)
     except Opaque:
         return Projection(exact=False)
 
