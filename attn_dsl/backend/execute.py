@@ -26,6 +26,7 @@ from attn_dsl.passes.separate import separate
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Kernels as HopperKernels
+    from attn_dsl.backend.hopper.launch_backward import Kernels as HopperBackwardKernels
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.prove import Proof
@@ -86,6 +87,12 @@ class Program:
         return Kernels(self.kernels)
 
     @functools.cached_property
+    def hopper_backward(self) -> HopperBackwardKernels:
+        from attn_dsl.backend.hopper.launch_backward import Kernels
+
+        return Kernels(self.kernels, self._proof)
+
+    @functools.cached_property
     def has_row_term(self) -> bool:
         """Whether kernels drop a term of the score, so that their log-sum-exp is not the caller's."""
         dropped = separate(self.variant.score).dropped(Q)
@@ -142,7 +149,7 @@ def backward(
     """Gradients of query, key, value and of the captured tensors and parameters named in `wanted`."""
     if grad_out.stride(-1) != 1:  # that of a sum is one number everywhere; no kernel is compiled for that
         grad_out = grad_out.contiguous()
-    run = _cpu_backward if options.backend == CPU else _portable_backward
+    run = _cpu_backward if options.backend == CPU else _gpu_backward
     found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
     given: dict[str, Any] = {**call.tensors, **call.parameters}
     captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
@@ -193,7 +200,7 @@ def _gpu_forward(program: Program, call: Call, options: Options) -> Outputs:
     return out, lse, lse.new_empty(0) if shifted is lse else shifted
 
 
-def _portable_backward(
+def _gpu_backward(
     program: Program,
     call: Call,
     options: Options,
@@ -202,16 +209,14 @@ def _portable_backward(
     grad_lse: Tensor | None,
     wanted: frozenset[str],
 ) -> Gradients:
-    from attn_dsl.backend.portable import launch
+    from attn_dsl.backend.gpu import backward
 
     out, lse, shifted = outputs
     device = call.query.device
     leaves = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
     bound = portable_call(program, replace(call, parameters=leaves), options)
     shifted = shifted if program.has_row_term else lse
-    found = launch.backward(
-        program.kernels, bound, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
-    )
+    found = backward(program, bound, options, out, shifted, grad_out, grad_lse, wanted)
     return Gradients(found.query, found.key, found.value, found.captured)
 
 

@@ -1,6 +1,7 @@
 """Which kernels run a call on a GPU: those for Hopper where they take it, else the portable ones; and why.
 
-Backward passes are portable. Nothing falls back unseen: `explain` says what a call runs on and what stood in the way.
+The forward and the backward pass choose apart. Nothing falls back unseen: `explain` says what a call runs on and what
+stood in the way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from attn_dsl.errors import BindingError
 if TYPE_CHECKING:
     from attn_dsl.backend.binding import Call
     from attn_dsl.backend.hopper.launch import Choice, Compile
+    from attn_dsl.backend.hopper.launch_backward import Choice as BackwardChoice
     from attn_dsl.passes.pipeline import Program
 
 name = GPU
@@ -76,6 +78,63 @@ def route(
     return Route(HOPPER, None, choice)
 
 
+@dataclass(frozen=True)
+class BackwardRoute:
+    """`Route` of a backward pass."""
+
+    backend: str
+    reason: str | None
+    choice: BackwardChoice | None = None
+
+
+def backward(
+    program: execute.Program,
+    call: portable.Call,
+    options: Options,
+    out: Tensor,
+    shifted: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> portable.Gradients:
+    """Gradients as `portable.launch.backward`, by the kernels that `options` name or allow.
+
+    Where the Hopper kernels do not take a backward pass, the portable ones do, also where `hopper` is asked for.
+    """
+    if options.backend != PORTABLE:
+        found = backward_route(program, call, wanted, options.deterministic)
+        if found.choice is not None and found.choice.config is not None:
+            from attn_dsl.backend.hopper import launch_backward
+
+            config = found.choice.config
+            return launch_backward.backward(program.hopper_backward, call, out, shifted, grad_out, grad_lse, config)
+    return portable.backward(
+        program.kernels, call, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
+    )
+
+
+def backward_route(
+    program: execute.Program,
+    call: portable.Call,
+    wanted: frozenset[str] = frozenset(),
+    deterministic: bool = False,
+    capability: tuple[int, int] | None = None,
+    compile: Compile | None = None,
+) -> BackwardRoute:
+    """Which kernels the backward pass of a call takes, as `route`; `wanted` are its gradients of what is captured."""
+    reason = unavailable(_capability(call.query.device) if capability is None else capability)
+    if reason is not None:
+        return BackwardRoute(PORTABLE, reason)
+    from attn_dsl.backend.hopper import launch_backward
+
+    if reason := launch_backward.refusal(program.hopper_backward, call, wanted, deterministic):
+        return BackwardRoute(PORTABLE, reason)
+    choice = program.hopper_backward.choice(call, compile)
+    if choice.config is None:
+        return BackwardRoute(PORTABLE, f"no configuration is good, the last since {choice.rejected[-1][1]}", choice)
+    return BackwardRoute(HOPPER, None, choice)
+
+
 @functools.cache
 def unavailable(capability: tuple[int, int] | None) -> str | None:
     """Why no Hopper kernel can run on a GPU of a compute capability, or None."""
@@ -102,7 +161,14 @@ def explain(program: Program, call: Call) -> str:
     """Which kernels and tiles the call takes, and why; compiles the kernel if that was not done."""
     of = execute.program_for(program.variant, program.proof)
     bound = execute.portable_call(of, call, Options(GPU))
-    return describe(of, bound, route(of, bound), _capability(call.query.device))
+    wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
+    back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
+    capability = _capability(call.query.device)
+    return f"{describe(of, bound, route(of, bound), capability)}\n{describe_backward(bound, back, capability)}"
+
+
+def _wants_gradient(x: object) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
 
 
 def describe(program: execute.Program, call: portable.Call, found: Route, capability: tuple[int, int] | None) -> str:
@@ -127,11 +193,24 @@ def describe(program: execute.Program, call: portable.Call, found: Route, capabi
     segments = program.kernels.schedule.kv.segments
     full = sum(not segment.masked for segment in segments)
     lines.append(f"schedule   {len(segments) - full} masked and {full} unmasked ranges of key tiles, in closed form")
-    backward = _tiles(call, capability)
-    lines.append(
-        f"backward   portable: dK and dV {backward.keys.rows} x {backward.keys.keys}, "
-        f"dQ {backward.queries.rows} x {backward.queries.keys}"
-    )
+    return "\n".join(lines)
+
+
+def describe_backward(call: portable.Call, found: BackwardRoute, capability: tuple[int, int] | None) -> str:
+    """`explain` of the route of a backward pass."""
+    choice = found.choice
+    if choice is not None and choice.config is not None and choice.build is not None:
+        spilled = choice.build.spilled
+        lines = [f"backward   hopper: {choice.config}; {spilled} bytes of registers spilled, no product serialized"]
+    else:
+        tiles = _tiles(call, capability)
+        keys, queries = tiles.keys, tiles.queries
+        lines = [
+            f"backward   portable, since {found.reason}: dK and dV {keys.rows} x {keys.keys}, "
+            f"dQ {queries.rows} x {queries.keys}"
+        ]
+    if choice is not None:
+        lines += [f"rejected   {config}: {why}" for config, why in choice.rejected]
     return "\n".join(lines)
 
 

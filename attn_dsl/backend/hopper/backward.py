@@ -1,0 +1,540 @@
+"""The backward kernel: five products in one pass over the transposed ranges.
+
+A program owns 128 keys of one batch and key head, 64 for each of two warpgroups, and goes through the query tiles that
+see them, one query head of the group after the other; a third, single warp loads. With the tiles turned around, so that
+probabilities and their gradients are left operands in registers, one step of a warpgroup is
+
+    issue S^T = K Q^T;  issue dP^T = V dO^T
+    wait for S:   P = 2 ** (logit - lse)                            while dP runs
+    issue dV += P^T dO;  wait for dP:   dS = P (dP - delta)         while dV runs
+    dS to shared memory;  issue dQ = dS K, half of it each;  issue dK += dS^T Q
+    wait for dQ:  add it to a float32 buffer by the copy engine     while dK runs
+
+The logit is factor * r + slope * (k - q) in base 2, r the bare product or what the variant makes of it
+(`emit_backward.py`). lse and delta = rowsum(dO * O) - dLSE come with the tiles of Q and dO, prepared by
+`backward_rows.py`, which also turns the buffer into dQ. Every pair that is visited is masked: a loop of its own for
+full tiles would spill, and costs more than the mask.
+
+After FlashAttention-3 (Shah et al. 2024, section 3.2), with dV issued before dS is formed.
+"""
+
+# ruff: noqa: RET505, RUF005, SIM300 (static conditions and lists as Triton knows them)
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.core import _aggregate as aggregate
+
+from attn_dsl.backend.hopper.device import columns, opaque
+from attn_dsl.backend.hopper.forward import NEVER, Problem
+from attn_dsl.backend.portable.device import count, nth
+
+KEYS = gl.constexpr(64)
+"""Of one warpgroup."""
+
+
+@aggregate
+class Shape:
+    """What is known when the kernel is compiled: tile shapes and register layouts.
+
+    QUERIES of a tile are 64, or 128 where D and DV are 64. Each warpgroup makes HALF columns of 64 rows of a tile's dQ:
+    half of the columns, or, of a tile of 128 queries, half of the rows. MASKED: not every visited pair counts.
+    POSITIONAL: the score of a pair that does not count may be anything.
+    """
+
+    D: gl.constexpr
+    DV: gl.constexpr
+    QUERIES: gl.constexpr
+    HALF: gl.constexpr
+    QUERY_STAGES: gl.constexpr
+    GRAD_STAGES: gl.constexpr
+    MASKED: gl.constexpr
+    POSITIONAL: gl.constexpr
+    LOGITS: gl.constexpr
+    KEY_GRAD: gl.constexpr
+    VALUE_GRAD: gl.constexpr
+    QUERY_GRAD: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, MASKED, POSITIONAL):
+        half = D if QUERIES == 128 else D // 2
+        self.D = gl.constexpr(D)
+        self.DV = gl.constexpr(DV)
+        self.QUERIES = gl.constexpr(QUERIES)
+        self.HALF = gl.constexpr(half)
+        self.QUERY_STAGES = gl.constexpr(QUERY_STAGES)
+        self.GRAD_STAGES = gl.constexpr(GRAD_STAGES)
+        self.MASKED = gl.constexpr(MASKED)
+        self.POSITIONAL = gl.constexpr(POSITIONAL)
+        self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
+        self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
+        self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
+        self.QUERY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half, 16]))
+
+
+@aggregate
+class Functions:
+    """The emitted functions of the variant (`emit_backward.py`); None for one that it does not need."""
+
+    FACTOR: gl.constexpr
+    UNIFORM: gl.constexpr
+    KEYS: gl.constexpr
+    COLUMNS: gl.constexpr
+    SCORE: gl.constexpr
+    DERIVATIVE: gl.constexpr
+    SLOPE: gl.constexpr
+    MASK: gl.constexpr
+    Q_RANGES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, FACTOR, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, Q_RANGES):
+        self.FACTOR = gl.constexpr(FACTOR)
+        self.UNIFORM = gl.constexpr(UNIFORM)
+        self.KEYS = gl.constexpr(KEYS)
+        self.COLUMNS = gl.constexpr(COLUMNS)
+        self.SCORE = gl.constexpr(SCORE)
+        self.DERIVATIVE = gl.constexpr(DERIVATIVE)
+        self.SLOPE = gl.constexpr(SLOPE)
+        self.MASK = gl.constexpr(MASK)
+        self.Q_RANGES = gl.constexpr(Q_RANGES)
+
+
+@aggregate
+class Ring:
+    """Tiles of rows and a number for each row, [places, 1, rows], in shared memory: `full` is the producer's word,
+    `free` that of the consumers."""
+
+    tiles: gl.shared_memory_descriptor
+    numbers: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, numbers, full, free):
+        self.tiles = tiles
+        self.numbers = numbers
+        self.full = full
+        self.free = free
+
+    @gluon.jit
+    def tile(self, at):
+        """[rows, columns] of the tile that is number `at` of all."""
+        return self.tiles.index(at % self.tiles.shape[0]).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+
+    @gluon.jit
+    def row(self, at, LAYOUT: gl.constexpr):
+        """[1, rows] float32, the numbers of tile `at`."""
+        return self.numbers.index(at % self.tiles.shape[0]).load(LAYOUT)
+
+    @gluon.jit
+    def wait(self, at):
+        mbarrier.wait(self.full.index(at % self.tiles.shape[0]), (at // self.tiles.shape[0]) & 1)
+
+    @gluon.jit
+    def release(self, at):
+        mbarrier.arrive(self.free.index(at % self.tiles.shape[0]), count=1)
+
+    @gluon.jit
+    def load(self, at, rows, numbers, b, h, pair, first):
+        """Fill the place of tile `at` with rows from `first` on, once its consumers have freed it."""
+        place = at % self.tiles.shape[0]
+        full = self.full.index(place)
+        mbarrier.wait(self.free.index(place), ((at // self.tiles.shape[0]) & 1) ^ 1)
+        mbarrier.expect(full, rows.block_type.nbytes + numbers.block_type.nbytes)
+        tma.async_copy_global_to_shared(rows, [b, h, first, 0], full, self.tiles.index(place))
+        tma.async_copy_global_to_shared(numbers, [pair, first], full, self.numbers.index(place))
+
+
+@aggregate
+class Memory:
+    """Descriptors of tensors in global memory, and buffers in shared memory; what comes twice is one for each group.
+
+    `exchange` holds dS^T of two steps, [step, group]; `told` its barriers. `sums` holds half a tile of dQ.
+    """
+
+    query: tma.tensor_descriptor
+    key: tma.tensor_descriptor
+    value: tma.tensor_descriptor
+    grad: tma.tensor_descriptor
+    lse: tma.tensor_descriptor
+    delta: tma.tensor_descriptor
+    dq: tma.tensor_descriptor
+    dk: tma.tensor_descriptor
+    dv: tma.tensor_descriptor
+    queries: Ring
+    grads: Ring
+    keys: gl.shared_memory_descriptor
+    values: gl.shared_memory_descriptor
+    loaded: gl.shared_memory_descriptor
+    exchange: gl.shared_memory_descriptor
+    told: gl.shared_memory_descriptor
+    sums: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, queries, grads, keys, values, loaded, exchange,
+                 told, sums):  # fmt: skip
+        self.query = query
+        self.key = key
+        self.value = value
+        self.grad = grad
+        self.lse = lse
+        self.delta = delta
+        self.dq = dq
+        self.dk = dk
+        self.dv = dv
+        self.queries = queries
+        self.grads = grads
+        self.keys = keys
+        self.values = values
+        self.loaded = loaded
+        self.exchange = exchange
+        self.told = told
+        self.sums = sums
+
+
+@aggregate
+class Head:
+    """What the pairs of a warpgroup's keys with one query head have in common.
+
+    k: [64, 1] positions. `uniform`, `keys`: what the emitted functions of these names gave.
+    """
+
+    b: gl.tensor
+    h: gl.tensor
+    pair: gl.tensor
+    k: gl.tensor
+    start: gl.tensor
+    q_len: gl.tensor
+    kv_len: gl.tensor
+    factor: gl.tensor
+    slope: gl.tensor
+    uniform: gl.tuple
+    keys: gl.tuple
+    scalars: gl.tuple
+    tensors: gl.tuple
+
+    @gluon.constexpr_function
+    def __init__(self, b, h, pair, k, start, q_len, kv_len, factor, slope, uniform, keys, scalars, tensors):
+        self.b = b
+        self.h = h
+        self.pair = pair
+        self.k = k
+        self.start = start
+        self.q_len = q_len
+        self.kv_len = kv_len
+        self.factor = factor
+        self.slope = slope
+        self.uniform = uniform
+        self.keys = keys
+        self.scalars = scalars
+        self.tensors = tensors
+
+
+# ---------------------------------------------------------------- which tiles
+
+
+@gluon.jit
+def _place(problem):
+    """(key tile, batch, key head) of this program; under a causal mask the first keys have the most queries."""
+    sizes = problem.sizes
+    tiles = gl.cdiv(sizes[4], 2 * KEYS)
+    tile, pair = gl.program_id(0) % tiles, gl.program_id(0) // tiles
+    return tile, pair // sizes[2], pair % sizes[2]
+
+
+@gluon.jit
+def _visits(shape, f, tile, b, h, start, scalars, tensors):
+    """(segments of query tiles, how many tiles they hold)."""
+    first = tile * (2 * KEYS)
+    segments = f.Q_RANGES(b, h, first, first + (2 * KEYS - 1), start, shape.QUERIES, scalars, tensors)
+    return segments, count(segments) + 0 * tile
+
+
+# ---------------------------------------------------------------- producer
+
+
+@gluon.jit
+def _load_keys(memory, part, tensor, buffers, b, hk, first):
+    mbarrier.expect(memory.loaded.index(part), 2 * tensor.block_type.nbytes)
+    for group in gl.static_range(2):
+        tma.async_copy_global_to_shared(
+            tensor, [b, hk, first + group * KEYS, 0], memory.loaded.index(part), buffers.index(group))  # fmt: skip
+
+
+@gluon.jit
+def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
+    """Load what the consumers will want, in the order in which they want it."""
+    scalars, tensors = problem.scalars(), problem.captured()
+    tile, b, hk = _place(problem)
+    start = problem.start(b)
+    _load_keys(memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS))
+    _load_keys(memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS))
+    group = problem.sizes[1] // problem.sizes[2]
+    passed = 0
+    for member in range(group):
+        h = hk * group + member
+        pair = b * problem.sizes[1] + h
+        segments, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+        for n in range(tiles):
+            first = nth(segments, n) * shape.QUERIES
+            memory.queries.load(passed + n, memory.query, memory.lse, b, h, pair, first)
+            memory.grads.load(passed + n, memory.grad, memory.delta, b, h, pair, first)
+        passed += tiles
+
+
+# ---------------------------------------------------------------- products
+
+
+@gluon.jit
+def _issue_turned(shape, left, right):
+    """left right^T, [64, QUERIES]."""
+    zero = gl.zeros([KEYS, shape.QUERIES], gl.float32, shape.LOGITS)
+    return warpgroup_mma(left, right.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_sum(weights, tile, total, LAYOUT: gl.constexpr):
+    """total + weights tile, the weights in the registers where they are."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, LAYOUT, 2)
+    return warpgroup_mma(gl.convert_layout(weights, operand), tile, total, is_async=True)
+
+
+@gluon.jit
+def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
+    """This warpgroup's half of dQ: from the dS of its own keys, then, once told of it, from the other's."""
+    place = (at % 2) * 2
+    own, other = memory.exchange.index(place + GROUP), memory.exchange.index(place + 1 - GROUP)
+    own_keys = memory.keys.index(GROUP).reshape([KEYS, shape.D])
+    other_keys = memory.keys.index(1 - GROUP).reshape([KEYS, shape.D])
+    if shape.QUERIES == 128:
+        own, other = own.slice(64 * GROUP, 64, dim=1), other.slice(64 * GROUP, 64, dim=1)
+    else:
+        own_keys = own_keys.slice(shape.HALF * GROUP, shape.HALF, dim=1)
+        other_keys = other_keys.slice(shape.HALF * GROUP, shape.HALF, dim=1)
+    zero = gl.zeros([64, shape.HALF], gl.float32, shape.QUERY_GRAD)
+    half = warpgroup_mma(own.permute((1, 0)), own_keys, zero, use_acc=False, is_async=True)
+    mbarrier.wait(memory.told.index(place + 1 - GROUP), (at // 2) & 1)
+    return warpgroup_mma(other.permute((1, 0)), other_keys, half, is_async=True)
+
+
+@builtin
+def _reduce_add(target, place, source, _semantic=None):
+    """target[place] += source by the copy engine; Triton 3.6 has it, but no name for it in Gluon."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, place, source.handle)
+
+
+@gluon.jit
+def _add_query_grad(shape, memory, head, half, i, GROUP: gl.constexpr):
+    """Add half a tile of dQ to the buffer, which keeps the order of the registers: 16 bytes a lane, no conflicts."""
+    x = gl.permute(gl.reshape(half, [4, 2, 8, shape.HALF // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
+    tiles = gl.cdiv(head.q_len, shape.QUERIES)
+    row = ((head.pair * tiles + i) * 2 + GROUP) * (2 * shape.HALF)
+    tma.store_wait(0)  # the copy engine has read what was there
+    memory.sums.index(GROUP).store(gl.reshape(x, [2 * shape.HALF, 32]))
+    fence_async_shared()
+    _reduce_add(memory.dq, [row, 0], memory.sums.index(GROUP))
+
+
+# ---------------------------------------------------------------- one step
+
+
+@gluon.jit
+def _narrow(x, DTYPE: gl.constexpr):
+    """float32 to 16 bits, two at a time; the compiler would take the pairs apart where both forms are used."""
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2)  # fmt: skip
+
+
+@gluon.jit
+def _widen(x):
+    """16 bits to float32."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], dtype=gl.float32, is_pure=True,
+            pack=2)  # fmt: skip
+    else:
+        return x.to(gl.float32)
+
+
+@gluon.jit
+def _probabilities(shape, f, head, s, lse, i):
+    """(P^T, P^T times the derivative of the score) for query tile i, from the bare products s."""
+    first = head.start + i * shape.QUERIES
+    x = s
+    if shape.MASKED or f.SCORE is not None:
+        q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
+        found = ()
+        if f.COLUMNS is not None:
+            found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
+    if f.SCORE is not None:
+        x = f.SCORE(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        if f.DERIVATIVE:
+            x, derivative = x
+    if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
+        lse = lse - head.slope * (head.k - first).to(gl.float32)
+    x = x * head.factor - lse
+    if shape.MASKED:
+        keep = head.k < head.kv_len
+        if shape.POSITIONAL:
+            keep = keep & (q < head.start + head.q_len)
+        if f.MASK is not None:
+            keep = keep & f.MASK(
+                head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors
+            )  # fmt: skip
+        x = gl.where(keep, x, NEVER)
+    p = gl.exp2(x)
+    steep = p
+    if f.DERIVATIVE:
+        steep = p * derivative
+        if shape.POSITIONAL:
+            steep = gl.where(keep, steep, 0.0)
+    return p, steep
+
+
+@gluon.jit
+def _step(shape, f, memory, head, at, i, dk, dv, GROUP: gl.constexpr):
+    """(dK, dV) with query tile i, number `at` of all."""
+    DTYPE: gl.constexpr = memory.keys.dtype
+    memory.queries.wait(at)
+    products = _issue_turned(shape, memory.keys.index(GROUP).reshape([KEYS, shape.D]), memory.queries.tile(at))
+    memory.grads.wait(at)
+    upstream = _issue_turned(shape, memory.values.index(GROUP).reshape([KEYS, shape.DV]), memory.grads.tile(at))
+    s = warpgroup_mma_wait(1, deps=[products])
+    p, steep = _probabilities(shape, f, head, s, memory.queries.row(at, shape.LOGITS), i)
+    weights = _narrow(p, DTYPE)
+    steep = _narrow(steep, DTYPE)  # waits in fewer registers
+    dv_next = _issue_sum(weights, memory.grads.tile(at), dv, shape.VALUE_GRAD)
+    dp = warpgroup_mma_wait(1, deps=[upstream])
+    ds = _narrow(_widen(steep) * (dp - memory.grads.row(at, shape.LOGITS)), DTYPE)
+
+    place = (at % 2) * 2 + GROUP
+    memory.exchange.index(place).store(ds)
+    fence_async_shared()
+    mbarrier.arrive(memory.told.index(place), count=1)
+    half = _issue_query_grad(shape, memory, at, GROUP)
+    dk_next = _issue_sum(ds, memory.queries.tile(at), dk, shape.KEY_GRAD)
+    half, dv = warpgroup_mma_wait(1, deps=[half, dv_next])
+    memory.grads.release(at)
+    _add_query_grad(shape, memory, head, half, i, GROUP)
+    dk = warpgroup_mma_wait(0, deps=[dk_next])
+    memory.queries.release(at)
+    return dk, dv
+
+
+# ---------------------------------------------------------------- consumers
+
+
+@gluon.jit
+def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
+    """dK and dV of the warpgroup's 64 keys, and its halves of dQ."""
+    scalars, tensors = problem.scalars(), problem.captured()
+    tile, b, hk = _place(problem)
+    start = problem.start(b)
+    k = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
+    k = gl.expand_dims(k, 1)
+    dk = gl.zeros([KEYS, shape.D], gl.float32, shape.KEY_GRAD)
+    dv = gl.zeros([KEYS, shape.DV], gl.float32, shape.VALUE_GRAD)
+    mbarrier.wait(memory.loaded.index(0), 0)
+    mbarrier.wait(memory.loaded.index(1), 0)
+    group = problem.sizes[1] // problem.sizes[2]
+    passed = 0
+    for member in range(group):
+        h = hk * group + member
+        segments, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+        factor = f.FACTOR(b, h, scalars, tensors)
+        uniform, keys, slope = (), (), factor
+        if f.UNIFORM is not None:
+            uniform = f.UNIFORM(b, h, scalars, tensors)
+        if f.KEYS is not None:
+            keys = f.KEYS(b, h, k, False, uniform, scalars, tensors)
+        if f.SLOPE is not None:
+            slope = f.SLOPE(b, h, scalars, tensors)
+        pair = b * problem.sizes[1] + h
+        head = Head(b, h, pair, k, start, problem.sizes[3], problem.sizes[4], factor, slope, uniform, keys, scalars,
+                    tensors)  # fmt: skip
+        for n in range(tiles):
+            dk, dv = _step(shape, f, memory, head, passed + n, nth(segments, n), dk, dv, GROUP)
+        passed += tiles
+    _store(shape, memory, problem, dk, dv, GROUP)
+
+
+@gluon.jit
+def _store(shape, memory, problem, dk, dv, GROUP: gl.constexpr):
+    """dV by way of the warpgroup's own values, dK of its half of dQ: the other group may still read the keys."""
+    DTYPE: gl.constexpr = memory.keys.dtype
+    tile, b, hk = _place(problem)
+    first = tile * (2 * KEYS) + GROUP * KEYS
+    memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(memory.dv, [b, hk, first, 0], memory.values.index(GROUP))
+    tma.store_wait(1)  # the copy engine has read the last half of dQ
+    staging = memory.sums.index(GROUP)._reinterpret(DTYPE, [1, 1, KEYS, shape.D], memory.dk.layout)
+    staging.reshape([KEYS, shape.D]).store((dk * problem.scale).to(DTYPE))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(memory.dk, [b, hk, first, 0], staging)
+    tma.store_wait(0)
+
+
+# ---------------------------------------------------------------- kernel
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def _ring(rows, numbers, PLACES: gl.constexpr):
+    tiles = gl.allocate_shared_memory(rows.dtype, [PLACES] + rows.block_type.shape, rows.layout)
+    line = gl.allocate_shared_memory(numbers.dtype, [PLACES] + numbers.block_type.shape, numbers.layout)
+    return Ring(tiles, line, _barriers(PLACES, 1), _barriers(PLACES, 2))
+
+
+@gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
+                              "section"])  # fmt: skip
+def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, q_offset, parameters, B, H, HK, Q, KV, DIM,
+                       extents, tensors, scale, section,
+                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr, COLUMNS: gl.constexpr,
+                       SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
+                       Q_RANGES: gl.constexpr, MASKED: gl.constexpr, POSITIONAL: gl.constexpr, D: gl.constexpr,
+                       DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+                       GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+    """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
+
+    query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
+    [B * H, Q rounded up] float32, of QUERIES numbers. A grid of one program for each batch, key head and 128 keys.
+    """
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, MASKED, POSITIONAL)
+    f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, Q_RANGES)
+    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
+    queries = _ring(query, lse, QUERY_STAGES)
+    grads = _ring(grad, delta, GRAD_STAGES)
+    keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
+    values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
+    exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
+    sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, queries, grads, keys, values, _barriers(2, 1),
+                    exchange, _barriers(4, 1), sums)  # fmt: skip
+    fence_async_shared()
+    # The tuples stand in place: assigned to a name, their constants would become tensors.
+    gl.warp_specialize([
+        (_consume, (shape, f, memory, problem, 0)),
+        (_consume, (shape, f, memory, problem, 1)),
+        (_produce, (shape, f, memory, problem, 0)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip

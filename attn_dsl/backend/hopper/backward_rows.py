@@ -1,0 +1,85 @@
+"""What is done row by row around the backward kernel, at the speed of the memory.
+
+Before: delta and lse as the kernel wants them, and zeros where dQ will be summed. After: dQ from those sums, which lie
+in the order of the tensor cores' registers.
+"""
+
+import triton
+import triton.language as tl
+
+from attn_dsl.backend.portable.device import LOG2E, captured, scalar, scalars_of, strides_of
+
+
+@triton.jit
+def _rows(base, strides, b, h, rows, inside, D: tl.constexpr, DIM: tl.constexpr):
+    column = tl.arange(0, D)
+    base += b * strides[0] + h * strides[1]
+    places = base + rows.to(tl.int64)[:, None] * strides[2] + column[None, :]
+    keep = inside[:, None] if D == DIM else inside[:, None] & (column[None, :] < DIM)
+    return tl.load(places, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["out_strides", "grad_strides", "parameters", "sizes", "tensors", "scale"])
+def prepare_rows(
+        out, grad_out, grad_lse, lse, numbers, sums, out_strides, grad_strides, parameters, sizes, tensors, scale,
+        SLOPE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+        VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """numbers [2, B * H, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
+
+    lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
+    have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
+    """
+    out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
+    heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
+    padded = tl.cdiv(q_len, QUERIES) * QUERIES
+    tiles = padded // ROWS
+    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    b, h = pair // heads, pair % heads
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    inside = rows < q_len
+    b64, h64 = b.to(tl.int64), h.to(tl.int64)
+    o = _rows(out, out_strides, b64, h64, rows, inside, DV, VALUE_DIM)
+    g = _rows(grad_out, grad_strides, b64, h64, rows, inside, DV, VALUE_DIM)
+    delta = tl.sum(o * g, 1)
+    place = pair.to(tl.int64) * q_len + rows
+    if grad_lse is not None:
+        delta -= tl.load(grad_lse + place, mask=inside, other=0.0)
+    row = tl.load(lse + place, mask=inside, other=float("-inf"))
+    row = tl.where(row == float("-inf"), float("inf"), row * LOG2E)
+    if SLOPE is not None:
+        scalars = scalars_of(parameters + sizes + (scale,), False)
+        slope = SLOPE(b, h, scalars, captured(tensors, False))
+        row += slope * (rows % QUERIES).to(tl.float32)
+    pairs = tl.num_programs(0) // tiles
+    target = numbers + pair.to(tl.int64) * padded + rows
+    tl.store(target, row)
+    tl.store(target + pairs.to(tl.int64) * padded, delta)
+    first = (pair.to(tl.int64) * padded + tile * ROWS) * D
+    tl.store(sums + first + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+
+
+@triton.jit(do_not_specialize=["sizes", "scale"])
+def finish_queries(
+        sums, dq, sizes, scale, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """dq [B, H, Q, DIM] = scale * sums: one program for the half tile that a warpgroup summed."""
+    WIDTH: tl.constexpr = D if QUERIES == 128 else D // 2
+    q_len = scalar(sizes[3], False)
+    halves = tl.cdiv(q_len, QUERIES) * 2
+    half, pair = tl.program_id(0) % halves, (tl.program_id(0) // halves).to(tl.int64)
+    x = tl.load(sums + (pair * halves + half) * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
+    # n / 8, warp, lane / 4, lane % 4, row / 8, n % 2
+    x = tl.reshape(x, [WIDTH // 8, 4, 8, 4, 2, 2])
+    x = tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), [64, WIDTH])
+    row = half // 2 * QUERIES + tl.arange(0, 64)
+    column = tl.arange(0, WIDTH)
+    if QUERIES == 128:
+        row += half % 2 * 64
+    else:
+        column += half % 2 * WIDTH
+    keep = (row < q_len)[:, None]
+    if D != DIM:
+        keep = keep & (column < DIM)[None, :]
+    places = dq + (pair * q_len + row[:, None]) * DIM + column[None, :]
+    tl.store(places, (x * scale).to(dq.dtype.element_ty), mask=keep)

@@ -1,0 +1,194 @@
+"""The Hopper backward kernel through the public API, against the evaluator: `pytest -m gpu` on this file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gpu_support import larger, within_budget
+from portable_support import Problem, Result
+from torch import Tensor
+from variant_cases import SHIPPED, Case
+
+import attn_dsl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+INPUTS = ("query", "key", "value")
+PORTABLE = {
+    "natten1d",
+    "natten2d",
+    "natten3d",
+    "bigbird",
+    "block_diffusion",
+    "dilated_window",
+    "document",
+    "gemma2_local",
+    "hash_buckets",
+    "packed_causal",
+    "relative_bias",
+    "shared_prefix",
+    "sparse_strided",
+}
+"""Variants whose masks take so many registers that no configuration may be good."""
+ROWS = """attention rows(start: int = 70)
+tensor bias: float32[H, Q]
+tensor sinks: float32[H]
+score = score + bias[h, q] - 0.5 * q
+mask = q >= k and k >= start
+sink = sinks[h]
+"""
+TEXTS = {
+    "late": "attention late(start: int = 150)\nmask = k >= start and q >= k\n",
+    "rows": ROWS,
+    "negated": "attention negated\nscore = 0.25 * k - 2 * score\nmask = q >= k\n",
+    "columns": "attention columns\ntensor bias: float32[H, KV]\nscore = silu(score) + bias[h, k]\n",
+    "poison": "attention poison\nscore = score + 1.0 / (Q - q) + 1.0 / (KV - k)\nmask = k - q != 3\n",
+    "under": "attention under\nscore = score + log(1.0 + q - k)\nmask = q >= k\n",
+}
+
+
+def differentiated(
+    attention: attn_dsl.Attention, problem: Problem, upstream: tuple[Tensor, Tensor], *, backend: str | None = "hopper"
+) -> Result:
+    """Outputs and the gradients of query, key and value, as a user finds them."""
+    leaves = [getattr(problem, name).detach().requires_grad_() for name in INPUTS]
+    options: dict[str, Any] = {"scale": problem.scale, "q_offset": problem.q_offset, **problem.all_bindings}
+    if backend is not None:
+        explained = attention.explain(*leaves, **options)
+        assert f"\nbackward   {backend}" in explained, explained
+    out, lse = attention(*leaves, return_lse=True, **options)
+    grads = upstream[0].to(out.dtype), torch.where(lse.isinf(), 0.0, upstream[1]).to(lse.dtype)
+    found = torch.autograd.grad((out, lse), leaves, grads)
+    return Result(out.detach(), lse.detach(), dict(zip(INPUTS, found, strict=True)))
+
+
+def agree(attention: attn_dsl.Attention, problem: Problem, backend: str | None = "hopper") -> None:
+    upstream = problem.upstream()
+    truth, eager = problem.truth(upstream), problem.truth(upstream, problem.query.dtype)
+    of_inputs = {name: truth.grads[name] for name in INPUTS}
+    found = differentiated(attention, problem, upstream, backend=backend)
+    within_budget(found, replace(truth, grads=of_inputs), eager, 1.1)
+
+
+def check(case: Case, dtype: torch.dtype = torch.bfloat16, backend: str | None = "hopper") -> None:
+    agree(attn_dsl.compile(case.name, **case.constants), Problem.of(case, dtype, "cuda"), backend)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_variant_stays_within_the_error_budget(name: str, dim: int) -> None:
+    check(larger(name, D=dim, DV=dim), backend=None if name in PORTABLE else "hopper")
+
+
+@pytest.mark.parametrize("dims", [(80, 80), (96, 96), (128, 64), (64, 128)], ids=str)
+@pytest.mark.parametrize("name", ["causal", "alibi"])
+def test_head_dimensions(name: str, dims: tuple[int, int]) -> None:
+    check(larger(name, D=dims[0], DV=dims[1]))
+
+
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (1, 500, 499), (65, 127), (129, 1000, 871), (700, 90), (1152, 1152)], ids=str
+)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "noop", "softcap"])
+def test_lengths_and_offsets(name: str, dim: int, lengths: tuple[int, ...]) -> None:
+    q_len, kv_len, *start = lengths
+    check(larger(name, Q=q_len, KV=kv_len, q_offset=start[0] if start else 0, D=dim, DV=dim))
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", TEXTS)
+def test_scores_and_masks_of_every_kind(name: str, dim: int) -> None:
+    case = larger("causal", D=dim, DV=dim)
+    attention = attn_dsl.compile(TEXTS[name])
+    query, key, value = (x.cuda() for x in case.inputs(0, torch.bfloat16))
+    tensors = {"bias": torch.randn(4, 333, device="cuda"), "sinks": torch.randn(4, device="cuda")}
+    bindings = {t.name: tensors[t.name] for t in attention._executable.variant.tensors}
+    backend = None if name == "under" else "hopper"
+    agree(attention, Problem(attention._executable, query, key, value, bindings), backend)
+
+
+def test_groups_offsets_by_batch_and_half_precision() -> None:
+    case = larger("causal", H=8, HK=1, Q=200, KV=700, D=128, DV=128)
+    problem = Problem.of(case, torch.float16, "cuda")
+    agree(attn_dsl.compile("causal"), replace(problem, q_offset=torch.tensor([500, 3], device="cuda")))
+
+
+def test_large_logits_past_the_end_of_the_keys_poison_nothing() -> None:
+    """Rows whose log-sum-exp is so low that a key of zeros would overflow."""
+    case = larger("noop", D=128, DV=128)
+    problem = Problem.of(case, torch.bfloat16, "cuda")
+    problem = replace(problem, query=problem.query.abs() * 8, key=-problem.key.abs())
+    agree(attn_dsl.compile("noop"), problem)
+
+
+def test_gradients_with_room_between_their_rows() -> None:
+    attention, case = attn_dsl.compile("causal"), larger("causal", D=128, DV=128)
+    problem = Problem.of(case, torch.bfloat16, "cuda")
+    whole, lse = problem.upstream()
+    wide = torch.nn.functional.pad(whole.to(torch.bfloat16).transpose(1, 2), (0, 8)).contiguous()[..., :-8]
+    odd = torch.nn.functional.pad(whole.to(torch.bfloat16), (1, 2))[..., 1:-2]
+    one = whole.to(torch.bfloat16)[:, :, :1].expand_as(whole)
+    for spread in (wide.transpose(1, 2), odd, one):
+        found = differentiated(attention, problem, (spread, lse))
+        truth = differentiated(attention, problem, (spread.contiguous(), lse))
+        assert torch.equal(found.grads["key"], truth.grads["key"])
+        assert torch.equal(found.grads["value"], truth.grads["value"])
+        assert (found.grads["query"] - truth.grads["query"]).abs().max() < 1e-2
+
+
+def test_what_does_not_fit_runs_on_portable_kernels_and_says_why() -> None:
+    attention = attn_dsl.compile("alibi")
+    query, key, value = (torch.randn(2, 4, 130, 256, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    slope = torch.rand(4, device="cuda", requires_grad=True)
+    narrow = [x[..., :64].contiguous() for x in (query, key, value)]
+    assert "\nbackward   portable, since the head dimension is above 128" in attention.explain(
+        query, key, value, slope=slope.detach()
+    )
+    assert "\nbackward   portable, since a gradient of `slope` is wanted" in attention.explain(*narrow, slope=slope)
+    leaves = [x.requires_grad_() for x in narrow]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(attention(*leaves, slope=slope).sum(), leaves))
+
+
+def test_deterministic_gradients_are_the_same_bits_in_every_run() -> None:
+    attention = attn_dsl.compile("causal")
+    leaves = [torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16)
+    first = torch.autograd.grad(attention(*leaves, deterministic=True), leaves, upstream)
+    for _ in range(20):
+        found = torch.autograd.grad(attention(*leaves, deterministic=True), leaves, upstream)
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def test_keys_and_values_have_the_same_gradients_in_every_run() -> None:
+    attention = attn_dsl.compile("causal")
+    leaves = [torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16)
+    out = attention(*leaves)
+    first = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+    for _ in range(300):
+        query, key, value = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+        assert torch.equal(key, first[1]) and torch.equal(value, first[2])
+        assert (query - first[0]).abs().max() < 1e-2
+
+
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    attention = attn_dsl.compile("causal")
+    leaves = [torch.randn(2, 4, 300, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+    upstream = torch.randn(2, 4, 300, 128, device="cuda", dtype=torch.bfloat16)
+    torch.autograd.grad(attention(*leaves), leaves, upstream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = torch.autograd.grad(attention(*leaves), leaves, upstream)
+    upstream.copy_(torch.randn_like(upstream))
+    graph.replay()
+    expected = torch.autograd.grad(attention(*leaves), leaves, upstream)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
