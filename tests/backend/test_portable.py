@@ -145,6 +145,29 @@ def test_deterministic_gradients_are_right_and_the_same_bits(pattern: str) -> No
     assert torch.equal(first.grads["bias"], second.grads["bias"])
 
 
+SATURATING = {
+    "both sides": "score = score + table[h, clamp(k - q, -3, 3) + 3]",
+    "causal": "score = score + table[h, clamp(k - q, -3, 3) + 3]\nmask = q >= k",
+    "in a product": "score = 2 * tanh(score * table[h, max(k - q, -5) - max(k - q - 1, -5) + 3] / 2)\nmask = q >= k",
+    "beside keys": "score = score + table[h, clamp(q - k, 0, 6)] * row[k] + row[min(k, q)]",
+    "one axis left": "score = score + row[min(q - k, 9) + k + 20]\nmask = 0 <= q - k",
+}
+
+
+@pytest.mark.parametrize("body", SATURATING)
+def test_look_ups_that_saturate_are_one_number_on_full_tiles(body: str) -> None:
+    text = f"attention saturating\ntensor table: float32[H, 7]\ntensor row: float32[160]\n{SATURATING[body]}\n"
+    program = program_of(text)
+    if body != "in a product":
+        assert program.kernels.split[1]
+    generator = torch.Generator().manual_seed(5)
+    tensors = {"table": torch.randn(2, 7, generator=generator), "row": torch.randn(160, generator=generator)}
+    problem = Problem(program, *small(Q=50, KV=80).inputs(), tensors, 28)
+    upstream = problem.upstream()
+    found = problem.portable(upstream, deterministic=body in ("causal", "one axis left"))
+    assert_close(found, problem.truth(upstream), FLOAT32)
+
+
 SINKS = """attention sinks(gain: float = 0.7)
 tensor table: float32[H]
 tensor bias: float32[KV]

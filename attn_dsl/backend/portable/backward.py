@@ -4,7 +4,8 @@ With p the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gra
 dS = p * (dP - delta). From it come dV = p^T dO, dK = scale dX^T Q and dQ = scale dX K, where dX is dS times the
 derivative of the variant's score, and the gradients of captured tensors and parameters: what an entry's index does not
 depend on is summed first. Sums over keys are made by the dQ kernel, sums over queries by the dK and dV kernel, entries
-that vary with both are added tile by tile by the dQ kernel.
+that vary with both are added tile by tile by the dQ kernel. SCORE, KEY_GRAD, QUERY_GRAD and SCATTER_PAIRS hold for any
+tile; those that begin with FULL hold for full tiles, where what saturates is one number.
 """
 
 # ruff: noqa: E741, RUF005, SIM108 (l is the row sum; tuples and static conditions as Triton knows them)
@@ -79,12 +80,12 @@ def attention_delta(
         l = tl.load(lse + place, mask=inside, other=float("-inf"))
         p = tl.where(l == float("-inf"), 0.0, tl.exp2((logit - l) * LOG2E))
         shares = SINK_GRAD(-p * total, b, h, scalars, tensors)
-        SCATTER(shares, b, h, 0, 0, None, False, scalars, tensors, grads, peaks, factors, MODE)
+        SCATTER(shares, b, h, 0, 0, 0, 0, None, False, scalars, tensors, grads, peaks, factors, MODE)
 
 
 @triton.jit
 def _gradient(
-        products, upstream, lse, delta, b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE: tl.constexpr,
+        products, upstream, lse, delta, b, h, q, k, q0, k0, keep, factor, ramp, scalars, tensors, SCORE: tl.constexpr,
         SCORE_GRAD: tl.constexpr
 ):  # fmt: skip
     """(p, gradient of the scaled product, shares of captured tensors), in the shape of `products`.
@@ -95,7 +96,7 @@ def _gradient(
     if SCORE is None:
         x = products * factor
     else:
-        x = SCORE(products, b, h, q, k, keep is None, scalars, tensors)
+        x = SCORE(products, b, h, q, k, q0, k0, keep is None, scalars, tensors)
     if ramp is not None:
         x = x + ramp
     p = tl.exp2(x - lse)
@@ -104,7 +105,7 @@ def _gradient(
     grad = p * (upstream - delta)
     shares = ()
     if SCORE_GRAD is not None:
-        grad, shares = SCORE_GRAD(grad, products, b, h, q, k, keep is None, scalars, tensors)
+        grad, shares = SCORE_GRAD(grad, products, b, h, q, k, q0, k0, keep is None, scalars, tensors)
     if keep is not None:
         grad = tl.where(keep, grad, 0.0)
     return p, grad, shares
@@ -172,8 +173,8 @@ def _visit_queries(
         if MASK is not None:
             keep = keep & MASK(b, h, q, k, False, scalars, tensors)
     p, grad, shares = _gradient(
-        products, upstream, l[None, :], row_delta[None, :], b, h, q, k, keep, factor, ramp, scalars, tensors,
-        SCORE, KEY_GRAD
+        products, upstream, l[None, :], row_delta[None, :], b, h, q, k, (start + first).to(k.dtype), k0.to(k.dtype),
+        keep, factor, ramp, scalars, tensors, SCORE, KEY_GRAD
     )  # fmt: skip
     dv = weighted_sum(dv, p.to(grad_out.dtype.element_ty), outs, PRECISION)
     dk = weighted_sum(dk, grad.to(query.dtype.element_ty), queries, PRECISION)
@@ -186,12 +187,12 @@ def _visit_queries(
 def attention_keys_backward(
         query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides, key_strides,
         value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes, tensors, grads, peaks, factors,
-        scale, section, SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
-        KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr, SKIP: tl.constexpr,
-        KEY_GRAD: tl.constexpr, SCATTER: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr,
-        D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr,
-        BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr,
-        PRECISION: tl.constexpr
+        scale, section, SCORE: tl.constexpr, FULL_SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
+        MASK: tl.constexpr, KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr,
+        SKIP: tl.constexpr, KEY_GRAD: tl.constexpr, FULL_KEY_GRAD: tl.constexpr, SCATTER: tl.constexpr,
+        TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+        DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """dK [B, HK, KV, D] and dV [B, HK, KV, DV]: one program owns BN keys and loops over the heads of their group."""
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
@@ -268,13 +269,14 @@ def attention_keys_backward(
                 state = _visit_queries(
                     nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
                     query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
-                    scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV, DV0,
-                    DV1, BM, PRECISION
+                    scalars, tensors, FULL_SCORE, MASK, QUERY_MASK, FULL_KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV,
+                    DV0, DV1, BM, PRECISION
                 )  # fmt: skip
         if SCATTER is not None:  # the index may depend on the head
             SCATTER(
-                state[2], b, h, 0, k[:, None], inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE
-            )
+                state[2], b, h, 0, k[:, None], 0, 0, inside[:, None], False, scalars, tensors, grads, peaks, factors,
+                MODE
+            )  # fmt: skip
             state = (state[0], state[1], _zeros(TOTALS, BN))
 
     dk, dv, _ = state
@@ -290,7 +292,7 @@ def attention_keys_backward(
 @triton.jit
 def _visit_keys(
         tile, state, queries, outs, key, value, lse, delta, key_strides, value_strides, kv_len, factor, slope, b,
-        h, q, inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
+        h, q, q0, inside, scalars, tensors, grads, peaks, factors, SCORE: tl.constexpr, MASK: tl.constexpr,
         KEY_MASK: tl.constexpr, QUERY_GRAD: tl.constexpr, SCATTER_PAIRS: tl.constexpr, MODE: tl.constexpr,
         MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
         DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
@@ -322,12 +324,15 @@ def _visit_keys(
         if MASK is not None:
             keep = keep & MASK(b, h, q, k, False, scalars, tensors)
     _, grad, shares = _gradient(
-        products, upstream, lse[:, None], delta[:, None], b, h, q, k, keep, factor, ramp, scalars, tensors, SCORE,
-        QUERY_GRAD
+        products, upstream, lse[:, None], delta[:, None], b, h, q, k, q0.to(q.dtype), first.to(q.dtype), keep, factor,
+        ramp, scalars, tensors, SCORE, QUERY_GRAD
     )  # fmt: skip
     dq = weighted_sum(dq, grad.to(key.dtype.element_ty), keys, PRECISION)
     if SCATTER_PAIRS is not None:
-        SCATTER_PAIRS(shares, b, h, q, k, keep, not MASKED, scalars, tensors, grads, peaks, factors, MODE)
+        SCATTER_PAIRS(
+            shares, b, h, q, k, q0.to(q.dtype), first.to(q.dtype), keep, not MASKED, scalars, tensors, grads, peaks,
+            factors, MODE
+        )  # fmt: skip
     return dq, _add_sums(totals, shares, keep)
 
 
@@ -337,9 +342,10 @@ def _visit_keys(
 def attention_queries_backward(
         query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides, value_strides,
         grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks, factors, scale, section,
-        SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr,
-        QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, QUERY_GRAD: tl.constexpr,
-        SCATTER: tl.constexpr, SCATTER_PAIRS: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr,
+        SCORE: tl.constexpr, FULL_SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
+        KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr,
+        QUERY_GRAD: tl.constexpr, FULL_QUERY_GRAD: tl.constexpr, SCATTER: tl.constexpr,
+        SCATTER_PAIRS: tl.constexpr, SCATTER_FULL_PAIRS: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr,
         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
         DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
         WIDE: tl.constexpr, PRECISION: tl.constexpr
@@ -400,7 +406,7 @@ def attention_queries_backward(
             if SKIP is None:
                 state = _visit_keys(
                     j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
-                    slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
+                    slope, b, h, q[:, None], q0, inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
                     KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                     PRECISION
                 )  # fmt: skip
@@ -409,7 +415,7 @@ def attention_queries_backward(
                 if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit_keys(
                         j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
-                        factor, slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE,
+                        factor, slope, b, h, q[:, None], q0, inside, scalars, tensors, grads, peaks, factors, SCORE,
                         MASK, KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
                         BN, PRECISION
                     )  # fmt: skip
@@ -417,13 +423,15 @@ def attention_queries_backward(
         for n in range(count(full)):
             state = _visit_keys(
                 nth(full, n), state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
-                factor, slope, b, h, q[:, None], inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
-                KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                PRECISION
+                factor, slope, b, h, q[:, None], q0, inside, scalars, tensors, grads, peaks, factors, FULL_SCORE,
+                MASK, KEY_MASK, FULL_QUERY_GRAD, SCATTER_FULL_PAIRS, MODE, False, CONTIGUOUS, D, D0, D1, DV, DV0,
+                DV1, BN, PRECISION
             )  # fmt: skip
 
     dq, totals = state
     if SCATTER is not None:
-        SCATTER(totals, b, h, q[:, None], 0, inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE)
+        SCATTER(
+            totals, b, h, q[:, None], 0, 0, 0, inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE
+        )
     dq_out += b64 * dq_strides[0] + h64 * dq_strides[1] + first * dq_strides[2]
     store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), True, D, D0, D1)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, conjuncts, times, uniform
 from attn_dsl.backend.printer import Results, Signature, emit
 from attn_dsl.backend.triton_dialect import TritonDialect, varying
+from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import (
     FALSE,
     SCORE,
@@ -23,6 +24,7 @@ from attn_dsl.ir.nodes import (
     Compare,
     CompareOp,
     Const,
+    K,
     Load,
     Node,
     Param,
@@ -30,12 +32,15 @@ from attn_dsl.ir.nodes import (
     Select,
     Var,
     post_order,
+    substitute,
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import Gradient, LoadGradient, ParameterGradient, gradient
+from attn_dsl.passes.monotone import K0, Q0
 from attn_dsl.passes.schedule import Schedule, TileRanges
 from attn_dsl.passes.separate import Terms, separate
+from attn_dsl.passes.specialize import Saturation
 
 HEADER = '''"""What the compiler made of the variant `{name}`; the kernels of attn_dsl call these functions."""
 
@@ -65,6 +70,12 @@ class Target:
         """Which of `q`, `k` the place of a share varies with."""
         return frozenset() if self.load is None else _depends(self.load.indices) & {"q", "k"}
 
+    def where(self, values: dict[Node, Node]) -> Target:
+        """The target where nodes have the values of others."""
+        load = None if self.load is None else substitute(self.load, values)
+        assert load is None or isinstance(load, Load)
+        return Target(self.name, substitute(self.share, values), load)
+
 
 @dataclass(frozen=True)
 class Emitted:
@@ -86,13 +97,14 @@ class _Module:
     variant: Variant
     signature: Signature
     fast_tanh: bool
+    locations: Mapping[Node, Span]
     texts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
     def add(self, name: str, arguments: Sequence[str], results: Results, *, tiles: bool = True) -> None:
         text = emit(
             name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=tiles),
-            locations=self.variant.locations, bindings=BINDINGS, decorator="@triton.jit",
+            locations=self.locations, bindings=BINDINGS, decorator="@triton.jit",
         )  # fmt: skip
         self.write(name, text)
 
@@ -102,24 +114,47 @@ class _Module:
 
 
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "scalars", "tensors")
+TILE = ("b", "h", "q", "k", "q0", "k0", "inside: tl.constexpr", "scalars", "tensors")
+"""The arguments of what is computed for pairs; `q0` and `k0` are the first of the tile."""
 
 
 def emit_module(
-    variant: Variant, schedule: Schedule, wanted: Iterable[str] = (), *, fast_tanh: bool = False
+    variant: Variant,
+    schedule: Schedule,
+    wanted: Iterable[str] = (),
+    *,
+    saturations: Sequence[Saturation] = (),
+    fast_tanh: bool = False,
 ) -> Emitted:
-    """The functions of a variant. `wanted` names the captured tensors and parameters that want a gradient."""
+    """The functions of a variant. `wanted` names the captured tensors and parameters that want a gradient.
+
+    Where there are `saturations`, the schedule must be derived with them: `full_score`, `full_key_grad`,
+    `full_query_grad` and `add_full_pairs` are for its full tiles, where each of them has the value of the first pair.
+    """
     plain = Signature.of(variant)
-    module = _Module(variant, Signature((*plain.scalars, SCALE), plain.tensors), fast_tanh)
+    first: dict[Node, Node] = {Q: Q0, K: K0}
+    corner = {s.node: substitute(s.node, first) for s in saturations}
+    moved = {
+        substitute(node, values): span
+        for values in (first, corner) if corner
+        for node, span in variant.locations.items()
+    }  # fmt: skip
+    module = _Module(
+        variant, Signature((*plain.scalars, SCALE), plain.tensors), fast_tanh, {**moved, **variant.locations}
+    )
     gather, derivatives = Gatherer(), gradient(variant.score)
     terms = separate(variant.score)
     row = terms.dropped(Q)
     slope = terms_slope(terms)
-    logit = gather.scaled(dataclasses.replace(terms, affine=()).loop(Q), LOG2E)
+    residue = dataclasses.replace(terms, affine=()).loop(Q)
+    logit = gather.scaled(residue, LOG2E)
     front = _uniform_multiple(logit)
     if front is not None:
         module.add("factor", ("b", "h", "scalars", "tensors"), front, tiles=False)
     else:
-        _add_score(module, logit)
+        _add_score(module, "score", logit)
+        if corner:
+            _add_score(module, "full_score", gather.scaled(substitute(residue, corner), LOG2E))
     if slope is not ZERO:
         module.add("slope", ("b", "h", "scalars", "tensors"), times(LOG2E, slope), tiles=False)
     if row is not ZERO:
@@ -137,8 +172,9 @@ def emit_module(
     if sink_targets:
         _add_sink_gradient(module, sink_targets, names)
     derivative = derivatives.d_score
-    key_totals = _add_gradients(module, "key", gather, derivative, [t for t in targets if t.axes == {"k"}], names)
-    query_totals = _add_gradients(module, "query", gather, derivative, [t for t in targets if t.axes != {"k"}], names)
+    of_keys, of_queries = ([t for t in targets if (t.axes == {"k"}) is by_key] for by_key in (True, False))
+    key_totals = _add_gradients(module, "key", gather, derivative, of_keys, names, corner)
+    query_totals = _add_gradients(module, "query", gather, derivative, of_queries, names, corner)
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
     return Emitted(source, frozenset(module.names), names, query_totals, key_totals)
 
@@ -158,16 +194,16 @@ def _uniform_multiple(logit: Node) -> Node | None:
             return None
 
 
-def _add_score(module: _Module, logit: Node) -> None:
-    """`score` gives a whole tile, whatever the logit depends on."""
+def _add_score(module: _Module, name: str, logit: Node) -> None:
+    """`score` or `full_score` gives a whole tile, whatever the logit depends on."""
     if "score" in logit.depends:
-        module.add("score", ("s", *PAIR), logit)
+        module.add(name, ("s", *TILE), logit)
         return
-    module.add("bias", PAIR, logit)
+    module.add(f"{name}_bias", TILE, logit)
     module.write(
-        "score",
-        "@triton.jit\ndef score(s, b, h, q, k, inside: tl.constexpr, scalars, tensors):\n"
-        "    return tl.zeros(s.shape, tl.float32) + bias(b, h, q, k, inside, scalars, tensors)\n",
+        name,
+        f"@triton.jit\ndef {name}(s, b, h, q, k, q0, k0, inside: tl.constexpr, scalars, tensors):\n"
+        f"    return tl.zeros(s.shape, tl.float32) + {name}_bias(b, h, q, k, q0, k0, inside, scalars, tensors)\n",
     )
 
 
@@ -212,23 +248,37 @@ def _targets(score: Gradient, wanted: frozenset[str]) -> list[Target]:
 
 
 def _add_gradients(
-    module: _Module, side: str, gather: Gatherer, derivative: Node, targets: Sequence[Target], names: Sequence[str]
+    module: _Module,
+    side: str,
+    gather: Gatherer,
+    derivative: Node,
+    targets: Sequence[Target],
+    names: Sequence[str],
+    corner: dict[Node, Node],
 ) -> int:
     """`<side>_grad`, from the gradient `g` of the logit to that of the incoming score and the shares of the targets.
 
     Targets that vary with at most one position come first: a program sums their shares and `add_<side>_sums` adds the
-    sums at its end; `add_pairs` adds the others tile by tile. Returns how many are summed.
+    sums at its end; `add_pairs` adds the others tile by tile. Where there is a `corner`, `full_<side>_grad` and
+    `add_full_pairs` are the same with what saturates as it is there. Returns how many are summed.
     """
     targets = sorted(targets, key=lambda target: len(target.axes))
+    count = sum(len(target.axes) < 2 for target in targets)
     if derivative is not ONE or targets:
-        shares = tuple(times(UPSTREAM, gather(target.share)) for target in targets)
-        module.add(f"{side}_grad", ("g", "s", *PAIR), (times(UPSTREAM, gather(derivative)), shares))
-    sums = [target for target in targets if len(target.axes) < 2]
-    if sums:
-        _add_scatter(module, f"{side}_sums", sums, names, first=0)
-    if len(sums) < len(targets):
-        _add_scatter(module, "pairs", targets[len(sums) :], names, first=len(sums))
-    return len(sums)
+        regions: list[tuple[str, dict[Node, Node]]] = [("", {}), ("full_", corner)]
+        for full, values in regions:
+            if not full or corner:
+                shares = tuple(times(UPSTREAM, gather(substitute(target.share, values))) for target in targets)
+                whole = times(UPSTREAM, gather(substitute(derivative, values)))
+                module.add(f"{full}{side}_grad", ("g", "s", *TILE), (whole, shares))
+    if count:
+        _add_scatter(module, f"{side}_sums", targets[:count], names, first=0)
+    if count < len(targets):
+        _add_scatter(module, "pairs", targets[count:], names, first=count)
+        if corner:
+            settled = [target.where(corner) for target in targets[count:]]
+            _add_scatter(module, "full_pairs", settled, names, first=count)
+    return count
 
 
 def _add_sink_gradient(module: _Module, targets: Sequence[Target], names: Sequence[str]) -> None:
@@ -241,12 +291,12 @@ def _add_sink_gradient(module: _Module, targets: Sequence[Target], names: Sequen
 def _add_scatter(module: _Module, what: str, targets: Sequence[Target], names: Sequence[str], first: int) -> None:
     """`add_<what>` adds amounts `first`, `first + 1`, ... to where the loads of the targets read."""
     places = tuple(() if target.load is None else tuple(target.load.indices) for target in targets)
-    module.add(f"{what}_places", PAIR, places)
+    module.add(f"{what}_places", TILE, places)
     lines = [
         "@triton.jit",
-        f"def add_{what}(amounts, b, h, q, k, keep, inside: tl.constexpr, scalars, tensors, grads, peaks, factors,",
-        f"    {' ' * len(what)}     MODE: tl.constexpr):  # fmt: skip",
-        f"    places = {what}_places(b, h, q, k, inside, scalars, tensors)",
+        f"def add_{what}(amounts, b, h, q, k, q0, k0, keep, inside: tl.constexpr, scalars, tensors, grads, peaks,",
+        f"    {' ' * len(what)}     factors, MODE: tl.constexpr):  # fmt: skip",
+        f"    places = {what}_places(b, h, q, k, q0, k0, inside, scalars, tensors)",
     ]
     for i, target in enumerate(targets):
         at = names.index(target.name)
@@ -255,6 +305,8 @@ def _add_scatter(module: _Module, what: str, targets: Sequence[Target], names: S
             bits = varying(target.load)
             checked = TritonDialect().checked(target.load, module.variant.tensor(target.name))
         amount = f"amounts[{first + i}]" if target.axes else f"tl.sum(amounts[{first + i}])"
+        if what == "full_pairs" and len(target.axes) == 1:
+            amount = f"tl.sum({amount}, {1 if target.axes == {'q'} else 0}, keep_dims=True)"
         keep = "keep" if target.axes else "None"
         lines.append(
             f"    scatter(grads[{at}], places[{i}], {amount}, {keep}, {bits}, {checked}, {_may_coincide(target)}, "

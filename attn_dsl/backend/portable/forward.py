@@ -51,7 +51,7 @@ def _visit(
     keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
     x = inner_products(query, keys, PRECISION)
     if SCORE is not None:
-        x = SCORE(x, b, h, q, k, not MASKED, scalars, tensors)
+        x = SCORE(x, b, h, q, k, q0.to(q.dtype), first.to(q.dtype), not MASKED, scalars, tensors)
     if MASKED:
         keep = loaded[None, :]
         if MASK is not None:
@@ -82,17 +82,17 @@ def _visit(
     "scale", "section"])  # fmt: skip
 def attention_forward(
         query, key, value, out, lse, shifted, q_offset, query_strides, key_strides, value_strides, out_strides,
-        parameters, sizes, tensors, scale, section, SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
-        MASK: tl.constexpr, KEY_MASK: tl.constexpr, ROW: tl.constexpr, SINK: tl.constexpr, KV_RANGES: tl.constexpr,
-        SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-        DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr,
-        CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+        parameters, sizes, tensors, scale, section, SCORE: tl.constexpr, FULL_SCORE: tl.constexpr,
+        FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ROW: tl.constexpr,
+        SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
+        D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """out [B, H, Q, DV], lse [B, H, Q] and, where ROW is given, `shifted` [B, H, Q]: lse without the row term.
 
     sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
-    SCORE maps products of query and key to base-2 logits without the row term; where it is None, the logit is FACTOR
-    times the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
+    SCORE maps products of query and key to base-2 logits without the row term, FULL_SCORE does so on full tiles; where
+    it is None, the logit is FACTOR times the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
     """
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, out_strides = strides_of(value_strides, UNIT), strides_of(out_strides, UNIT)
@@ -169,7 +169,7 @@ def attention_forward(
         for n in range(count(full)):
             state = _visit(
                 nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
-                q0, scalars, tensors, SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                q0, scalars, tensors, FULL_SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                 PRECISION
             )  # fmt: skip
 

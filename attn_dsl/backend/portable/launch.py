@@ -6,6 +6,7 @@ one dtype (float32, bfloat16, float16), any strides, 0 among them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -43,7 +44,8 @@ from attn_dsl.backend.portable.width import fits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
-from attn_dsl.passes.schedule import Schedule
+from attn_dsl.passes.schedule import Schedule, derive_schedule
+from attn_dsl.passes.specialize import Saturation, specialize
 
 __all__ = ["LAYOUTS", "Call", "Gradients", "Kernels", "Replay", "backward", "chunks", "forward", "interpreted", "tiles"]
 
@@ -66,10 +68,24 @@ class Kernels:
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
 
+    @functools.cached_property
+    def split(self) -> tuple[Schedule, tuple[Saturation, ...]]:
+        """The schedule whose full tiles see no look-up vary that saturates, and what saturates."""
+        uniform = specialize(self.variant.score)
+        if uniform is None:
+            return self.schedule, ()
+        found = uniform.saturations
+        return derive_schedule(self.variant, padded=True, saturations=found), found
+
+    def text(self, wanted: frozenset[str] = frozenset(), *, fast_tanh: bool = False) -> Emitted:
+        """The functions for gradients of the captured tensors and parameters that are `wanted`."""
+        schedule, saturations = self.split
+        return emit_module(self.variant, schedule, wanted, saturations=saturations, fast_tanh=fast_tanh)
+
     def emitted(self, wanted: frozenset[str], fast_tanh: bool) -> tuple[Emitted, ModuleType]:
         key = (wanted, fast_tanh)
         if key not in self._modules:
-            text = emit_module(self.variant, self.schedule, wanted, fast_tanh=fast_tanh)
+            text = self.text(wanted, fast_tanh=fast_tanh)
             self._modules[key] = text, load(text.source, self.variant.name)
         return self._modules[key]
 
@@ -146,9 +162,15 @@ class _Plan:
         return self.made[key]
 
     def named(self, **names: str) -> dict[str, Any]:
-        """Emitted functions by the name of the kernel's argument; None where the variant has none."""
-        have = self.emitted.functions
-        return {key: getattr(self.functions, name) if name in have else None for key, name in names.items()}
+        """Emitted functions by the name of the kernel's argument; None where the variant has none.
+
+        What is special for full tiles is called `full_...`; where there is no such function, the other will do.
+        """
+        found: dict[str, Any] = {}
+        for key, name in names.items():
+            name = name if name in self.emitted.functions else name.replace("full_", "")
+            found[key] = getattr(self.functions, name) if name in self.emitted.functions else None
+        return found
 
     @property
     def scalars(self) -> tuple[Any, ...]:
@@ -235,8 +257,8 @@ def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
 
     def options() -> dict[str, Any]:
         functions = plan.named(
-            SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask", ROW="row_term",
-            SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
+            SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
+            ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
         )  # fmt: skip
         return {**functions, **plan.common, **tile_options(tile)}
 
@@ -372,8 +394,8 @@ def _gradients(
     strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
     contiguous = dense_columns(query, key, value, grad_out)
     shared = {
-        **plan.named(SCORE="score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
-                     QUERY_MASK="query_mask"),
+        **plan.named(SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask",
+                     KEY_MASK="key_mask", QUERY_MASK="query_mask"),
         "MODE": mode, **plan.common,
     }  # fmt: skip
     inputs = (query, key, value, grad_out, lse, delta)
@@ -384,7 +406,8 @@ def _gradients(
         batch * kv_heads * triton.cdiv(kv_len, tile.keys),
         (*inputs, dk, dv, call.q_offset, *strides, in_units(dk, unit), in_units(dv, unit), *rest, plan.section(1)),
         plan.options(f"keys {mode}", unit, contiguous, lambda: {
-            **plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", SCATTER="add_key_sums"),
+            **plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", FULL_KEY_GRAD="full_key_grad",
+                         SCATTER="add_key_sums"),
             "TOTALS": plan.emitted.key_totals, **shared, **tile_options(plan.tiles.keys)}),
     )  # fmt: skip
     tile = plan.tiles.queries
@@ -393,8 +416,9 @@ def _gradients(
         batch * heads * triton.cdiv(q_len, tile.rows),
         (*inputs, dq, call.q_offset, *strides, in_units(dq, unit), *rest, plan.section(heads // kv_heads)),
         plan.options(f"queries {mode}", unit, contiguous, lambda: {
-            **plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad", SCATTER="add_query_sums",
-                         SCATTER_PAIRS="add_pairs"),
+            **plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad",
+                         FULL_QUERY_GRAD="full_query_grad", SCATTER="add_query_sums", SCATTER_PAIRS="add_pairs",
+                         SCATTER_FULL_PAIRS="add_full_pairs"),
             "TOTALS": plan.emitted.query_totals, **shared, **tile_options(plan.tiles.queries)}),
     )  # fmt: skip
     return dq, dk, dv

@@ -20,7 +20,7 @@ import torch
 import attn_dsl
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.portable import alone, backward, device, forward, host, tiles, width
-from attn_dsl.backend.portable.emit import Emitted, emit_module
+from attn_dsl.backend.portable.emit import Emitted
 from attn_dsl.backend.printer import PythonDialect, emit
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Size
@@ -28,18 +28,22 @@ from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
 
 FORWARD = {
-    "SCORE": "score", "FACTOR": "factor", "SLOPE": "slope", "MASK": "mask", "KEY_MASK": "key_mask", "ROW": "row_term",
-    "SINK": "sink", "KV_RANGES": "kv_ranges", "SKIP": "kv_skip",
+    "SCORE": "score", "FULL_SCORE": "full_score", "FACTOR": "factor", "SLOPE": "slope", "MASK": "mask",
+    "KEY_MASK": "key_mask", "ROW": "row_term", "SINK": "sink", "KV_RANGES": "kv_ranges", "SKIP": "kv_skip",
 }  # fmt: skip
 DELTA = {"SINK": "sink", "ROW": "row_term", "SINK_GRAD": "sink_grad", "SCATTER": "add_sink"}
 _BOTH = {
-    "SCORE": "score", "FACTOR": "factor", "SLOPE": "slope", "MASK": "mask", "KEY_MASK": "key_mask",
-    "QUERY_MASK": "query_mask",
+    "SCORE": "score", "FULL_SCORE": "full_score", "FACTOR": "factor", "SLOPE": "slope", "MASK": "mask",
+    "KEY_MASK": "key_mask", "QUERY_MASK": "query_mask",
 }  # fmt: skip
-KEYS = {**_BOTH, "Q_RANGES": "q_ranges", "SKIP": "q_skip", "KEY_GRAD": "key_grad", "SCATTER": "add_key_sums"}
+KEYS = {
+    **_BOTH, "Q_RANGES": "q_ranges", "SKIP": "q_skip", "KEY_GRAD": "key_grad", "FULL_KEY_GRAD": "full_key_grad",
+    "SCATTER": "add_key_sums",
+}  # fmt: skip
 QUERIES = {
-    **_BOTH, "KV_RANGES": "kv_ranges", "SKIP": "kv_skip", "QUERY_GRAD": "query_grad", "SCATTER": "add_query_sums",
-    "SCATTER_PAIRS": "add_pairs",
+    **_BOTH, "KV_RANGES": "kv_ranges", "SKIP": "kv_skip", "QUERY_GRAD": "query_grad",
+    "FULL_QUERY_GRAD": "full_query_grad", "SCATTER": "add_query_sums", "SCATTER_PAIRS": "add_pairs",
+    "SCATTER_FULL_PAIRS": "add_full_pairs",
 }  # fmt: skip
 """The emitted functions of each kernel, by the names of its arguments."""
 
@@ -67,7 +71,7 @@ def functions(
     kernels behind those, where the dtype has such and `capability` is theirs."""
     variant = program.variant
     wanted = [t.name for t in variant.tensors if t.dtype.type is Type.FLOAT] if which == "backward" else []
-    emitted = emit_module(variant, program.kernels.schedule, wanted, fast_tanh=dtype.itemsize == 2)
+    emitted = program.kernels.text(frozenset(wanted), fast_tanh=dtype.itemsize == 2)
     names = {*FORWARD.values()} if which == "forward" else {*DELTA.values(), *KEYS.values(), *QUERIES.values()}
     known = _definitions(emitted.source)
     needed = _needed([known], names)
@@ -95,7 +99,7 @@ def standalone(
     variant, both = program.variant, which == "backward"
     floats = [i for i, tensor in enumerate(variant.tensors) if tensor.dtype.type is Type.FLOAT] if both else []
     wanted = [variant.tensors[i].name for i in floats]
-    emitted = emit_module(variant, program.kernels.schedule, wanted, fast_tanh=dtype is not torch.float32)
+    emitted = program.kernels.text(frozenset(wanted), fast_tanh=dtype is not torch.float32)
     own = _own_functions(program, emitted, both, capability)
     parts = [
         ("Arithmetic, loads and ranges", _of_module(device)),
