@@ -156,13 +156,13 @@ def _polys(step: Constraint) -> Iterator[Poly]:
 
 
 def _is_leaf(node: Node, atoms: set[Node]) -> bool:
-    """What gets a value of its own: positions, sizes, parameters, tensor elements, and the truth of what clauses take
-    as it is (a comparison of floats, a bool element, a long reduction)."""
+    """What gets a value of its own: positions, sizes, parameters, tensor elements, `floor` of a float, and the truth of
+    what clauses take as it is (a comparison of floats, a bool element, a long reduction)."""
     if node.type is Type.FLOAT:
         return False
-    if node.type is Type.INT:
-        return isinstance(node, (Param, Size, Index, Var, Load))
     floats = any(child.type is Type.FLOAT for child in node.children)
+    if node.type is Type.INT:
+        return floats or isinstance(node, (Param, Size, Index, Var, Load))
     return isinstance(node, (Param, Load)) or (floats and not isinstance(node, Unary)) or _is_long(node, atoms)
 
 

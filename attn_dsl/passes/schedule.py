@@ -38,9 +38,10 @@ from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.derivation import Constraint, Projection
 from attn_dsl.passes.monotone import K1, Q1, Q_OFFSET
 from attn_dsl.passes.polynomial import Poly
+from attn_dsl.passes.project import FAR
 from attn_dsl.passes.prove import Proof, Side, conjunction, disjunction, prove
 from attn_dsl.passes.specialize import Saturation
-from attn_dsl.passes.symbolic import Space
+from attn_dsl.passes.symbolic import Form, Space
 
 MAX_MIDDLES = 2
 """More intervals than these are joined to one, and the tiles between them are told apart by `skip` and `full`."""
@@ -246,7 +247,10 @@ class Bound:
 
     @classmethod
     def of(cls, constraint: Constraint, space: Space) -> Bound:
-        """c*x + r >= 0: x >= ceil(-r / c) = -floor(r / c), or x <= floor(r / -c) for negative c."""
+        """c*x + r >= 0: x >= ceil(-r / c) = -floor(r / c), or x <= floor(r / -c) for negative c.
+
+        Where c may be zero, that case bounds nothing if r >= 0, and holds for no x otherwise.
+        """
         ((_, coefficient),) = constraint.form.terms.items()
         rest = constraint.form.const
         is_lower = bool(space.nonnegative(coefficient))
@@ -255,7 +259,14 @@ class Bound:
             poly = -rest if is_lower else rest
             return cls(space.node(poly), poly)
         quotient = Binary(BinaryOp.FLOORDIV, space.node(rest), space.node(divisor))
-        return cls(Unary(UnaryOp.NEG, quotient) if is_lower else quotient, None)
+        bound: Node = Unary(UnaryOp.NEG, quotient) if is_lower else quotient
+        if not space.nonnegative(divisor - 1):
+            everything, nothing = (Const(-FAR), Const(FAR)) if is_lower else (Const(FAR), Const(-FAR))
+            holds = space.nonnegative(rest)
+            either = Select(space.holds(Form({}, rest)), everything, nothing)
+            constant = either if holds is None else everything if holds else nothing
+            bound = Select(Compare(CompareOp.GE, space.node(divisor), ONE), bound, constant)
+        return cls(bound, None)
 
     def is_at_least(self, first: Node, space: Space) -> bool:
         return self.poly is not None and bool(space.nonnegative(self.poly - space.poly(first)))

@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from attn_dsl.frontend import load
 from attn_dsl.passes.prove import prove
 from attn_dsl.passes.schedule import derive_schedule
 from tests.passes.random_masks import RandomMask
@@ -38,26 +39,63 @@ def test_random_masks_are_classified_soundly(first: int) -> None:
 
 def check(seed: int) -> None:
     """Reproduce one failure with `python -c "from tests.passes.test_prove import check; check(SEED)"`."""
-    grid = draw(seed)
+    check_grid(draw(seed), f"seed {seed}", affine=seed % 4 == 0)
+
+
+def check_grid(grid: Grid, name: str, *, affine: bool = False) -> None:
     proof = prove(grid.variant)
     empty, full = grid.exhaustive()
     proved_empty, proved_full = grid.claimed(proof)
-    assert not (proved_empty & ~empty).any(), f"seed {seed}: a tile proved EMPTY is not"
-    assert not (proved_full & ~full).any(), f"seed {seed}: a tile proved FULL is not"
+    assert not (proved_empty & ~empty).any(), f"{name}: a tile proved EMPTY is not"
+    assert not (proved_full & ~full).any(), f"{name}: a tile proved FULL is not"
     if all(side.claim.exact for side in proof.visit):
-        assert (proved_empty == empty).all(), f"seed {seed}: EMPTY is called exact and is not"
+        assert (proved_empty == empty).all(), f"{name}: EMPTY is called exact and is not"
     if all(side.claim.exact for side in proof.masked):
-        assert (proved_full == full).all(), f"seed {seed}: FULL is called exact and is not"
-    if seed % 4 == 0:
-        assert proof.exact, f"seed {seed}: a conjunction of affine comparisons is not exact"
+        assert (proved_full == full).all(), f"{name}: FULL is called exact and is not"
+    if affine:
+        assert proof.exact, f"{name}: a conjunction of affine comparisons is not exact"
     for padded in (False, True):
         schedule = derive_schedule(grid.variant, proof, padded=padded)
         for axis in ("kv", "q"):
             visits, masked = grid.scheduled(schedule, axis, padded)
-            where = f"seed {seed}, {axis} ranges, padded={padded}"
+            where = f"{name}, {axis} ranges, padded={padded}"
             assert (visits <= 1).all(), f"{where}: a tile is visited twice"
             assert not ((visits == 0) & ~empty).any(), f"{where}: a tile with a kept pair is not visited"
             assert not ((visits == 1) & ~masked & ~full).any(), f"{where}: a tile without mask is not full"
             if proof.exact and not padded:
                 assert ((visits == 0) == empty).all(), f"{where}: an empty tile is visited"
                 assert (masked == ~(empty | full)).all(), f"{where}: a full tile is masked"
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "k * b < 5",
+        "k * b > 5",
+        "q * h + 3 >= k and k * b <= 4",
+        "k * (n // 4) <= 6 or q * b > n",
+        "q * b >= k * h - 2",
+        "k * b * 3 < q * h + n",
+    ],
+)
+@pytest.mark.parametrize("n", [0, 3, 9])
+def test_a_factor_of_a_position_may_be_zero(mask: str, n: int) -> None:
+    variant = load(f"attention zero(n: int)\nmask = {mask}\n")
+    check_grid(Grid(variant, 9, 13, 4, 2, parameters={"n": n}), mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "k != ceil(cap)",
+        "q - k <= floor(cap * 2.0) and q >= k",
+        "any(d in 0..3: k + d == floor(cap * d))",
+        "k // 2 <= floor(cap) + q",
+        "floor(cap * q) >= k",
+        "(k if cap > 1.0 else q) <= floor(cap)",
+    ],
+)
+def test_a_float_rounded_to_an_integer_is_a_number_like_others(mask: str) -> None:
+    variant = load(f"attention rounded(cap: float)\nmask = {mask}\n")
+    for cap in (-1.5, 0.0, 2.5):
+        check_grid(Grid(variant, 9, 13, 4, 2, parameters={"cap": cap}), mask)
