@@ -158,6 +158,34 @@ def test_a_factor_of_the_score_may_be_negative(cap: float) -> None:
     torch.testing.assert_close(out, dense(attn.variant, query, key, value, bindings={"cap": cap})[0])
 
 
+@pytest.mark.parametrize("score", ["0.5 * score", "score * gain", "score / gain", "-gain * score", "gain * KV"])
+def test_a_score_that_is_only_a_multiple_has_gradients(score: str) -> None:
+    query, key, value = inputs(1, 2, 90, 4)
+    gain = torch.tensor(1.25, dtype=torch.float64, requires_grad=True)
+    attn = attn_dsl.compile(f"attention f(gain: float)\nscore = {score}\nmask = q != k\n")
+    leaves = (query, key, value, gain)
+    out, expected = (
+        attn(query, key, value, gain=gain),
+        dense(attn.variant, query, key, value, bindings={"gain": gain})[0],
+    )
+    direction = torch.randn_like(out)
+    got, wanted = (torch.autograd.grad((x * direction).sum(), leaves, allow_unused=True) for x in (out, expected))
+    for mine, theirs, leaf in zip(got, wanted, leaves, strict=True):
+        torch.testing.assert_close(*(torch.zeros_like(leaf) if x is None else x for x in (mine, theirs)))
+
+
+@pytest.mark.parametrize("element", ["0, 0", "H // 100, 0", "h // 100, 0", "0, 1 if flag else 1"])
+def test_a_sink_read_at_one_place_by_all_heads_has_a_gradient(element: str) -> None:
+    query, key, value = inputs(2, 2, 20, 4)
+    table = torch.randn(1, 2, dtype=torch.float64, requires_grad=True)
+    text = f"attention s(flag: bool)\ntensor table: float64[1, 2]\nsink = table[{element}]\nmask = q >= k\n"
+    attn = attn_dsl.compile(text)
+    bindings = {"table": table, "flag": True}
+    out, expected = attn(query, key, value, **bindings), dense(attn.variant, query, key, value, bindings=bindings)[0]
+    (mine,), (theirs,) = (torch.autograd.grad(x.square().sum(), table) for x in (out, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("reach", [1e-6, 0.03, 0.1, 0.3, 0.5, 0.7, 2.0, 30.0])
 def test_tanh_is_right_to_a_few_units_in_the_last_place(reach: float) -> None:
     x = torch.linspace(-reach, reach, 20_001)

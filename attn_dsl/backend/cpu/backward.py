@@ -96,7 +96,7 @@ def _tile_backward(
     shift = tile.gather("lse", saved.lse.unsqueeze(-1))
     shift = shift.clamp_(min=LOWEST).mul_(-LOG2E)
     delta_rows = tile.gather("delta", delta.unsqueeze(-1))
-    d_query, scores = torch.zeros_like(rows), tile.problem.functions.score is not None
+    d_query, scores = torch.zeros_like(rows), tile.problem.functions.scored
     for visit in tile.visits():
         keys = slice(visit.begin, visit.end)
         k, v, q = saved.key[tile.kv, keys], saved.value[tile.kv, keys], rows
@@ -123,7 +123,7 @@ def _tile_backward(
 def _scored(tile: Tile, visit: Visit, s: Tensor) -> tuple[Tensor, Tensor | float | None, Sequence[Tensor | float]]:
     """The score, its derivative by the incoming logit (None where that is 1), and its other partials."""
     functions = tile.problem.functions
-    if functions.score is None:
+    if not functions.scored:
         return s, None, ()
     relative = tile.relative(functions.grad_relative, visit.begin, visit.end)
     arguments = tile.arguments(visit.begin, visit.end)
@@ -171,17 +171,15 @@ def _times(visit: Visit, ds: Tensor, partial: Tensor | float) -> Tensor:
 
 def _add_at(into: Tensor, target: Target, index: Sequence[Tensor | int], grad: Tensor) -> None:
     """`into[index] += grad [batches, heads, rows, keys]`, summed first over what the index does not depend on."""
-    names = "bhqk"
     if target.relative:
-        grad, names = sum_antidiagonals(grad), "bhx"
-    axes = [axis for axis, name in enumerate(names) if name not in target.axes and name != "x"]
-    if axes:
-        grad = grad.sum(axes, keepdim=True)
+        grad = sum_antidiagonals(grad)
     places = tuple(torch.as_tensor(clip(i, extent)) for i, extent in zip(index, into.shape, strict=True))
-    if not places:
-        into += grad.sum()
-    else:
+    shape = torch.broadcast_shapes(*(place.shape for place in places))  # type: ignore[no-untyped-call]
+    grad = grad.sum_to_size(shape)
+    if shape:
         into.index_put_(places, grad, accumulate=True)
+    else:
+        into[places] += grad
 
 
 def _sink_backward(problem: Problem, derivative: Derivative, d_sink: Tensor, gradients: Gradients) -> None:

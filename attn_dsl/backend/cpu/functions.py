@@ -44,7 +44,6 @@ class Target:
     """Where a gradient goes: the elements of a captured tensor that one look-up reads."""
 
     tensor: str
-    axes: frozenset[str]
     relative: bool
     """The indices see the positions as `q - k` only."""
 
@@ -68,8 +67,9 @@ class Derivative:
 class TileFunctions:
     """The torch functions of a variant for one dtype of the arithmetic.
 
-    `score` is None where it leaves the logit alone, `mask` where it keeps everything. The logit that `score` gets
-    is to be multiplied by `before(scalars)`, what it returns by `after(scalars)`.
+    `score` is None where nothing is left of it beside its factors, `mask` where it keeps everything. The logit that
+    `score` gets is to be multiplied by `before(scalars)`, what it returns by `after(scalars)`; `score_grad` gets the
+    logit itself.
     """
 
     source: str
@@ -90,6 +90,8 @@ class TileFunctions:
     mask_reads_positions: bool
     """The mask reads tensors at positions: what the schedule cannot know."""
     score_grad: Derivative
+    scored: bool
+    """The score is more than the logit alone."""
     grad_relative: Emitted
     sink_grad: Derivative | None
 
@@ -158,6 +160,7 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
         mask_by_distance=mask in mask_parts,
         mask_reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
         score_grad=derivative("score_grad", slope, score_loads),
+        scored=score is not SCORE,
         grad_relative=names["grad_relative"],
         sink_grad=None if sink_slope is None else derivative("sink_grad", sink_slope, sink_loads),
     )
@@ -282,10 +285,7 @@ class _Module:
         self.add(name, arguments, (value, *slope.roots), bindings)
         self.add(f"{name}_indices", ("b", "h", "q", "k", "scalars", "tensors"), here)
         self.add(f"{name}_relative_indices", ("b", "h", "rel", "scalars", "tensors"), there, {RELATIVE: "rel"})
-        return tuple(
-            Target(load.tensor, frozenset().union(*(index.depends for index in load.indices)), distance)
-            for load, distance in zip(loads, relative, strict=True)
-        )
+        return tuple(Target(load.tensor, distance) for load, distance in zip(loads, relative, strict=True))
 
     def load(self, name: str, header: str) -> tuple[str, dict[str, Any]]:
         """Compile the text under a name that tracebacks and debuggers can show; returns it and its functions."""
