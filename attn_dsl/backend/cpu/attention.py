@@ -10,7 +10,7 @@ from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.backward import Gradients, Saved, differentiate
 from attn_dsl.backend.cpu.forward import attend
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, ROWS, Problem, TileShape
+from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, Problem, TileShape
 from attn_dsl.backend.cpu.workers import operations_on
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
@@ -26,7 +26,7 @@ def problem_of(variant: Variant, schedule: Schedule, call: Call) -> Problem:
     problem = Problem(
         functions=functions,
         schedule=schedule_functions(variant, schedule),
-        shape=TileShape(ROWS, ROWS, 1),
+        shape=TileShape(q_len, kv_len, 1),
         threads=threads,
         dtype=dtype,
         batch=batch,

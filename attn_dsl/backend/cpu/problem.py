@@ -21,12 +21,16 @@ T = TypeVar("T")
 
 BLOCK = 64
 """Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
+MANY_KEYS = 512
+"""Keys of a tile of the most rows; it has more where it has fewer rows."""
 CACHE = 5 << 19
 """Bytes of logits in a tile: more leave the cache between operations, fewer pay for more operations."""
-ROWS = 512
-"""Query rows of a tile where rows see many keys."""
+ROWS = (512, 256, 128, 64)
+"""Query rows of a tile, of all heads that share its keys."""
+HALVING = 1.08
+"""What half as many rows cost for each pair. Measured on two Zen cores."""
 TALL = (2048, 1024)
-"""Query rows of a tile, of all heads that share its keys, where all rows see the same keys."""
+"""The same, where all rows see the same keys."""
 CELLS = 3 << 17
 """Logits in such a tile."""
 FEW_OPERATIONS = 50_000_000
@@ -50,7 +54,7 @@ class TileShape:
         Fewer rows go with longer runs of keys, and with several heads, so long as every thread gets some tiles.
         """
         group, threads = problem.group, problem.threads
-        keys = min(max(ROWS * ROWS // (rows * group), ROWS), 4096, math.ceil(visited / BLOCK) * BLOCK)
+        keys = min(max(MANY_KEYS * ROWS[0] // (rows * group), MANY_KEYS), 4096, math.ceil(visited / BLOCK) * BLOCK)
         heads = CACHE // (rows * group * keys * problem.dtype.itemsize)
         tiles = problem.batch * problem.kv_heads * math.ceil(problem.q_len / rows)
         return TileShape(rows, keys, max(min(heads, tiles // (4 * threads)), 1))
@@ -120,21 +124,26 @@ class Problem:
     def shaped(self) -> Problem:
         """The problem with the tile shape that fits its schedule.
 
-        A row of tiles computes the whole runs that its rows see: with few keys, as in a window, fewer rows waste less.
-        Measured on two Zen cores: smaller tiles lose to the cost of a call, larger ones to the cache.
+        A row of tiles computes the whole runs that its rows see: fewer rows waste less, and make more tiles of it.
         """
         if not any(run.masked for run in self.runs(0, 0, 0, self.q_len)):
             tall = TileShape.tall(self)
             if tall is not None:
                 return replace(self, shape=tall)
-        rows = min(self.q_len, max(ROWS // self.group, 32))
-        while True:
-            start = (self.q_len - rows) // 2
-            visited = sum(run.end - run.begin for run in self.runs(0, 0, start, start + rows))
-            if rows <= 128 or visited >= 4 * rows or self.functions.mask_reads_positions:
-                break
-            rows //= 2
-        return replace(self, shape=TileShape.of(self, rows, max(visited, BLOCK)))
+        search = self.threads > 1 and not self.functions.mask_reads_positions
+        costs: dict[int, float] = {}
+        for halvings, height in enumerate(ROWS if search else ROWS[:1]):
+            rows = min(max(height // self.group, 1), self.q_len)
+            costs.setdefault(rows, self._visited(rows) * HALVING**halvings)
+        rows = min(costs, key=lambda rows: costs[rows])
+        return replace(self, shape=TileShape.of(self, rows, max(self._visited(rows), BLOCK)))
+
+    def _visited(self, rows: int) -> int:
+        """How many keys a tile of so many rows sees, on average over four places."""
+        last = (self.q_len - rows) // BLOCK
+        starts = {last * eighths // 8 * BLOCK for eighths in (1, 3, 5, 7)}
+        runs = [run for start in starts for run in self.runs(0, 0, start, start + rows)]
+        return sum(run.end - run.begin for run in runs) // len(starts)
 
     def spread(self, work: Callable[[Iterator[T]], None], items: Iterator[T], pieces: int) -> None:
         """Run `work` over so many independent items: on all threads or, where the items are too few, with torch's."""
