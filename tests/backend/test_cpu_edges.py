@@ -174,6 +174,31 @@ def test_a_score_that_is_only_a_multiple_has_gradients(score: str) -> None:
         torch.testing.assert_close(*(torch.zeros_like(leaf) if x is None else x for x in (mine, theirs)))
 
 
+@pytest.mark.parametrize("score", ["exp(score)", "gain * exp(score)", "sigmoid(score)", "exp2(score) * exp(score)"])
+def test_a_score_that_is_its_own_derivative(score: str) -> None:
+    query, key, value = inputs(1, 2, 9, 4)
+    gain = torch.tensor(1.25, dtype=torch.float64, requires_grad=True)
+    attn = attn_dsl.compile(f"attention f(gain: float)\nscore = {score}\n")
+    out, expected = (
+        attn(query, key, value, gain=gain),
+        dense(attn.variant, query, key, value, bindings={"gain": gain})[0],
+    )
+    leaves = (query, key, value, gain) if "gain" in score else (query, key, value)
+    got, wanted = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_captured_tensors_are_only_read() -> None:
+    query, key, value = inputs(1, 1, 1, 4)
+    bias = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
+    attn = attn_dsl.compile("attention f\ntensor bias: float64[1]\nscore = bias[0]\n")
+    out, lse = attn(query, key, value, bias=bias, return_lse=True)
+    (lse + out.sum(-1)).sum().backward()
+    assert bias.item() == 1.5 and lse.item() == pytest.approx(1.5)
+    assert bias.grad is not None and bias.grad.item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("element", ["0, 0", "H // 100, 0", "h // 100, 0", "0, 1 if flag else 1"])
 def test_a_sink_read_at_one_place_by_all_heads_has_a_gradient(element: str) -> None:
     query, key, value = inputs(2, 2, 20, 4)

@@ -128,8 +128,10 @@ def _scored(tile: Tile, visit: Visit, s: Tensor) -> tuple[Tensor, Tensor | float
     relative = tile.relative(functions.grad_relative, visit.begin, visit.end)
     arguments = tile.arguments(visit.begin, visit.end)
     score, slope, *partials = functions.score_grad.function(tile.places(s), *arguments, relative)
-    score = filled(score, tile.places(s)).reshape(s.shape)
-    return score, None if functions.score_grad.linear else slope, partials
+    logits = filled(score, tile.places(s))
+    if any(logits is x for x in (slope, *partials)):
+        logits = logits.clone()  # exp is its own derivative, and logits are overwritten
+    return logits.reshape(s.shape), None if functions.score_grad.linear else slope, partials
 
 
 def unmasked(visit: Visit, x: Tensor) -> Tensor:

@@ -114,10 +114,12 @@ def _scored(tile: Tile, visit: Visit, s: Tensor, after: float) -> Tensor:
 
 
 def filled(value: Tensor | float, like: Tensor) -> Tensor:
-    """A value that may lack axes, or be a number, in the shape of `like`."""
+    """A value that may lack axes, or be a number, in the shape of `like`; it never is part of a captured tensor."""
     if not isinstance(value, Tensor):
         return torch.full_like(like, value)
-    return value if value.shape == like.shape and value.is_contiguous() else value.expand(like.shape).contiguous()
+    if value.shape == like.shape and value.is_contiguous():
+        return value
+    return torch.empty_like(like, memory_format=torch.contiguous_format).copy_(value)
 
 
 def masked(tile: Tile, visit: Visit, s: Tensor, *, careful: bool) -> Tensor:
