@@ -19,6 +19,11 @@ from attn_dsl.backend import cache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+"""Whether times of the host mean anything: not where other workers use its cores."""
+SLACK = float(os.environ.get("ATTN_DSL_HOST_SLACK", 2))
+"""By how much a busy host may be slower than the bounds, which are those of an idle one."""
+
 BIAS = """attention bias(reach: int = 30, cap: float = 5.0)
 tensor table: float32[H, 2 * reach + 1]
 tensor sinks: float32[H]
@@ -243,14 +248,15 @@ def test_what_was_built_ahead_is_loaded_and_nothing_is_compiled(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     major, minor = torch.cuda.get_device_capability()
     attn_dsl.compile("sliding_window").build(f"sm_{major}{minor}")
-    entries = {entry.path.name for entry in cache.entries() if entry.kind != "sources"}
-    answer = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=200)
-    assert answer.returncode == 0, answer.stderr
-    first, asked, hits = map(float, answer.stdout.split())
-    print(f"first call {first:.3f} s")
-    assert asked == hits == 4
-    assert {entry.path.name for entry in cache.entries() if entry.kind != "sources"} == entries
-    assert first < 1.5
+    entries = {entry.path.name for entry in cache.entries() if entry.kind == cache.KERNELS}
+    for _ in range(2):  # the first process compiles what Triton itself has in C
+        answer = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=200)
+        assert answer.returncode == 0, answer.stderr
+        first, asked, hits = map(float, answer.stdout.split())
+        print(f"first call {first:.3f} s")
+        assert asked == hits == 4
+    assert {entry.path.name for entry in cache.entries() if entry.kind == cache.KERNELS} == entries
+    assert first < 0.3 or not ALONE
 
 
 def test_a_call_of_a_kind_that_was_seen_is_the_same_call(bias: attn_dsl.Attention) -> None:
@@ -280,4 +286,27 @@ def test_the_host_is_quick() -> None:
             attention(query, key, value)
         times.append((time.perf_counter() - start) / 50)
     print(f"{min(times) * 1e6:.1f} us")
-    assert min(times) < float(os.environ.get("ATTN_DSL_HOST_MICROSECONDS", 100)) * 1e-6
+    assert min(times) < 40e-6 * SLACK or not ALONE
+
+
+def test_the_host_is_quick_with_gradients() -> None:
+    """Host time of a forward call that keeps what its gradient needs, and of the gradient."""
+    attention = attn_dsl.compile("causal")
+    query, key, value, *_ = inputs(16)
+    upstream = torch.randn_like(query)
+    torch.autograd.grad(attention(query, key, value), (query, key, value), upstream)
+    forward, both = [], []
+    for _ in range(20):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            out = attention(query, key, value)
+        forward.append((time.perf_counter() - start) / 20)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            torch.autograd.grad(attention(query, key, value), (query, key, value), upstream)
+        both.append((time.perf_counter() - start) / 20)
+        assert out.requires_grad
+    print(f"forward {min(forward) * 1e6:.1f} us, both {min(both) * 1e6:.1f} us")
+    assert (min(forward) < 100e-6 * SLACK and min(both) < 500e-6 * SLACK) or not ALONE
