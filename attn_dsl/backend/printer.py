@@ -465,7 +465,10 @@ FUNCTIONS = {
 
 
 class PythonDialect(Dialect):
-    """Python numbers: the schedule's integer functions. Captured tensors come as nested lists; needs `import math`."""
+    """Python numbers. Captured tensors come as nested lists; needs `import math`."""
+
+    library = "math"
+    """The module of the functions."""
 
     def unary(self, node: Unary, x: Operand) -> Text:
         match node.op:
@@ -479,9 +482,11 @@ class PythonDialect(Dialect):
                 operand = x.at(Level.BIT_OR)
                 return Text(f"({operand} > 0) * 1 - ({operand} < 0) * 1", Level.SUM)  # a bool or a bool tensor
             case UnaryOp.FLOOR | UnaryOp.CEIL:
-                return call(f"math.{node.op.value}", x)
+                return call(f"{self.library}.{node.op.value}", x)
             case UnaryOp.RSQRT:
                 return Text(f"1.0 / math.sqrt({x.at()})", Level.PRODUCT)
+            case UnaryOp.EXP2:
+                return Text(f"{self.library}.pow(2.0, {x.at()})")
             case UnaryOp.SIGMOID:
                 return Text(f"0.5 + 0.5 * math.tanh(0.5 * {x.at(Level.SIGN)})", Level.SUM)
             case UnaryOp.SILU:
@@ -492,7 +497,7 @@ class PythonDialect(Dialect):
                 erf = f"math.erf({x.at(Level.SIGN)} * {math.sqrt(0.5)!r})"
                 return Text(f"0.5 * {x.at(Level.SIGN)} * (1.0 + {erf})", Level.PRODUCT)
             case _:
-                return call(f"math.{FUNCTIONS[node.op]}", x)
+                return call(f"{self.library}.{FUNCTIONS[node.op]}", x)
 
     def binary(self, node: Binary, x: Operand, y: Operand) -> Text:
         if _may_vanish(node):  # in a branch that is not taken, say, which straight-line code computes all the same
@@ -514,6 +519,37 @@ class PythonDialect(Dialect):
 
     def load(self, node: Load, tensor: str, declared: Tensor, indices: Sequence[Operand]) -> Text:
         return Text(tensor + "".join(f"[{index.at()}]" for index in indices))
+
+
+class TotalDialect(PythonDialect):
+    """Python numbers for functions that must not fail, whatever their arguments are: the schedule's.
+
+    Needs `from attn_dsl.backend.cpu import total` besides `import math`.
+    """
+
+    library = "total"
+
+    def unary(self, node: Unary, x: Operand) -> Text:
+        if node.op is UnaryOp.RSQRT:
+            return Text(f"total.divide(1.0, total.sqrt({x.at()}))")
+        return super().unary(node, x)
+
+    def binary(self, node: Binary, x: Operand, y: Operand) -> Text:
+        function = TOTAL.get(node.op) if node.type is Type.FLOAT else None
+        return super().binary(node, x, y) if function is None else call(f"total.{function}", x, y)
+
+    def load(self, node: Load, tensor: str, declared: Tensor, indices: Sequence[Operand]) -> Text:
+        if all(_within(index.node, extent) for index, extent in zip(indices, declared.extents, strict=True)):
+            return super().load(node, tensor, declared, indices)
+        return Text(f"total.element({', '.join([tensor, *(index.at() for index in indices)])})")
+
+
+TOTAL = {
+    BinaryOp.DIV: "divide",
+    BinaryOp.FLOORDIV: "divide_down",
+    BinaryOp.MOD: "remainder",
+    BinaryOp.POW: "pow",
+}
 
 
 class TorchDialect(Dialect):

@@ -199,6 +199,32 @@ def test_captured_tensors_are_only_read() -> None:
     assert bias.grad is not None and bias.grad.item() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "rsqrt(cap) <= 0.5",
+        "log(cap) < k",
+        "1.0 / (cap - cap) > 3.0",
+        "exp(cap * -1000.0) > 0.0 and q >= k",
+        "cap ** 0.5 < 2.0 or q >= k",
+        "cap // (cap - cap) < 1.0 and q >= k",
+        "cap % (cap - cap) < 1.0 or q >= k",
+        "exp2(cap * 1000.0) < 1.0 and q >= k + floor(log2(cap * -2.0))",
+    ],
+)
+def test_the_schedule_has_an_answer_where_python_raises(mask: str) -> None:
+    query, key, value = inputs(1, 2, 70, 4)
+    attn = attn_dsl.compile(f"attention a(cap: float)\nmask = {mask}\n")
+    expected = dense(attn.variant, query, key, value, bindings={"cap": -1.5})[0]
+    torch.testing.assert_close(attn(query, key, value, cap=-1.5), expected)
+
+
+def test_a_schedule_may_look_up_out_of_range_where_the_mask_is_false() -> None:
+    query, key, value = inputs(1, 2, 70, 4)
+    attn = attn_dsl.compile("attention a(n: int)\ntensor count: int32[5]\nmask = n < 5 and k < count[n]\n")
+    assert (attn(query, key, value, n=11, count=torch.full((5,), 20, dtype=torch.int32)) == 0).all()
+
+
 @pytest.mark.parametrize("element", ["0, 0", "H // 100, 0", "h // 100, 0", "0, 1 if flag else 1"])
 def test_a_sink_read_at_one_place_by_all_heads_has_a_gradient(element: str) -> None:
     query, key, value = inputs(2, 2, 20, 4)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from attn_dsl.backend.cpu.relative import PAIR, RELATIVE, ByDistance, parts
-from attn_dsl.backend.printer import Dialect, PythonDialect, Results, Signature, TorchDialect, emit
+from attn_dsl.backend.printer import Dialect, Results, Signature, TorchDialect, TotalDialect, emit
 from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import (
     FALSE,
@@ -170,7 +170,7 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
 def schedule_functions(variant: Variant, schedule: Schedule) -> ScheduleFunctions:
     """Emit and load the integer functions of a schedule."""
     ranges = schedule.kv
-    module = _Module(Signature.of(variant), PythonDialect(), variant.locations)
+    module = _Module(Signature.of(variant), TotalDialect(), variant.locations)
     segments = tuple((segment.begin, segment.end, Const(segment.masked)) for segment in ranges.segments)
     roots = [node for begin, end, _ in segments for node in (begin, end)] + [ranges.skip, ranges.full]
     tile = ("b", "h", "q0", "q1", "q_offset", "block", "scalars", "tensors")
@@ -178,7 +178,7 @@ def schedule_functions(variant: Variant, schedule: Schedule) -> ScheduleFunction
     pair = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "scalars", "tensors")
     module.add("kv_skip", pair, ranges.skip, TILE)
     module.add("kv_full", pair, ranges.full, TILE)
-    source, names = module.load(f"{variant.name}_schedule", "import math\n")
+    source, names = module.load(f"{variant.name}_schedule", _SCHEDULE_HEADER)
     loaded = {node.tensor for node in post_order(*roots) if isinstance(node, Load)}
     depends = frozenset[str]().union(*(root.depends for root in roots))
     return ScheduleFunctions(
@@ -235,6 +235,12 @@ def _uniform(node: Node) -> bool:
 def _bound(relative: Sequence[Node]) -> Mapping[Node, str]:
     return {node: f"relative[{i}]" for i, node in enumerate(relative)}
 
+
+_SCHEDULE_HEADER = """\
+import math
+
+from attn_dsl.backend.cpu import total
+"""
 
 _TORCH_HEADER = """\
 import torch
