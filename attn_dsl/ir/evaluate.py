@@ -240,7 +240,10 @@ class _Evaluation:
             case ir.Const(value):
                 return torch.tensor(value, dtype=self._dtype(node.type), device=env.device)
             case ir.Param(name, kind):
-                return torch.as_tensor(env.parameters[name], device=env.device).to(self._dtype(kind))
+                given = env.parameters[name]
+                if not isinstance(given, Tensor):  # a Python float has more digits than torch's default dtype
+                    return torch.tensor(given, dtype=self._dtype(kind), device=env.device)
+                return given.to(env.device, self._dtype(kind))
             case ir.Index(name):
                 return env.indices[name]
             case ir.Size(name):

@@ -247,7 +247,8 @@ class _Elimination:
         mine = [c for c in self.constraints if term in c.form.terms]
         self.constraints = [c for c in self.constraints if term not in c.form.terms]
         for constraint in mine:
-            if len(constraint.form.terms) > 1 or not isinstance(term, Binary):
+            unit = constraint.form.terms[term] in (ONE, MINUS_ONE)
+            if not unit or len(constraint.form.terms) > 1 or not isinstance(term, Binary):
                 self.result.exact = False
                 continue
             rising = constraint.rising[term]

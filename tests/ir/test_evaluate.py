@@ -228,3 +228,8 @@ def test_no_random_variant_gives_nan_forward_or_backward(random, seed):
     leaves = [q, k, v, *(t for t in bound.values() if isinstance(t, torch.Tensor) and t.requires_grad)]
     assert all(leaf.grad is None or leaf.grad.isfinite().all() for leaf in leaves)
     assert (out[~seen] == 0).all()
+
+
+def test_a_float_parameter_keeps_all_its_digits():
+    found = evaluate(ir.Param("cap", Type.FLOAT), Environment(parameters={"cap": 0.7}))
+    assert found.dtype is torch.float64 and found.item() == 0.7

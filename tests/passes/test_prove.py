@@ -76,6 +76,9 @@ def check_grid(grid: Grid, name: str, *, affine: bool = False) -> None:
         "k * (n // 4) <= 6 or q * b > n",
         "q * b >= k * h - 2",
         "k * b * 3 < q * h + n",
+        "clamp(q, Q, k) == D * k",
+        "(D - 1) * max(q, n) >= k",
+        "max(k, n) * h <= q",
     ],
 )
 @pytest.mark.parametrize("n", [0, 3, 9])
