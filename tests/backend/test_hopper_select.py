@@ -81,7 +81,7 @@ def test_calls_that_fit_run_on_hopper_kernels(says: Callable[..., None]) -> None
     says(GOOD)
     found = route(fresh("causal"), PLAIN)
     assert found.backend == "hopper" and found.choice is not None and not found.choice.rejected
-    assert found.choice.config == candidates(128, 128, uneven=True)[0]
+    assert found.choice.config == candidates(128, 128)[0]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0), None])
@@ -121,7 +121,7 @@ def test_what_fits_all_the_same() -> None:
 
 
 def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., None]) -> None:
-    first, second = candidates(128, 128, uneven=True)[:2]
+    first, second = candidates(128, 128)[:2]
     says(check.Build(5000, (), ()), check.Build(8, (), ()))
     of = fresh("causal")
     found = route(of, PLAIN)
@@ -186,12 +186,11 @@ def test_insisting_on_hopper_kernels_where_they_cannot_run_is_an_error() -> None
 def test_every_configuration_fits_the_shared_memory_and_the_registers() -> None:
     for dim in (64, 128, 256):
         for value_dim in (64, 128, 256):
-            for uneven in (False, True):
-                found = candidates(dim, value_dim, uneven=uneven)
-                assert found
-                for config in found:
-                    assert config.own_output or dim == value_dim
-                    assert 128 * (config.groups * config.registers + 24) <= 65536
+            found = candidates(dim, value_dim)
+            assert found
+            for config in found:
+                assert config.own_output or dim == value_dim
+                assert 128 * (config.groups * config.registers + 24) <= 65536
 
 
 def test_the_device_decides_the_backend() -> None:

@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 class Config:
     """The shape of a forward kernel.
 
-    groups      consumer warpgroups, of 64 query rows each
-    keys        keys of a tile, a power of two
-    stages      tiles in the ring of keys, and in that of values
-    registers   of a consumer's thread; a producer's has what is left, at least 24
-    pin         keep the wait for the second product below the exponentials (ptxas moves it above otherwise)
-    carry_wide  probabilities cross the loop's back edge in float32: fewer instructions, more registers
-    ping_pong   order the warpgroups, so that the softmax of one runs under the products of another
-    own_output  stage the output in a buffer of its own, so that the next query tile can be loaded meanwhile
-    persistent  one program a multiprocessor, which takes tile after tile
-    section     heads that run side by side; 0: all of them where tiles are uneven, else those that share keys
+    groups        consumer warpgroups, of 64 query rows each
+    keys          keys of a tile, a power of two
+    stages        tiles in the ring of keys, and in that of values
+    registers     of a consumer's thread; a producer's has what is left, at least 24
+    pin           keep the wait for the second product below the exponentials (ptxas moves it above otherwise)
+    carry_wide    probabilities cross the loop's back edge in float32: fewer instructions, more registers
+    ping_pong     order the warpgroups, so that the softmax of one runs under the products of another
+    own_output    stage the output in a buffer of its own, so that the next query tile can be loaded meanwhile
+    rescale_late  rescale the output under the product of the next logits instead of before it
     """
 
     groups: int
@@ -33,8 +32,7 @@ class Config:
     carry_wide: bool = True
     ping_pong: bool = False
     own_output: bool = True
-    persistent: bool = True
-    section: int = 0
+    rescale_late: bool = False
 
     @property
     def rows(self) -> int:
@@ -47,36 +45,27 @@ class Config:
         return itemsize * (self.rows * dim + output + self.stages * self.keys * (dim + value_dim))
 
     def __str__(self) -> str:
-        ways = [name for name in ("pin", "carry_wide", "ping_pong", "own_output", "persistent") if getattr(self, name)]
-        section = [f"sections of {self.section} heads"] if self.section else []
         shape = f"{self.rows} rows x {self.keys} keys, {self.groups} warpgroups, rings of {self.stages}"
-        return ", ".join([shape, *(way.replace("_", "-") for way in ways), *section])
+        return ", ".join([shape, *(way.replace("_", "-") for way in WAYS if getattr(self, way))])
 
 
+WAYS = ("pin", "carry_wide", "ping_pong", "own_output", "rescale_late")
+"""The fields that are on or off."""
 SHARED_LIMIT = 227 * 1024 - 2048
-_D64 = Config(groups=3, keys=128, registers=160, pin=False, carry_wide=False)
+_D64 = Config(groups=3, keys=128, registers=160, pin=False, carry_wide=False, ping_pong=True)
 _D128 = Config(groups=2, keys=128)
-_D256 = Config(groups=2, keys=64, own_output=False)
-EVEN: dict[int, tuple[Config, ...]] = {
-    64: (replace(_D64, own_output=False), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
+_D256 = Config(groups=2, keys=64, pin=False, own_output=False, rescale_late=True)
+TABLE: dict[int, tuple[Config, ...]] = {
+    64: (_D64, replace(_D64, keys=64), replace(_D128, pin=False), replace(_D128, keys=64)),
     128: (_D128, replace(_D128, keys=64), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
-    256: (replace(_D256, pin=False), _D256, replace(_D256, carry_wide=False)),
+    256: (_D256, replace(_D256, rescale_late=False, carry_wide=False), replace(_D256, keys=32)),
 }
-"""By head dimension, where every query tile visits as many key tiles."""
-UNEVEN: dict[int, tuple[Config, ...]] = {
-    64: (_D64, replace(_D128, pin=False), replace(_D128, carry_wide=False)),
-    128: EVEN[128],
-    256: tuple(
-        replace(config, persistent=False, section=8)
-        for config in (_D256, replace(_D256, pin=False), replace(_D256, carry_wide=False))
-    ),
-}
-"""Where the rows of a query tile decide how many it visits."""
+"""By head dimension. Where registers spill, which a look-up for each pair can bring about, smaller tiles do better."""
 
 
-def candidates(dim: int, value_dim: int, *, uneven: bool = False) -> tuple[Config, ...]:
+def candidates(dim: int, value_dim: int) -> tuple[Config, ...]:
     """Configurations for padded head dimensions (powers of two from 64 to 256), the preferred one first."""
-    table = (UNEVEN if uneven else EVEN)[max(dim, value_dim)]
+    table = TABLE[max(dim, value_dim)]
     if dim != value_dim:  # the output has not the shape of the queries, in whose place it would be staged
         table = tuple(replace(config, own_output=True) for config in table)
     return tuple(config for config in table if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT)

@@ -63,6 +63,13 @@ def row_sums(x, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def row_max(x, LAYOUT: gl.constexpr):
+    """[M, N] to [M], in the layout of rows of a tile; four chains a thread and row rather than one."""
+    parts = gl.max(gl.reshape(x, [x.shape[0], x.shape[1] // 16, 2, 4, 2]), 1)
+    return gl.convert_layout(gl.max(gl.max(gl.max(parts, 3), 1), 1), gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
 def per_row(x, LAYOUT: gl.constexpr):
     """[M] of any row layout as the column [M, 1] of a tile of LAYOUT; each thread keeps what it has."""
     return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True), 1)
@@ -100,6 +107,38 @@ def columns(first, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _own_and_literal(first, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """`columns` as two summands, [1, KEYS] each: the first is one register, the second are literals."""
+    own, literal = _column_parts(KEYS)
+    own, literal = gl.broadcast(first + own, literal)
+    return (
+        gl.expand_dims(_row_of_tile(own, KEYS, LAYOUT), 0),
+        gl.expand_dims(_row_of_tile(literal, KEYS, LAYOUT), 0),
+    )
+
+
+@gluon.jit
+def up_to(x, high, first, LAYOUT: gl.constexpr):
+    """x [M, KEYS] where first + column <= high, else -inf; `high`, of [M, 1] or a number, is at least -1.
+
+    One comparison with a literal an element, and in assembly, lest LLVM make vectors of bits of the comparisons.
+    """
+    own, literal = _own_and_literal(first, x.shape[1], LAYOUT)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r", [x, literal, high - own], dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def between(x, low, high, first, LAYOUT: gl.constexpr):
+    """x [M, KEYS] where low <= first + column <= high, else -inf; low >= 0, high >= -1."""
+    own, literal = _own_and_literal(first, x.shape[1], LAYOUT)
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p, q; setp.ge.s32 p, $2, $3; setp.le.and.s32 q, $2, $4, p; selp.f32 $0, $1, 0fFF800000, q; }",
+        "=f,f,r,r,r", [x, literal, low - own, high - own], dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def ramp(slope, first, ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
     """slope * (first + column), [ROWS, KEYS] float32 in LAYOUT: one multiply-add with a literal for each column."""
     own, literal = _column_parts(KEYS)
@@ -110,17 +149,21 @@ def ramp(slope, first, ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def wait_turn(GROUP: gl.constexpr):
-    """Ping-pong: wait until the other of two warpgroups has issued its products."""
+def wait_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    """Ping-pong: wait until the warpgroup before this one has issued its products."""
     if GROUP == 0:
         gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    else:
+    elif GROUP == 1:
         gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 11, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def pass_turn(GROUP: gl.constexpr):
-    if GROUP == 0:
+def pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    if (GROUP + 1) % GROUPS == 0:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    elif (GROUP + 1) % GROUPS == 1:
         gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     else:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise("bar.arrive 11, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -3,6 +3,9 @@
 All in base 2 but `row_term`. `factor` is positive and the same for a program, so that the largest logit of a row is the
 largest residue and `factor` costs nothing: it is the multiplier of the exponential's own multiply-add. Values that
 depend on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed on.
+
+Full tiles have `plain + shift` for the residue: where a clamped distance saturates, what it looks up is one number of
+the tile, `shift`, which costs nothing for an element. The mask is `low <= k <= high and mask` (`bounds.py`).
 """
 
 from __future__ import annotations
@@ -11,19 +14,39 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from attn_dsl.backend.hopper.bounds import bounds
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
+from attn_dsl.backend.portable.algebra import uniform as uniform_factor
 from attn_dsl.backend.portable.emit import HEADER, TILE_VARS, terms_slope
 from attn_dsl.backend.printer import Results, Signature, emit, lower
 from attn_dsl.backend.triton_dialect import TritonDialect
-from attn_dsl.ir.nodes import SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Q, Unary, UnaryOp, post_order
+from attn_dsl.ir.nodes import (
+    SCORE,
+    TRUE,
+    Binary,
+    BinaryOp,
+    Const,
+    K,
+    Load,
+    Node,
+    Q,
+    Unary,
+    UnaryOp,
+    post_order,
+    substitute,
+)
 from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.monotone import K0, Q0
 from attn_dsl.passes.schedule import Schedule
 from attn_dsl.passes.separate import Terms, separate
+from attn_dsl.passes.specialize import Saturation
 
 ZERO = Const(0.0)
 PROGRAM = ("b", "h", "scalars", "tensors")
 ROWS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "rows", "scalars", "tensors")
+BOUND = ("b", "h", "q", "inside: tl.constexpr", "uniform", "rows", "scalars", "tensors")
+TILE = ("b", "h", "q0", "k0", "uniform", "scalars", "tensors")
 RANGES = ("b", "h", "q0", "q1", "q_offset", "block", "scalars", "tensors")
 
 
@@ -57,17 +80,28 @@ class Module:
 
 
 def emit_module(
-    variant: Variant, schedule: Schedule, positive: frozenset[Node] = frozenset((SCALE,)), *, fast_tanh: bool = True
+    variant: Variant,
+    schedule: Schedule,
+    positive: frozenset[Node] = frozenset((SCALE,)),
+    *,
+    fast_tanh: bool = True,
+    saturations: Sequence[Saturation] = (),
 ) -> Emitted:
-    """The functions of a variant; `positive` are the parameters (and the softmax scale) known to be > 0 in the call."""
-    plain = Signature.of(variant)
-    signature = Signature((*plain.scalars, SCALE), plain.tensors)
+    """The functions of a variant; `positive` are the parameters (and the softmax scale) known to be > 0 in the call.
+
+    `saturations` are those that the schedule was derived with.
+    """
+    plain_signature = Signature.of(variant)
+    signature = Signature((*plain_signature.scalars, SCALE), plain_signature.tensors)
     terms = separate(variant.score)
     factor, residue = _logit(terms, positive)
-    residue, mask = lower(residue), lower(variant.mask)
+    plain, shift = _split(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
+    row, (seen, mask) = terms.dropped(Q), bounds(variant.mask)
+    residue, plain, shift, mask = lower(residue), lower(plain), lower(shift), lower(mask)
+    low, high = (None if bound is None else lower(bound) for bound in (seen.low, seen.high))
 
-    uniform = outermost([residue, mask], is_uniform)
-    rows = outermost([residue, mask], _is_row)
+    inner = [node for node in (residue, plain, shift, mask, low, high) if node is not None]
+    uniform, rows = outermost(inner, is_uniform), outermost(inner, _is_row)
     bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
     bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
     module = Module(variant, signature, fast_tanh, bindings)
@@ -79,12 +113,19 @@ def emit_module(
         module.add("rows", ROWS, tuple(rows))
     if residue is not SCORE:
         module.add("residue", ("s", *PAIR), residue)
+    if plain is not SCORE:
+        module.add("plain", ("s", *PAIR), plain)
+    if shift is not ZERO:
+        module.add("shift", TILE, shift)
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
-    if (row := terms.dropped(Q)) is not ZERO:
+    if row is not ZERO:
         module.add("row_term", ROWS, row)
     if variant.sink is not None:
         module.add("sink", PROGRAM, variant.sink)
+    for name, bound in (("low", low), ("high", high)):
+        if bound is not None:
+            module.add(name, BOUND, bound)
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
     segments = schedule.kv.segments
@@ -101,7 +142,42 @@ def _logit(terms: Terms, positive: frozenset[Node]) -> tuple[Node, Node]:
     front, rest = gather.factors(logit)
     if not _is_positive(front, positive):
         front, rest = ONE, gather(logit)
+    led = _led(rest)
+    if led is not None and _is_positive(led[0], positive):
+        front, rest = times(front, led[0]), led[1]
     return times(LOG2E, front), rest
+
+
+def _led(node: Node) -> tuple[Node, Node] | None:
+    """(a, r) with node = a * r, where r is the bare product and something added to it."""
+    match node:
+        case Binary(BinaryOp.MUL, a, x) if x is SCORE and uniform_factor(a):
+            return a, SCORE
+        case Binary(BinaryOp.ADD | BinaryOp.SUB as op, x, y):
+            if found := _led(x):
+                return found[0], Binary(op, found[1], _over(y, found[0]))
+            if op is BinaryOp.ADD and (found := _led(y)):
+                return found[0], Binary(op, found[1], _over(x, found[0]))
+    return None
+
+
+def _over(node: Node, divisor: Node) -> Node:
+    """node / divisor, the division in front, where it is computed once."""
+    match node:
+        case Binary(BinaryOp.MUL, a, x) if uniform_factor(a):
+            return times(Binary(BinaryOp.DIV, a, divisor), x)
+        case _:
+            return times(Binary(BinaryOp.DIV, ONE, divisor), node)
+
+
+def _split(node: Node) -> tuple[Node, Node]:
+    """(rest, shift) with node = rest + shift, `shift` the same for all pairs of a tile."""
+    match node:
+        case Binary(BinaryOp.ADD | BinaryOp.SUB as op, x, y) if not y.depends & {"q", "k", "score"}:
+            rest, shift = _split(x)
+            return rest, y if shift is ZERO and op is BinaryOp.ADD else Binary(op, shift, y)
+        case _:
+            return node, ZERO
 
 
 def _is_positive(node: Node, known: frozenset[Node]) -> bool:

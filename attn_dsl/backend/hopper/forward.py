@@ -8,36 +8,37 @@ registers, where they are the left operand of the second product. One step of it
 Softmax runs online, in base 2: the logit is factor * (r + slope * (k - q0)), with r the bare product or what the
 variant makes of it (`emit.py`) and q0 the first query of the tile; m is the running maximum of the logits, l the
 running sum of 2 ** (logit - m), spread over the four threads that share a row. A program takes query tile after query
-tile; loads run ahead across their borders.
+tile, each as soon as it is done with the one before; loads run ahead across their borders.
 
 After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what.
 """
 
 # ruff: noqa: RET505, RUF005, E741 (static conditions and tuples as Triton knows them; l is the row sum)
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.core import _aggregate as aggregate
 
+from attn_dsl.backend.hopper.channels import Board, Ring, board, ring
 from attn_dsl.backend.hopper.device import (
+    between,
     columns,
-    opaque,
     pack_pairs,
     pass_turn,
     per_row,
     pin,
     ramp,
+    row_max,
     row_sums,
     thread_sums,
     unpack_pairs,
+    up_to,
     wait_turn,
 )
 from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, nth, scalars_of
@@ -59,12 +60,13 @@ class Shape:
     CARRY_WIDE: gl.constexpr
     PING_PONG: gl.constexpr
     OWN_OUTPUT: gl.constexpr
+    RESCALE_LATE: gl.constexpr
     LOGITS: gl.constexpr
     OUTPUT: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT):
+    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE):
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -75,6 +77,7 @@ class Shape:
         self.CARRY_WIDE = gl.constexpr(CARRY_WIDE)
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
+        self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
@@ -88,70 +91,31 @@ class Functions:
     UNIFORM: gl.constexpr
     ROWS: gl.constexpr
     RESIDUE: gl.constexpr
+    PLAIN: gl.constexpr
+    SHIFT: gl.constexpr
     SLOPE: gl.constexpr
+    LOW: gl.constexpr
+    HIGH: gl.constexpr
     MASK: gl.constexpr
     ROW_TERM: gl.constexpr
     SINK: gl.constexpr
     KV_RANGES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, UNIFORM, ROWS, RESIDUE, SLOPE, MASK, ROW_TERM, SINK, KV_RANGES):
+    def __init__(self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES):
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
         self.ROWS = gl.constexpr(ROWS)
         self.RESIDUE = gl.constexpr(RESIDUE)
+        self.PLAIN = gl.constexpr(PLAIN)
+        self.SHIFT = gl.constexpr(SHIFT)
         self.SLOPE = gl.constexpr(SLOPE)
+        self.LOW = gl.constexpr(LOW)
+        self.HIGH = gl.constexpr(HIGH)
         self.MASK = gl.constexpr(MASK)
         self.ROW_TERM = gl.constexpr(ROW_TERM)
         self.SINK = gl.constexpr(SINK)
         self.KV_RANGES = gl.constexpr(KV_RANGES)
-
-
-@aggregate
-class Ring:
-    """Tiles in shared memory with two barriers each: `full` is the producer's word, `free` that of the consumers."""
-
-    tiles: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    free: gl.shared_memory_descriptor
-
-    @gluon.constexpr_function
-    def __init__(self, tiles, full, free):
-        self.tiles = tiles
-        self.full = full
-        self.free = free
-
-    @gluon.jit
-    def tile(self, place):
-        """[rows, columns] of a place."""
-        return self.tiles.index(place).reshape([self.tiles.shape[3], self.tiles.shape[4]])
-
-    @gluon.jit
-    def wait(self, place, round):
-        """Until the place is filled for the `round`-th time, from 0."""
-        mbarrier.wait(self.full.index(place), round & 1)
-
-    @gluon.jit
-    def release(self, place):
-        mbarrier.arrive(self.free.index(place), count=1)
-
-    @gluon.jit
-    def load(self, place, round, descriptor, b, h, row):
-        """Fill the place for the `round`-th time, with the rows from `row` on, once its consumers have freed it."""
-        mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
-        mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(descriptor, [b, h, row, 0], self.full.index(place), self.tiles.index(place))
-
-
-@gluon.jit
-def _ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr):
-    tiles = gl.allocate_shared_memory(descriptor.dtype, [PLACES] + descriptor.block_type.shape, descriptor.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(free.index(i), count=CONSUMERS)
-    return Ring(tiles, full, free)
 
 
 @aggregate
@@ -171,9 +135,10 @@ class Memory:
     keys: Ring
     values: Ring
     staging: gl.shared_memory_descriptor
+    board: Board
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, out, lse, shifted, queries, keys, values, staging):
+    def __init__(self, query, key, value, out, lse, shifted, queries, keys, values, staging, board):
         self.query = query
         self.key = key
         self.value = value
@@ -184,6 +149,7 @@ class Memory:
         self.keys = keys
         self.values = values
         self.staging = staging
+        self.board = board
 
 
 @aggregate
@@ -295,31 +261,12 @@ class Visits:
 
 
 @gluon.jit
-def _turns(shape, problem):
-    """How many query tiles this program takes."""
-    sizes = problem.sizes
-    total = sizes[0] * sizes[1] * gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
-    programs = gl.num_programs(0)
-    whole = total // programs
-    return whole + (_seat(whole) < total - whole * programs).to(gl.int32)
-
-
-@gluon.jit
-def _seat(turn):
-    """The place of this program in a turn: first in one, last in the next, so that long tiles even out."""
-    return gl.where(turn % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-
-
-@gluon.jit
-def _place(turn, shape, problem):
-    """(tile, batch, head) of a turn.
+def _place(number, tiles, sizes, section):
+    """(tile, batch, head) of a number, `tiles` being those of a head.
 
     Pairs of batch and head run in sections whose keys and values fit the cache together; within a section the last
     tiles come first, since under a causal mask they are the longest.
     """
-    sizes, section = problem.sizes, problem.section
-    number = turn * gl.num_programs(0) + _seat(turn)
-    tiles = gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
     first = number // (section * tiles) * section
     width = gl.minimum(section, sizes[0] * sizes[1] - first)
     rest = number - first * tiles
@@ -343,10 +290,16 @@ def _visits(shape, f, tile, b, h, start, scalars, tensors):
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it: S(i) comes before O += P(i-1) V(i-1)."""
     scalars, tensors = problem.scalars(), problem.captured()
-    group = problem.sizes[1] // problem.sizes[2]
+    sizes = problem.sizes
+    group = sizes[1] // sizes[2]
+    tiles = gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
+    total = sizes[0] * sizes[1] * tiles
+    number = gl.program_id(0)
     passed = 0
-    for turn in range(_turns(shape, problem)):
-        tile, b, h = _place(turn, shape, problem)
+    turn = 0
+    while number < total:
+        tile, b, h = _place(number, tiles, sizes, problem.section)
+        memory.board.write(turn, tile, b, h)
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
         row = visits.nth(0) * shape.KEYS
@@ -359,12 +312,47 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
             memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, b, hk, following)
             memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, b, hk, row)
             row = following
+        number = memory.board.following(total)  # while the consumers have two tiles of keys left
+        turn += 1
         passed += visits.tiles
         at = passed - 1
         memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, b, hk, row)
+    memory.board.write(turn, -1, 0, 0)
 
 
 # ---------------------------------------------------------------- consumers
+
+
+@gluon.jit
+def _residue(shape, f, FUNCTION: gl.constexpr, tile, s, j, INSIDE: gl.constexpr):
+    """What an emitted function makes of the bare products; terms affine in k are in them already if there is none."""
+    if FUNCTION is None:
+        return s
+    else:
+        k = columns(j * shape.KEYS, shape.KEYS, shape.LOGITS)
+        x = FUNCTION(s, tile.b, tile.h, tile.q, k, INSIDE, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        if f.SLOPE is not None:
+            x += ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
+        return x
+
+
+@gluon.jit
+def _masked(shape, f, tile, x, j):
+    """x where the mask keeps the pair, else -inf."""
+    first = j * shape.KEYS
+    high = tile.kv_len - 1
+    if f.MASK is not None:
+        k = columns(first, shape.KEYS, shape.LOGITS)
+        keep = f.MASK(tile.b, tile.h, tile.q, k, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        x = gl.where(keep, x, NEVER)
+    if f.HIGH is not None:
+        bound = f.HIGH(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        high = gl.maximum(gl.minimum(bound, high), -1)
+    if f.LOW is None:
+        return up_to(x, high, first, shape.LOGITS)
+    else:
+        low = f.LOW(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        return between(x, gl.maximum(low, 0), high, first, shape.LOGITS)
 
 
 @gluon.jit
@@ -374,24 +362,22 @@ def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constex
     `factor` is positive, so the largest logit of a row is the largest residue. A row that has seen nothing keeps
     m = -inf and weights of 0.
     """
-    k = columns(j * shape.KEYS, shape.KEYS, shape.LOGITS)
-    x = s
-    if f.RESIDUE is not None:
-        x = f.RESIDUE(s, tile.b, tile.h, tile.q, k, not MASKED, tile.uniform, tile.rows, tile.scalars, tile.tensors)
-        if f.SLOPE is not None:
-            x += ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
+    shift = 0.0
     if MASKED:
-        keep = k < tile.kv_len
-        if f.MASK is not None:
-            keep = keep & f.MASK(tile.b, tile.h, tile.q, k, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
-        x = gl.where(keep, x, NEVER)
-    peak = gl.max(x, 1) * tile.factor
+        x = _masked(shape, f, tile, _residue(shape, f, f.RESIDUE, tile, s, j, False), j)
+    else:
+        x = _residue(shape, f, f.PLAIN, tile, s, j, True)
+        if f.SHIFT is not None:
+            shift = tile.factor * f.SHIFT(
+                tile.b, tile.h, tile.q0, j * shape.KEYS, tile.uniform, tile.scalars, tile.tensors
+            )
+    peak = row_max(x, shape.LOGITS) * tile.factor + shift
     if not FIRST:
         peak = gl.maximum(m, peak)
     base = peak
     if MASKED or f.RESIDUE is not None:
         base = gl.where(peak == NEVER, 0.0, peak)
-    p = gl.exp2(x * tile.factor - gl.expand_dims(base, 1))
+    p = gl.exp2(x * tile.factor - gl.expand_dims(base - shift, 1))
     sums = thread_sums(p)
     if FIRST:
         decay = base
@@ -423,14 +409,14 @@ def _weights(shape, p, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _issue_logits(shape, f, memory, tile, at, j, GROUP: gl.constexpr):
+def _issue_logits(shape, f, FUNCTION: gl.constexpr, memory, tile, at, j, GROUP: gl.constexpr):
     """Issue S(i) for key tile j, number `at` of all.
 
     A term slope * (k - q0) is what the accumulator starts with, unless the score makes something else of the product.
     """
     queries = memory.queries.tile(GROUP)
     place = at % shape.STAGES
-    if f.SLOPE is not None and f.RESIDUE is None:
+    if f.SLOPE is not None and FUNCTION is None:
         initial = ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
         memory.keys.wait(place, at // shape.STAGES)
         return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), initial, is_async=True)
@@ -449,15 +435,20 @@ def _issue_output(shape, memory, p, acc, at):
 
 
 @gluon.jit
-def _step(shape, f, memory, tile, at, j, p, acc, m, l, MASKED: gl.constexpr, GROUP: gl.constexpr):
+def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexpr, GROUP: gl.constexpr):
     """Key tile j, number `at` of all, given the weights p of the tile before."""
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
     if shape.PING_PONG:
-        wait_turn(GROUP)
-    logits = _issue_logits(shape, f, memory, tile, at, j, GROUP)
+        wait_turn(GROUP, shape.GROUPS)
+    if MASKED:
+        logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, GROUP)
+    else:
+        logits = _issue_logits(shape, f, f.PLAIN, memory, tile, at, j, GROUP)
+    if shape.RESCALE_LATE:
+        acc = acc * per_row(late, shape.OUTPUT)
     output = _issue_output(shape, memory, narrow, acc, at - 1)
     if shape.PING_PONG:
-        pass_turn(GROUP)
+        pass_turn(GROUP, shape.GROUPS)
     s = warpgroup_mma_wait(1, deps=[logits])
     memory.keys.release(at % shape.STAGES)
     p, decay, m, l = _softmax(shape, f, tile, s, m, l, j, MASKED, False)
@@ -465,12 +456,18 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, MASKED: gl.constexpr, GRO
     acc, p = warpgroup_mma_wait(0, deps=[output, p])
     p = _carried(shape, p, memory.keys.tiles.dtype)
     memory.values.release((at - 1) % shape.STAGES)
-    return p, acc * per_row(decay, shape.OUTPUT), m, l
+    if not shape.RESCALE_LATE:
+        acc = acc * per_row(decay, shape.OUTPUT)
+        decay = late
+    return p, acc, m, l, decay
 
 
 @gluon.jit
 def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
-    """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit."""
+    """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit.
+
+    The last product of the output is still to be waited for.
+    """
     dtype: gl.constexpr = memory.keys.tiles.dtype
     acc = gl.zeros([shape.ROWS, shape.DV], gl.float32, shape.OUTPUT)
     m = gl.full([shape.ROWS], NEVER, gl.float32, gl.SliceLayout(1, shape.LOGITS))
@@ -478,38 +475,36 @@ def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
     j = visits.nth(0)
     memory.queries.wait(GROUP, turn)
     if shape.PING_PONG:
-        wait_turn(GROUP)
-    logits = _issue_logits(shape, f, memory, tile, passed, j, GROUP)
+        wait_turn(GROUP, shape.GROUPS)
+    logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, passed, j, GROUP)
     if shape.PING_PONG:
-        pass_turn(GROUP)
+        pass_turn(GROUP, shape.GROUPS)
     s = warpgroup_mma_wait(0, deps=[logits])
     memory.keys.release(passed % shape.STAGES)
     p, _, m, l = _softmax(shape, f, tile, s, m, 0.0, j, True, True)
+    late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
     p = _carried(shape, p, dtype)
     if len(visits.masked) > 0:
         for n in range(1, visits.masked_tiles):
             j = nth(visits.masked, n)
-            p, acc, m, l = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, True, GROUP)
+            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, True, GROUP)
     if len(visits.full) > 0:
         for n in range(gl.maximum(visits.masked_tiles, 1), visits.tiles):
             j = nth(visits.full, n - visits.masked_tiles)
-            p, acc, m, l = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, False, GROUP)
+            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, False, GROUP)
     if shape.OWN_OUTPUT:
         memory.queries.release(GROUP)
-    last = passed + visits.tiles - 1
-    output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, last)
-    l = row_sums(l, shape.LOGITS)
-    acc, l = warpgroup_mma_wait(0, deps=[output, l])
-    memory.values.release(last % shape.STAGES)
-    return acc, m, l
+    if shape.RESCALE_LATE:
+        acc = acc * per_row(late, shape.OUTPUT)
+    output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, passed + visits.tiles - 1)
+    return output, m, row_sums(l, shape.LOGITS)
 
 
 @gluon.jit
-def _finish(shape, f, memory, problem, acc, m, l, turn, scalars, tensors, GROUP: gl.constexpr):
-    """Store the log-sum-exp of the warpgroup's rows; return (their output, b, h, first row)."""
+def _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP: gl.constexpr):
+    """Store the log-sum-exp of the warpgroup's rows; return what their output is to be multiplied by, [ROWS]."""
     sizes = problem.sizes
-    # Computed again rather than kept in registers through the loop.
-    tile, b, h = _place(opaque(turn), shape, problem)
+    tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
     first = (tile * shape.GROUPS + GROUP) * shape.ROWS
     local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
     inside = local < sizes[3] - first
@@ -541,7 +536,7 @@ def _finish(shape, f, memory, problem, acc, m, l, turn, scalars, tensors, GROUP:
         gl.store(memory.shifted + place, result, mask=inside)
         result += row_term
     gl.store(memory.lse + place, result, mask=inside)
-    return acc * per_row(inverse, shape.OUTPUT), b, h, first
+    return inverse
 
 
 @gluon.jit
@@ -549,42 +544,60 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     """Take the warpgroup's 64 rows of query tile after query tile."""
     scalars, tensors = problem.scalars(), problem.captured()
     passed = 0
-    if shape.PING_PONG and GROUP == 1:
-        pass_turn(GROUP)  # group 0 begins
-    # What does not change from tile to tile is computed again: kept in registers, it would push others out of the loop.
-    for turn in tl.range(_turns(shape, problem), disable_licm=True):
-        tile, b, h = _place(turn, shape, problem)
+    turn = 0
+    if shape.PING_PONG and GROUP == shape.GROUPS - 1:
+        pass_turn(GROUP, shape.GROUPS)  # group 0 begins
+    memory.board.wait(0)
+    tile, b, h = memory.board.read(0)
+    while tile >= 0:
         start = problem.start(b)
         visits = _visits(shape, f, tile, b, h, start, scalars, tensors)
-        factor = gl.maximum(f.FACTOR(b, h, scalars, tensors), 1e-37)
-        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
-        q = start + first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-        q = gl.expand_dims(q, 1)
-        q0 = start + tile * (shape.GROUPS * shape.ROWS)
-        uniform, rows, slope = (), (), factor
-        if f.UNIFORM is not None:
-            uniform = f.UNIFORM(b, h, scalars, tensors)
-        if f.ROWS is not None:
-            rows = f.ROWS(b, h, q, False, uniform, scalars, tensors)
-        if f.SLOPE is not None:
-            slope = f.SLOPE(b, h, scalars, tensors) / factor
-        context = Tile(b, h, q, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
-        acc, m, l = _attend(shape, f, memory, context, visits, passed, turn, GROUP)
+        context = _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP)
+        output, m, l = _attend(shape, f, memory, context, visits, passed, turn, GROUP)
         passed += visits.tiles
-
-        acc, b, h, first = _finish(shape, f, memory, problem, acc, m, l, turn, scalars, tensors, GROUP)
-        staging = memory.staging.index(GROUP)
-        if shape.OWN_OUTPUT:
-            tma.store_wait(0)  # of the tile before
-        staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(memory.out, [b, h, first, 0], staging)
-        if not shape.OWN_OUTPUT:
-            tma.store_wait(0)
-            memory.queries.release(GROUP)
+        inverse = _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP)
+        acc, inverse = warpgroup_mma_wait(0, deps=[output, inverse])
+        memory.values.release((passed - 1) % shape.STAGES)
+        _store(shape, memory, acc * per_row(inverse, shape.OUTPUT), turn, GROUP)
+        memory.board.release(turn)
+        turn += 1
+        memory.board.wait(turn)
+        tile, b, h = memory.board.read(turn)
     tma.store_wait(0)
     if shape.PING_PONG and GROUP == 0:
-        wait_turn(GROUP)  # leave the barrier as it was found
+        wait_turn(GROUP, shape.GROUPS)  # leave the barrier as it was found
+
+
+@gluon.jit
+def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.constexpr):
+    factor = gl.maximum(f.FACTOR(b, h, scalars, tensors), 1e-37)
+    first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    q = start + first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+    q = gl.expand_dims(q, 1)
+    q0 = start + tile * (shape.GROUPS * shape.ROWS)
+    uniform, rows, slope = (), (), factor
+    if f.UNIFORM is not None:
+        uniform = f.UNIFORM(b, h, scalars, tensors)
+    if f.ROWS is not None:
+        rows = f.ROWS(b, h, q, False, uniform, scalars, tensors)
+    if f.SLOPE is not None:
+        slope = f.SLOPE(b, h, scalars, tensors) / factor
+    return Tile(b, h, q, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
+
+
+@gluon.jit
+def _store(shape, memory, acc, turn, GROUP: gl.constexpr):
+    """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
+    tile, b, h = memory.board.read(turn)
+    staging = memory.staging.index(GROUP)
+    if shape.OWN_OUTPUT:
+        tma.store_wait(0)  # of the tile before
+    staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(memory.out, [b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, 0], staging)
+    if not shape.OWN_OUTPUT:
+        tma.store_wait(0)
+        memory.queries.release(GROUP)
 
 
 # ---------------------------------------------------------------- kernel
@@ -592,31 +605,34 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
                               "section"])  # fmt: skip
-def attention_forward(query, key, value, out, lse, shifted, q_offset, parameters, B, H, HK, Q, KV, DIM, extents,
-                      tensors, scale, section,
+def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, parameters, B, H, HK, Q, KV, DIM,
+                      extents, tensors, scale, section,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
-                      SLOPE: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr,
+                      PLAIN: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, LOW: gl.constexpr,
+                      HIGH: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr,
                       KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr,
                       KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr,
-                      CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr):  # fmt: skip
+                      CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr,
+                      RESCALE_LATE: gl.constexpr):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
     (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
-    pointer to [B], `section` how many heads run side by side. Positions are 32-bit.
+    pointer to [B], `section` how many heads run side by side, `counter` a zero (see `Board`). Positions are 32-bit.
     """
-    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT)
-    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, SLOPE, MASK, ROW_TERM, SINK, KV_RANGES)
+    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE)
+    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES)
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
-    queries = _ring(query, GROUPS, 1)
-    keys = _ring(key, STAGES, GROUPS)
-    values = _ring(value, STAGES, GROUPS)
+    queries = ring(query, GROUPS, 1)
+    keys = ring(key, STAGES, GROUPS)
+    values = ring(value, STAGES, GROUPS)
     if OWN_OUTPUT:
         staging = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
     else:
         staging = queries.tiles
+    turns = board(counter, GROUPS)
     fence_async_shared()
-    memory = Memory(query, key, value, out, lse, shifted, queries, keys, values, staging)
+    memory = Memory(query, key, value, out, lse, shifted, queries, keys, values, staging, turns)
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     if GROUPS == 2:
         gl.warp_specialize([

@@ -23,6 +23,7 @@ from triton.runtime.errors import PTXASError
 
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.hopper import check
+from attn_dsl.backend.hopper.bounds import bounds
 from attn_dsl.backend.hopper.configs import Config, candidates
 from attn_dsl.backend.hopper.emit import Emitted, emit_module
 from attn_dsl.backend.hopper.forward import attention_forward
@@ -32,12 +33,24 @@ from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Compiler, Options, Runner, inputs_of, launch, variant_of
-from attn_dsl.ir.nodes import Node, Param, Var, post_order
+from attn_dsl.backend.portable.width import fits
+from attn_dsl.backend.printer import SIZES
+from attn_dsl.ir.nodes import Node, Param, Size, Var, post_order
 from attn_dsl.ir.types import Type
+from attn_dsl.passes.schedule import derive_schedule
+from attn_dsl.passes.specialize import saturations
 
 ROWS = 64
+CACHE = 32 * 2**20
+"""Bytes of keys and values that stay in the second level cache. Where tiles are uneven, heads with so many run side by
+side, so that there are short tiles enough to even out the long ones; else only the heads that share keys."""
+SMALL = 1e-12
+"""A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-_FUNCTIONS = ("factor", "uniform", "rows", "residue", "slope", "mask", "row_term", "sink", "kv_ranges")
+_FUNCTIONS = (
+    "factor", "uniform", "rows", "residue", "plain", "shift", "slope", "low", "high", "mask", "row_term", "sink",
+    "kv_ranges",
+)  # fmt: skip
 _lock = threading.Lock()
 
 Compile = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
@@ -68,24 +81,34 @@ class Kernels:
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         parameters = enumerate(self.portable.variant.parameters)
         self._floats = tuple(i for i, parameter in parameters if parameter.type is Type.FLOAT)
-        bounds = [bound for s in self.portable.schedule.kv.segments for bound in (s.begin, s.end)]
-        self.uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*bounds))
+        variant = self.portable.variant
+        self.saturations = tuple(saturations(variant.score))
+        """Where a clamped distance is one number for a whole tile; the schedule counts the others as masked."""
+        self.schedule = self.portable.schedule
+        if self.saturations:
+            self.schedule = derive_schedule(variant, padded=True, saturations=self.saturations)
+        ends = [end for s in self.schedule.kv.segments for end in (s.begin, s.end)]
+        self.uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*ends))
         """Whether the rows of a query tile decide how many key tiles it visits."""
 
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
         key = (_positive(self.portable, call), not call.precise)
         if key not in self._modules:
-            variant, schedule = self.portable.variant, self.portable.schedule
-            text = emit_module(variant, schedule, key[0], fast_tanh=key[1])
-            self._modules[key] = text, load(text.source, f"hopper_{variant.name}")
+            text = self._emit(*key)
+            self._modules[key] = text, load(text.source, f"hopper_{self.portable.variant.name}")
         text, module = self._modules[key]
         return {name.upper(): getattr(module, name) if name in text.functions else None for name in _FUNCTIONS}
 
     def source(self, *, precise: bool = False) -> str:
         """The emitted text, for parameters of which nothing is known and a positive softmax scale."""
         positive = frozenset((SCALE,))
-        return emit_module(self.portable.variant, self.portable.schedule, positive, fast_tanh=not precise).source
+        return self._emit(positive, not precise).source
+
+    def _emit(self, positive: frozenset[Node], fast_tanh: bool) -> Emitted:
+        return emit_module(
+            self.portable.variant, self.schedule, positive, fast_tanh=fast_tanh, saturations=self.saturations
+        )
 
     def choice(self, call: Call, compile: Compile | None = None) -> Choice:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect."""
@@ -107,15 +130,15 @@ class Kernels:
     def _kind(self, call: Call) -> tuple[Any, ...]:
         """What of a call decides the kernel that Triton compiles for a configuration."""
         query, parameters = call.query, call.parameters
-        signs = [not isinstance(x := parameters[i], Tensor) and x > 0 for i in self._floats]
+        signs = [not isinstance(x := parameters[i], Tensor) and x > SMALL for i in self._floats]
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *parameters)]
-        return (query.dtype, query.shape[3], call.value.shape[3], call.scale > 0, call.precise, *signs, *numbers)
+        return (query.dtype, query.shape[3], call.value.shape[3], call.scale > SMALL, call.precise, *signs, *numbers)
 
     def _settle(self, call: Call, compile: Compile) -> Choice:
         rejected: list[tuple[Config, str]] = []
         name = self.portable.variant.name
         dims = padded(call.query.shape[3]), padded(call.value.shape[3])
-        for config in candidates(*dims, uneven=self.uneven):
+        for config in candidates(*dims):
             try:
                 compiled = _compiled(self, call, config, compile)
             except (CompilationError, PTXASError) as error:
@@ -135,9 +158,9 @@ def _positive(kernels: portable.Kernels, call: Call) -> frozenset[Node]:
     known = {
         Param(parameter.name, parameter.type)
         for parameter, value in declared
-        if parameter.type is Type.FLOAT and isinstance(value, (int, float)) and value > 0
+        if parameter.type is Type.FLOAT and isinstance(value, (int, float)) and value > SMALL
     }
-    return frozenset(known | ({SCALE} if call.scale > 0 else set()))
+    return frozenset(known | ({SCALE} if call.scale > SMALL else set()))
 
 
 def padded(dim: int) -> int:
@@ -156,7 +179,18 @@ def refusal(kernels: portable.Kernels, call: Call) -> str | None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "meta" and tensor.data_ptr() % 16:
             return f"the bulk copy engine needs `{name}` at a multiple of 16 bytes"
-    return "positions need 64 bits" if kernels.wide(call) else None
+    return "positions need 64 bits" if kernels.wide(call) or not _bounds_fit(kernels, call) else None
+
+
+def _bounds_fit(kernels: portable.Kernels, call: Call) -> bool:
+    """Whether the keys that a row sees lie between numbers of 32 bits."""
+    seen, _ = bounds(kernels.variant.mask)
+    declared = zip(kernels.variant.parameters, call.parameters, strict=True)
+    numbers: dict[Node, int] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, int)}
+    numbers |= dict(zip((*SIZES, *kernels.extents), call.sizes, strict=True))
+    start = call.q_offset if isinstance(call.q_offset, int) else 2**30
+    highest = 1 << max(start + numbers[Size("Q")], numbers[Size("KV")]).bit_length()
+    return fits([x for x in (seen.low, seen.high) if x is not None], numbers, highest)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -259,11 +293,12 @@ class _Plan:
         out = torch.empty(batch, heads, q_len, call.value.shape[3], dtype=call.query.dtype, device="meta")
         tiles = batch * heads * -(-q_len // config.rows)
         index = call.query.device.index if call.query.is_cuda else None
-        # Uneven: all heads together, so that the longest tiles of all come first. Even: those whose keys are the same,
-        # which then stay in the cache.
-        section = config.section or (batch * heads if self.uneven else heads // call.key.shape[1])
+        section = heads // call.key.shape[1]
+        if self.uneven:
+            bytes = call.key.element_size() * (d + dv) * call.key.shape[2]
+            section *= max(1, CACHE // bytes)
         return _Layout(
-            min(tiles, _multiprocessors(index)) if config.persistent else tiles,
+            min(tiles, _multiprocessors(index)),
             (_Shape.of(call.query, ROWS, d), _Shape.of(call.key, config.keys, d),
              _Shape.of(call.value, config.keys, dv), _Shape.of(out, ROWS, dv)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
@@ -320,9 +355,21 @@ class _Launch:
         run(
             attention_forward,
             self.layout.programs,
-            (q(query), k(key), v(value), o(out), lse, shifted, q_offset, *self.numbers, captured, *self.end),
+            (
+                q(query),
+                k(key),
+                v(value),
+                o(out),
+                lse,
+                shifted,
+                _counter(query.device),
+                q_offset,
+                *self.numbers,
+                captured,
+                *self.end,
+            ),
             self.plan.options,
-        )
+        )  # fmt: skip
         return out, lse, shifted
 
 
@@ -342,11 +389,28 @@ class Replay:
         return self._launch(query, key, value, tensors, q_offset, launch)[:2]
 
 
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(device: torch.device) -> Tensor:
+    """A zero of int32 for a kernel to count query tiles with, which it leaves zero.
+
+    Kernels on one stream follow each other and share one; a graph may be replayed beside them and has its own.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    at = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    found = _counters.get(at)
+    if found is None:
+        found = _counters[at] = torch.zeros(1, dtype=torch.int32, device=device)
+    return found
+
+
 def _options(config: Config) -> dict[str, Any]:
     return {
         "GROUPS": config.groups, "KEYS": config.keys, "STAGES": config.stages, "REGISTERS": config.registers,
         "PIN": config.pin, "CARRY_WIDE": config.carry_wide, "PING_PONG": config.ping_pong,
-        "OWN_OUTPUT": config.own_output,
+        "OWN_OUTPUT": config.own_output, "RESCALE_LATE": config.rescale_late,
     }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""Masks as intervals of keys: a row that sees the keys `low <= k <= high` compares columns with numbers of its own.
+
+    q >= k and q - k < window       low = q - window + 1, high = q, once a row
+    q >= k or k < prefix            high = max(q, prefix - 1)
+
+Each element then pays one comparison, whatever the mask. What is no interval stays a mask of pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from attn_dsl.backend.portable.algebra import conjuncts
+from attn_dsl.ir.nodes import (
+    TRUE,
+    Binary,
+    BinaryOp,
+    Compare,
+    CompareOp,
+    Const,
+    K,
+    Node,
+    Unary,
+    UnaryOp,
+)
+from attn_dsl.ir.types import Type
+from attn_dsl.passes.schedule import add, maximum, minimum, subtract
+
+ONE = Const(1)
+_MIRRORED = {
+    CompareOp.LT: CompareOp.GT, CompareOp.LE: CompareOp.GE, CompareOp.GT: CompareOp.LT, CompareOp.GE: CompareOp.LE,
+    CompareOp.EQ: CompareOp.EQ,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The keys `low <= k <= high` of a row; None where the mask has no such bound. Both are INT, free of k."""
+
+    low: Node | None = None
+    high: Node | None = None
+
+    def __and__(self, other: Bounds) -> Bounds:
+        lows = [x for x in (self.low, other.low) if x is not None]
+        highs = [x for x in (self.high, other.high) if x is not None]
+        return Bounds(reduce(maximum, lows) if lows else None, reduce(minimum, highs) if highs else None)
+
+
+def bounds(mask: Node) -> tuple[Bounds, Node]:
+    """(bounds, rest): the mask is `low <= k <= high and rest`."""
+    found = Bounds()
+    rest: Node = TRUE
+    for part in conjuncts(mask):
+        interval = _interval(part)
+        if interval is not None:
+            found &= interval
+        else:
+            rest = part if rest is TRUE else Binary(BinaryOp.AND, rest, part)
+    return found, rest
+
+
+def _interval(mask: Node) -> Bounds | None:
+    """The mask as an interval, or None."""
+    match mask:
+        case Compare(op, x, y) if op in _MIRRORED and x.type is y.type is Type.INT:
+            if _has_key(x) and not _has_key(y):
+                return _solved(op, x, y)
+            if _has_key(y) and not _has_key(x):
+                return _solved(_MIRRORED[op], y, x)
+        case Binary(BinaryOp.AND, x, y):
+            first, second = _interval(x), _interval(y)
+            return None if first is None or second is None else first & second
+        case Binary(BinaryOp.OR, x, y):
+            return _either(_interval(x), _interval(y))
+    return None
+
+
+def _either(x: Bounds | None, y: Bounds | None) -> Bounds | None:
+    """The union, where both are open on the same side."""
+    if x is None or y is None:
+        return None
+    if x.low is None is y.low and x.high is not None and y.high is not None:
+        return Bounds(high=maximum(x.high, y.high))
+    if x.high is None is y.high and x.low is not None and y.low is not None:
+        return Bounds(low=minimum(x.low, y.low))
+    return None
+
+
+def _solved(op: CompareOp, x: Node, y: Node) -> Bounds | None:
+    """`x op y`, with k in x alone, for k."""
+    match x:
+        case _ if x is K:
+            match op:
+                case CompareOp.LE | CompareOp.LT:
+                    return Bounds(high=y if op is CompareOp.LE else subtract(y, ONE))
+                case CompareOp.GE | CompareOp.GT:
+                    return Bounds(low=y if op is CompareOp.GE else add(y, ONE))
+                case _:
+                    return Bounds(y, y)
+        case Binary(BinaryOp.ADD, a, b) if _has_key(a) != _has_key(b):
+            inner, other = (a, b) if _has_key(a) else (b, a)
+            return _solved(op, inner, _minus(y, other))
+        case Binary(BinaryOp.SUB, a, b) if not _has_key(b):
+            return _solved(op, a, add(y, b))
+        case Binary(BinaryOp.SUB, a, b) if not _has_key(a):
+            return _solved(_MIRRORED[op], b, _minus(a, y))
+        case Unary(UnaryOp.NEG, a):
+            return _solved(_MIRRORED[op], a, Unary(UnaryOp.NEG, y))
+        case Unary(UnaryOp.ABS, a) if op in (CompareOp.LE, CompareOp.LT):
+            upper, lower = _solved(op, a, y), _solved(_MIRRORED[op], a, Unary(UnaryOp.NEG, y))
+            return None if upper is None or lower is None else upper & lower
+    return None
+
+
+def _minus(x: Node, y: Node) -> Node:
+    match y:
+        case Unary(UnaryOp.NEG, z):
+            return add(x, z)
+        case _:
+            return subtract(x, y)
+
+
+def _has_key(node: Node) -> bool:
+    return "k" in node.depends

@@ -1,0 +1,123 @@
+"""What the producer and the consumers of a Hopper kernel hand each other: rings of tiles, and a board of turns."""
+
+# ruff: noqa: RUF005 (tuples as Triton knows them)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.core import _aggregate as aggregate
+
+
+@aggregate
+class Ring:
+    """Tiles in shared memory with two barriers each: `full` is the producer's word, `free` that of the consumers."""
+
+    tiles: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, tiles, full, free):
+        self.tiles = tiles
+        self.full = full
+        self.free = free
+
+    @gluon.jit
+    def tile(self, place):
+        """[rows, columns] of a place."""
+        return self.tiles.index(place).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+
+    @gluon.jit
+    def wait(self, place, round):
+        """Until the place is filled for the `round`-th time, from 0."""
+        mbarrier.wait(self.full.index(place), round & 1)
+
+    @gluon.jit
+    def release(self, place):
+        mbarrier.arrive(self.free.index(place), count=1)
+
+    @gluon.jit
+    def load(self, place, round, descriptor, b, h, row):
+        """Fill the place for the `round`-th time, with the rows from `row` on, once its consumers have freed it."""
+        mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
+        mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
+        tma.async_copy_global_to_shared(descriptor, [b, h, row, 0], self.full.index(place), self.tiles.index(place))
+
+
+@gluon.jit
+def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr):
+    tiles = gl.allocate_shared_memory(descriptor.dtype, [PLACES] + descriptor.block_type.shape, descriptor.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=CONSUMERS)
+    return Ring(tiles, full, free)
+
+
+@aggregate
+class Board:
+    """Where the producer writes which query tile comes next, a turn ahead: tile, batch and head, or a tile of -1.
+
+    `counter`, in global memory, counts the tiles that were handed out beside the first one of each program. It is zero
+    before the kernel and after it: as many tiles are asked for as there are, and who asks last resets it.
+    """
+
+    counter: gl.tensor
+    words: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, counter, words, full, free):
+        self.counter = counter
+        self.words = words
+        self.full = full
+        self.free = free
+
+    @gluon.jit
+    def following(self, tiles):
+        """The number of another query tile, not less than `tiles` where there is none."""
+        taken = gl.atomic_add(self.counter, 1, sem="relaxed")
+        if taken == tiles - 1:
+            gl.store(self.counter, 0)
+        return taken + gl.num_programs(0)
+
+    @gluon.jit
+    def write(self, turn, tile, b, h):
+        place = turn % 2
+        mbarrier.wait(self.free.index(place), ((turn // 2) & 1) ^ 1)
+        one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+        self.words.index(place * 3).store(gl.full([1], tile, gl.int32, one_warp))
+        self.words.index(place * 3 + 1).store(gl.full([1], b, gl.int32, one_warp))
+        self.words.index(place * 3 + 2).store(gl.full([1], h, gl.int32, one_warp))
+        mbarrier.arrive(self.full.index(place), count=1)
+
+    @gluon.jit
+    def wait(self, turn):
+        mbarrier.wait(self.full.index(turn % 2), (turn // 2) & 1)
+
+    @gluon.jit
+    def read(self, turn):
+        """(tile, batch, head) of a turn that was waited for and not yet released."""
+        return self._word(turn, 0), self._word(turn, 1), self._word(turn, 2)
+
+    @gluon.jit
+    def _word(self, turn, n: gl.constexpr):
+        warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        return gl.max(self.words.index(turn % 2 * 3 + n).load(warpgroup), 0)
+
+    @gluon.jit
+    def release(self, turn):
+        mbarrier.arrive(self.free.index(turn % 2), count=1)
+
+
+@gluon.jit
+def board(counter, CONSUMERS: gl.constexpr):
+    words = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(free.index(i), count=CONSUMERS)
+    return Board(counter, words, full, free)
