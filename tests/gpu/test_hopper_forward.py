@@ -186,3 +186,31 @@ def test_a_call_can_be_captured_in_a_graph() -> None:
     query.copy_(torch.randn_like(query))
     graph.replay()
     assert not torch.equal(out, expected) and torch.equal(out, attention(query, key, value))
+
+
+def test_streams_and_graphs_side_by_side_take_no_tile_from_each_other() -> None:
+    attention = attn_dsl.compile("causal")
+    inputs = [torch.randn(2, 16, 1111, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    expected = attention(*inputs)
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    outs = []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outs.append(attention(*inputs))
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    eager: list[torch.Tensor] = []
+    for _ in range(50):
+        for stream, graph in zip(streams, [*graphs, None, None], strict=True):
+            with torch.cuda.stream(stream):
+                if graph is None:
+                    eager.append(attention(*inputs))
+                else:
+                    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in [*outs, *eager])
+
+
+@pytest.mark.parametrize("text", ["t5_bias", "natten1d", "prefix_lm", "sliding_window"])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_bounds_of_rows_and_saturated_tiles_over_many_tiles(text: str, dim: int) -> None:
+    check(larger(text, Q=900, KV=900, D=dim, DV=dim))
