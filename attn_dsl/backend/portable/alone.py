@@ -29,6 +29,7 @@ from attn_dsl.backend.portable.host import (
     dimensions,
     in_units,
     number,
+    padded_rows,
     precision_of,
     section,
     span,
@@ -119,19 +120,19 @@ def run_backward(
     query, key, value, tiles = call.query, call.key, call.value, tiles_of(call)
     (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
-    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
+    numbers = torch.empty((batch, heads, padded_rows(q_len), 2), dtype=torch.float32, device=query.device)
     sums = [torch.zeros(call.tensors[i].shape, device=query.device) for i in functions.targets]
     constants, arguments = common(functions, call), scalars_and_tensors(call)
     end = (described(sums), None, None, number(call.scale))
 
     unit, rows = unit_of(out, grad_out), 64
-    attention_delta[(batch * heads * triton.cdiv(q_len, rows),)](
-        out, grad_out, grad_lse, shifted, delta, call.q_offset, in_units(out, unit), in_units(grad_out, unit),
+    attention_delta[(batch * heads * (padded_rows(q_len) // rows),)](
+        out, grad_out, grad_lse, shifted, numbers, call.q_offset, in_units(out, unit), in_units(grad_out, unit),
         *arguments, *end, **functions.delta, MODE=ADD.value, DV=constants["DV"], DV0=constants["DV0"],
         DV1=constants["DV1"], BM=rows, UNIT=unit, CONTIGUOUS=dense_columns(grad_out), WIDE=constants["WIDE"],
     )  # fmt: skip
     unit = unit_of(query, key, value, grad_out, dq, dk, dv)
-    inputs = (query, key, value, grad_out, shifted, delta)
+    inputs = (query, key, value, grad_out, numbers)
     strides = tuple(in_units(x, unit) for x in (query, key, value, grad_out))
     constants |= {"MODE": ADD.value, "UNIT": unit, "CONTIGUOUS": dense_columns(query, key, value, grad_out)}
     attention_keys_backward[(batch * kv_heads * triton.cdiv(kv_len, tiles.keys.keys),)](

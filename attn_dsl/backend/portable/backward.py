@@ -1,4 +1,4 @@
-"""The backward kernels: delta, dK and dV over the transposed ranges, dQ over the direct ranges.
+"""The backward kernels: row numbers, dK and dV over the transposed ranges, dQ over the direct ranges.
 
 With p the probabilities, dP = dO V^T and delta = rowsum(dO * O) - dLSE, the gradient of the logit is
 dS = p * (dP - delta). From it come dV = p^T dO, dK = scale dX^T Q and dQ = scale dX K, where dX is dS times the
@@ -30,23 +30,29 @@ from attn_dsl.backend.portable.device import (
     zero_rows,
 )
 
+ROWS: tl.constexpr = tl.constexpr(128)
+"""Row numbers are padded to a multiple of this, which no tile has more rows than."""
+
 
 @triton.jit(do_not_specialize=[
     "q_offset", "out_strides", "grad_strides", "parameters", "sizes", "tensors", "grads", "scale"])  # fmt: skip
 def attention_delta(
-        out, grad_out, grad_lse, lse, delta, q_offset, out_strides, grad_strides, parameters, sizes, tensors, grads,
+        out, grad_out, grad_lse, lse, numbers, q_offset, out_strides, grad_strides, parameters, sizes, tensors, grads,
         peaks, factors, scale, SINK: tl.constexpr, ROW: tl.constexpr, SINK_GRAD: tl.constexpr, SCATTER: tl.constexpr,
         MODE: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
         UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """delta [B, H, Q] float32; one program for BM query rows of one batch and head.
+    """numbers [B, H, `padded(Q)`, 2] float32: lse in base 2 and delta; one program for BM rows of one batch and head.
+
+    They stand together, and aligned, since the dK and dV kernel reads both for each column of its transposed tiles. A
+    row without a key and one past Q have plus infinity, so that their probabilities are 0, and for delta 0.
 
     A sink takes the share p = exp(sink - lse) of a row and no value, so its gradient is -p * delta: where SINK_GRAD is
     given, that reaches what the sink reads.
     """
     out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
-    tiles = tl.cdiv(q_len, BM)
+    tiles = padded(q_len) // BM
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     lines = tl.arange(0, BM)
@@ -62,7 +68,10 @@ def attention_delta(
     place = pair.to(tl.int64) * q_len + first + lines
     if grad_lse is not None:
         total -= tl.load(grad_lse + place, mask=inside, other=0.0)
-    tl.store(delta + place, total, mask=inside)
+    l = tl.load(lse + place, mask=inside, other=float("-inf"))
+    pairs = tl.join(tl.where(l == float("-inf"), float("inf"), l * LOG2E), total)
+    numbers += pair.to(tl.int64) * padded(q_len) * 2 + first * 2
+    tl.store(numbers + lines[:, None] * 2 + tl.arange(0, 2)[None, :], pairs)
 
     if SINK_GRAD is not None:
         scalars, tensors = scalars_of(parameters + sizes + (scalar(scale, False),), WIDE), captured(tensors, WIDE)
@@ -77,10 +86,21 @@ def attention_delta(
         logit = tl.zeros([BM], tl.float32) + SINK(b, h, scalars, tensors)
         if ROW is not None:
             logit -= ROW(b, h, q, False, scalars, tensors)
-        l = tl.load(lse + place, mask=inside, other=float("-inf"))
         p = tl.where(l == float("-inf"), 0.0, tl.exp2((logit - l) * LOG2E))
         shares = SINK_GRAD(-p * total, b, h, scalars, tensors)
         SCATTER(shares, b, h, 0, 0, 0, 0, None, False, scalars, tensors, grads, peaks, factors, MODE)
+
+
+@triton.jit
+def padded(rows):
+    """How many rows the row numbers are kept for: whole tiles of any shape."""
+    return tl.cdiv(rows, ROWS) * ROWS
+
+
+@triton.jit
+def _row_numbers(numbers, N: tl.constexpr):
+    """(lse in base 2, delta) of N rows."""
+    return tl.split(tl.reshape(tl.load(numbers + tl.arange(0, 2 * N)), [N, 2]))
 
 
 @triton.jit
@@ -136,7 +156,7 @@ def _add_sums(totals, shares, keep):
 
 @triton.jit
 def _visit_queries(
-        tile, state, keys, rows_of_values, query, grad_out, lse, delta, query_strides, grad_strides, q_len, factor,
+        tile, state, keys, rows_of_values, query, grad_out, numbers, query_strides, grad_strides, q_len, factor,
         slope, b, h, start, k, k0, loaded, scalars, tensors, SCORE: tl.constexpr, MASK: tl.constexpr,
         QUERY_MASK: tl.constexpr, KEY_GRAD: tl.constexpr, MASKED: tl.constexpr, CONTIGUOUS: tl.constexpr,
         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
@@ -155,13 +175,7 @@ def _visit_queries(
             keep = keep & QUERY_MASK(b, h, (start + first + lines).to(k.dtype), False, scalars, tensors)
     queries = load_rows(query + wide * query_strides[2], lines, query_strides, keep, CONTIGUOUS, D, D0, D1)
     products = inner_products(keys, queries, PRECISION)
-    if MASKED:
-        l = tl.load(lse + first + lines, mask=keep, other=float("inf"))
-        row_delta = tl.load(delta + first + lines, mask=keep, other=0.0)
-    else:
-        l = tl.load(lse + first + lines)
-        row_delta = tl.load(delta + first + lines)
-    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)
+    l, row_delta = _row_numbers(numbers + first * 2, BM)
     ramp = None
     if slope is not None:  # slope * (k - k0), the same for all tiles; k0 - q goes to the row
         ramp = (slope * tl.arange(0, k.shape[0]).to(tl.float32))[:, None]
@@ -185,7 +199,7 @@ def _visit_queries(
     "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dk_strides", "dv_strides",
     "parameters", "sizes", "tensors", "grads", "scale", "section"])  # fmt: skip
 def attention_keys_backward(
-        query, key, value, grad_out, lse, delta, dk_out, dv_out, q_offset, query_strides, key_strides,
+        query, key, value, grad_out, numbers, dk_out, dv_out, q_offset, query_strides, key_strides,
         value_strides, grad_strides, dk_strides, dv_strides, parameters, sizes, tensors, grads, peaks, factors,
         scale, section, SCORE: tl.constexpr, FULL_SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr,
         MASK: tl.constexpr, KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, Q_RANGES: tl.constexpr,
@@ -250,7 +264,7 @@ def attention_keys_backward(
                 i = nth(partial, n)
                 if SKIP is None:
                     state = _visit_queries(
-                        i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                        i, state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
                         query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
                         scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0,
                         DV1, BM, PRECISION
@@ -259,7 +273,7 @@ def attention_keys_backward(
                     q0 = start + i.to(tl.int64) * BM
                     if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
                         state = _visit_queries(
-                            i, state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                            i, state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
                             query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
                             scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV,
                             DV0, DV1, BM, PRECISION
@@ -267,7 +281,7 @@ def attention_keys_backward(
         if len(full) > 0:
             for n in range(count(full)):
                 state = _visit_queries(
-                    nth(full, n), state, keys, rows, q_base, g_base, lse + row * q_len, delta + row * q_len,
+                    nth(full, n), state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
                     query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
                     scalars, tensors, FULL_SCORE, MASK, QUERY_MASK, FULL_KEY_GRAD, False, CONTIGUOUS, D, D0, D1, DV,
                     DV0, DV1, BM, PRECISION
@@ -340,7 +354,7 @@ def _visit_keys(
     "q_offset", "query_strides", "key_strides", "value_strides", "grad_strides", "dq_strides", "parameters", "sizes",
     "tensors", "grads", "scale", "section"])  # fmt: skip
 def attention_queries_backward(
-        query, key, value, grad_out, lse, delta, dq_out, q_offset, query_strides, key_strides, value_strides,
+        query, key, value, grad_out, numbers, dq_out, q_offset, query_strides, key_strides, value_strides,
         grad_strides, dq_strides, parameters, sizes, tensors, grads, peaks, factors, scale, section,
         SCORE: tl.constexpr, FULL_SCORE: tl.constexpr, FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr,
         KEY_MASK: tl.constexpr, QUERY_MASK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr,
@@ -388,10 +402,7 @@ def attention_queries_backward(
     value += b64 * value_strides[0] + hk64 * value_strides[1]
     queries = load_rows(query, lines, query_strides, seen, CONTIGUOUS, D, D0, D1)
     outs = load_rows(grad_out, lines, grad_strides, inside, CONTIGUOUS, DV, DV0, DV1)
-    place = pair.to(tl.int64) * q_len + first + lines
-    l = tl.load(lse + place, mask=inside, other=float("inf"))
-    l = tl.where(l == float("-inf"), float("inf"), l * LOG2E)
-    row_delta = tl.load(delta + place, mask=inside, other=0.0)
+    l, row_delta = _row_numbers(numbers + pair.to(tl.int64) * padded(q_len) * 2 + first * 2, BM)
 
     factor, slope = 1.0, None
     if FACTOR is not None:

@@ -172,8 +172,9 @@ def captured(tensors, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _address(tensor, index, VARYING: tl.constexpr):
-    """Pointers to `tensor[index]`: what is the same for the tile is added in 64 bits, the rest in the width of `k`."""
+def _place(tensor, index, VARYING: tl.constexpr):
+    """`tensor[index]` as a pointer and an offset: what is the same for the tile is added to the pointer in 64 bits,
+    the rest to the offset in the width of `k`."""
     pointer = tensor[0]
     offset = 0
     for axis in tl.static_range(len(index)):
@@ -181,7 +182,7 @@ def _address(tensor, index, VARYING: tl.constexpr):
             offset += index[axis] * tensor[2][axis]
         else:
             pointer += index[axis] * tensor[2][axis].to(tl.int64)
-    return pointer + offset
+    return pointer, offset
 
 
 @triton.jit
@@ -208,10 +209,11 @@ def element(tensor, index, VARYING: tl.constexpr, CHECKED: tl.constexpr):
     Bit `axis` of VARYING says that the index of the axis varies within the tile, of CHECKED that it is not known to lie
     in the tensor.
     """
+    pointer, offset = _place(tensor, index, VARYING)
     if CHECKED == 0:
-        return tl.load(_address(tensor, index, VARYING))
+        return tl.load(pointer + offset)
     else:
-        return tl.load(_address(tensor, index, VARYING), mask=_inside(tensor, index, CHECKED), other=0)
+        return tl.load(pointer + offset, mask=_inside(tensor, index, CHECKED), other=0)
 
 
 # ---------------------------------------------------------------- gradients of captured tensors
@@ -246,23 +248,22 @@ def scatter(
         if MODE == FIXED:
             amount = (amount * tl.load(factors + TARGET)).to(tl.int64)
         inside = _inside(grad, index, CHECKED)
-        address = _address(grad, index, VARYING)
+        pointer, offset = _place(grad, index, VARYING)
         if VARYING == 0:
-            tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+            tl.atomic_add(pointer, amount, mask=inside, sem="relaxed")
         else:
-            amount = tl.broadcast_to(amount, address.shape)
+            amount = tl.broadcast_to(amount, offset.shape)
             if keep is not None:
                 inside = inside & keep
             if MAY_COINCIDE:
-                bits = address.to(tl.int64)
-                lowest = tl.min(bits)
-                if lowest == tl.max(bits):
+                lowest = tl.min(offset)
+                if lowest == tl.max(offset):
                     ok = tl.max((inside & (amount == amount)).to(tl.int32)) > 0
-                    tl.atomic_add(lowest.to(grad[0].dtype), tl.sum(amount), mask=ok, sem="relaxed")
+                    tl.atomic_add(pointer + lowest, tl.sum(amount), mask=ok, sem="relaxed")
                 else:
-                    tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+                    tl.atomic_add(pointer + offset, amount, mask=inside, sem="relaxed")
             else:
-                tl.atomic_add(address, amount, mask=inside, sem="relaxed")
+                tl.atomic_add(pointer + offset, amount, mask=inside, sem="relaxed")
 
 
 # ---------------------------------------------------------------- tiles

@@ -91,6 +91,11 @@ class Emitted:
     query_totals: int
     key_totals: int
 
+    def function(self, name: str) -> str | None:
+        """The function that serves as `name`: on full tiles the one for any tile does where there is no special one."""
+        found = name if name in self.functions else name.replace("full_", "")
+        return found if found in self.functions else None
+
 
 @dataclass
 class _Module:

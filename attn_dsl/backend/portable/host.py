@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from attn_dsl.backend.portable.backward import ROWS
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 
@@ -126,6 +127,12 @@ def dimensions(call: Call) -> dict[str, int]:
     """The kernels' constants for the head dimensions."""
     (d0, d1), (dv0, dv1) = chunks(call.query.shape[3]), chunks(call.value.shape[3])
     return {"D": call.query.shape[3], "D0": d0, "D1": d1, "DV": call.value.shape[3], "DV0": dv0, "DV1": dv1}
+
+
+def padded_rows(rows: int) -> int:
+    """`padded` of the backward kernels."""
+    unit: int = ROWS.value
+    return -(-rows // unit) * unit
 
 
 def tile_options(tile: Tile) -> dict[str, int]:

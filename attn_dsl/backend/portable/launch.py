@@ -31,6 +31,7 @@ from attn_dsl.backend.portable.host import (
     in_units,
     interpreted,
     number,
+    padded_rows,
     precision_of,
     section,
     span,
@@ -162,15 +163,9 @@ class _Plan:
         return self.made[key]
 
     def named(self, **names: str) -> dict[str, Any]:
-        """Emitted functions by the name of the kernel's argument; None where the variant has none.
-
-        What is special for full tiles is called `full_...`; where there is no such function, the other will do.
-        """
-        found: dict[str, Any] = {}
-        for key, name in names.items():
-            name = name if name in self.emitted.functions else name.replace("full_", "")
-            found[key] = getattr(self.functions, name) if name in self.emitted.functions else None
-        return found
+        """Emitted functions by the name of the kernel's argument; None where the variant has none."""
+        found = {key: self.emitted.function(name) for key, name in names.items()}
+        return {key: None if name is None else getattr(self.functions, name) for key, name in found.items()}
 
     @property
     def scalars(self) -> tuple[Any, ...]:
@@ -334,7 +329,7 @@ def _fixed_point(peaks: Tensor, call: Call) -> Tensor:
     return torch.where(peak.isfinite(), torch.exp2(power), torch.nan)
 
 
-def _delta(
+def _row_numbers(
     plan: _Plan,
     out: Tensor,
     lse: Tensor,
@@ -345,30 +340,31 @@ def _delta(
     factors: Tensor | None,
     mode: int,
 ) -> Tensor:
-    """delta [B, H, Q] float32; and what a sink hands on is added to `sums`, as by `_gradients`."""
+    """Row numbers; and what a sink hands on is added to `sums`, as by `_gradients`."""
     call = plan.call
     batch, heads, q_len = out.shape[:3]
-    delta = torch.empty((batch, heads, q_len), dtype=torch.float32, device=out.device)
-    unit, rows = unit_of(out, grad_out), 64
+    rows = padded_rows(q_len)
+    numbers = torch.empty((batch, heads, rows, 2), dtype=torch.float32, device=out.device)
+    unit, tile = unit_of(out, grad_out), 64
     strides = (in_units(out, unit), in_units(grad_out, unit))
     common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
     functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
     if functions["SINK_GRAD"] is None:  # the same kernel for all variants
         functions = dict.fromkeys(functions)
-        rest: tuple[Any, ...] = (None, delta, 0, *strides, (), plan.sizes[:6], (), (), None, None, 1.0)
+        rest: tuple[Any, ...] = (lse, numbers, 0, *strides, (), plan.sizes[:6], (), (), None, None, 1.0)
         common |= {"MODE": device.ADD.value, "WIDE": False}
     else:
         parameters, sizes, tensors = plan.scalars
-        rest = (lse, delta, call.q_offset, *strides, parameters, sizes, tensors, described(sums), peaks, factors,
+        rest = (lse, numbers, call.q_offset, *strides, parameters, sizes, tensors, described(sums), peaks, factors,
                 number(float(call.scale)))  # fmt: skip
         common |= {"MODE": mode, "WIDE": plan.common["WIDE"]}
     plan.run(
         backward_kernels.attention_delta,
-        batch * heads * triton.cdiv(q_len, rows),
+        batch * heads * (rows // tile),
         (out, grad_out, grad_lse, *rest),
-        plan.options(f"delta {mode}", unit, dense_columns(grad_out), lambda: {**functions, **common, "BM": rows}),
+        plan.options(f"delta {mode}", unit, dense_columns(grad_out), lambda: {**functions, **common, "BM": tile}),
     )
-    return delta
+    return numbers
 
 
 def _gradients(
@@ -383,7 +379,7 @@ def _gradients(
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One run of the kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
-    delta = _delta(plan, out, lse, grad_out, grad_lse, sums, peaks, factors, mode)
+    numbers = _row_numbers(plan, out, lse, grad_out, grad_lse, sums, peaks, factors, mode)
     call = plan.call
     query, key, value = call.query, call.key, call.value
     (batch, heads, q_len, dim), (_, kv_heads, kv_len, value_dim) = query.shape, value.shape
@@ -398,7 +394,7 @@ def _gradients(
                      KEY_MASK="key_mask", QUERY_MASK="query_mask"),
         "MODE": mode, **plan.common,
     }  # fmt: skip
-    inputs = (query, key, value, grad_out, lse, delta)
+    inputs = (query, key, value, grad_out, numbers)
     rest = (*plan.scalars, described(sums), peaks, factors, number(float(call.scale)))
     tile = plan.tiles.keys
     plan.run(

@@ -215,7 +215,7 @@ def _own_functions(program: Program, emitted: Emitted, both: bool, capability: t
 
 
 def _constants(names: Mapping[str, str], emitted: Emitted, **more: int) -> str:
-    found = [f"{key}={name if name in emitted.functions else None}" for key, name in names.items()]
+    found = [f"{key}={emitted.function(name)}" for key, name in names.items()]
     found += [f"{key}={value}" for key, value in more.items()]
     lines = textwrap.wrap(", ".join(found), 100)
     return "dict(\n" + "".join(f"        {line}\n" for line in lines) + "    )"
