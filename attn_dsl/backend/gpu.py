@@ -1,4 +1,5 @@
-"""Which kernels run a call on a GPU: those for Hopper where they take it, else the portable ones; and why.
+"""Which kernels run a call on a GPU: few queries take the decode kernel, others those for Hopper where these take the
+call, else the portable ones; and why.
 
 The forward and the backward pass choose apart. Nothing falls back unseen: `explain` says what a call runs on and what
 stood in the way.
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import execute
-from attn_dsl.backend.execute import GPU, HOPPER, PORTABLE, Options
+from attn_dsl.backend.execute import DECODE, GPU, HOPPER, PORTABLE, Options
 from attn_dsl.backend.portable import launch as portable
+from attn_dsl.backend.portable import launch_decode as decode
 from attn_dsl.backend.portable import tiles
 from attn_dsl.errors import BindingError
 
@@ -31,11 +33,13 @@ name = GPU
 
 @dataclass(frozen=True)
 class Route:
-    """The backend of a forward pass, and what kept it from Hopper's, if anything did; `choice` is Hopper's."""
+    """The backend of a forward pass, and what kept it from Hopper's, if anything did; `choice` is Hopper's, and
+    `layout` that of the decode kernel."""
 
     backend: str
     reason: str | None
     choice: Choice | None = None
+    layout: decode.Layout | None = None
 
 
 def forward(program: execute.Program, call: portable.Call, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +49,11 @@ def forward(program: execute.Program, call: portable.Call, backend: str) -> tupl
     """
     if backend == PORTABLE:
         return portable.forward(program.kernels, call)
-    found = route(program, call)
+    if backend == DECODE:
+        return decode.forward(program.kernels, call)
+    found = route(program, call, decodes=backend != HOPPER)
+    if found.layout is not None:
+        return decode.forward(program.kernels, call, layout=found.layout)
     if found.choice is not None and found.choice.config is not None:
         from attn_dsl.backend.hopper import launch
 
@@ -60,11 +68,15 @@ def route(
     call: portable.Call,
     capability: tuple[int, int] | None = None,
     compile: Compile | None = None,
+    decodes: bool = True,
 ) -> Route:
     """Which kernels a call takes; `capability` is that of the tensors' GPU unless given.
 
-    The first call of a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
+    The decode kernel is considered if `decodes`; shapes alone decide about it. For Hopper's kernels, the first call of
+    a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
     """
+    if decodes and (reason := decode.reason(program.kernels, call)):
+        return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return Route(PORTABLE, reason)
@@ -106,8 +118,10 @@ def backward(
         if found.choice is not None and found.choice.config is not None:
             from attn_dsl.backend.hopper import launch_backward
 
-            config = found.choice.config
-            return launch_backward.backward(program.hopper_backward, call, out, shifted, grad_out, grad_lse, config)
+            return launch_backward.backward(
+                program.hopper_backward, call, out, shifted, grad_out, grad_lse, found.choice.config,
+                ordered=options.deterministic,
+            )  # fmt: skip
     return portable.backward(
         program.kernels, call, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
     )
@@ -127,9 +141,9 @@ def backward_route(
         return BackwardRoute(PORTABLE, reason)
     from attn_dsl.backend.hopper import launch_backward
 
-    if reason := launch_backward.refusal(program.hopper_backward, call, wanted, deterministic):
+    if reason := launch_backward.refusal(program.hopper_backward, call, wanted):
         return BackwardRoute(PORTABLE, reason)
-    choice = program.hopper_backward.choice(call, compile)
+    choice = program.hopper_backward.choice(call, deterministic, compile)
     if choice.config is None:
         return BackwardRoute(PORTABLE, f"no configuration is good, the last since {choice.rejected[-1][1]}", choice)
     return BackwardRoute(HOPPER, None, choice)
@@ -175,7 +189,9 @@ def describe(program: execute.Program, call: portable.Call, found: Route, capabi
     """`explain` of a route."""
     dims = f"{str(call.query.dtype)[6:]}, head dimensions {call.query.shape[3]} and {call.value.shape[3]}"
     choice = found.choice
-    if choice is not None and choice.config is not None and choice.build is not None:
+    if found.layout is not None:
+        lines = [f"backend    decode, since {found.reason}; {dims}", f"tiles      {found.layout}"]
+    elif choice is not None and choice.config is not None and choice.build is not None:
         lines = [
             f"backend    hopper: compute capability 9.0; {dims}",
             f"tiles      {choice.config}",

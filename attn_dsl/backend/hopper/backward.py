@@ -46,7 +46,8 @@ class Shape:
     """What is known when the kernel is compiled: tile shapes and register layouts.
 
     QUERIES of a tile are 64, or 128 where D and DV are 64. Each warpgroup makes HALF columns of 64 rows of a tile's dQ:
-    half of the columns, or, of a tile of 128 queries, half of the rows. MASKED: not every visited pair counts.
+    half of the columns, or, of a tile of 128 queries, half of the rows. RAGGED: the last tile of keys may stick out.
+    ASK: the mask is left out of tiles that are full. ORDERED: programs add to dQ in an order of their own.
     POSITIONAL: the score of a pair that does not count may be anything.
     """
 
@@ -56,15 +57,17 @@ class Shape:
     HALF: gl.constexpr
     QUERY_STAGES: gl.constexpr
     GRAD_STAGES: gl.constexpr
-    MASKED: gl.constexpr
+    RAGGED: gl.constexpr
     POSITIONAL: gl.constexpr
+    ASK: gl.constexpr
+    ORDERED: gl.constexpr
     LOGITS: gl.constexpr
     KEY_GRAD: gl.constexpr
     VALUE_GRAD: gl.constexpr
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, MASKED, POSITIONAL):
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED):
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -72,8 +75,10 @@ class Shape:
         self.HALF = gl.constexpr(half)
         self.QUERY_STAGES = gl.constexpr(QUERY_STAGES)
         self.GRAD_STAGES = gl.constexpr(GRAD_STAGES)
-        self.MASKED = gl.constexpr(MASKED)
+        self.RAGGED = gl.constexpr(RAGGED)
         self.POSITIONAL = gl.constexpr(POSITIONAL)
+        self.ASK = gl.constexpr(ASK)
+        self.ORDERED = gl.constexpr(ORDERED)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
         self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
         self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
@@ -92,10 +97,11 @@ class Functions:
     DERIVATIVE: gl.constexpr
     SLOPE: gl.constexpr
     MASK: gl.constexpr
+    FULL: gl.constexpr
     Q_RANGES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, Q_RANGES):
+    def __init__(self, FACTOR, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES):
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
         self.KEYS = gl.constexpr(KEYS)
@@ -104,6 +110,7 @@ class Functions:
         self.DERIVATIVE = gl.constexpr(DERIVATIVE)
         self.SLOPE = gl.constexpr(SLOPE)
         self.MASK = gl.constexpr(MASK)
+        self.FULL = gl.constexpr(FULL)
         self.Q_RANGES = gl.constexpr(Q_RANGES)
 
 
@@ -157,7 +164,8 @@ class Ring:
 class Memory:
     """Descriptors of tensors in global memory, and buffers in shared memory; what comes twice is one for each group.
 
-    `exchange` holds dS^T of two steps, [step, group]; `told` its barriers. `sums` holds half a tile of dQ.
+    `turns` [B, H, key tiles, query tiles], `done` [B, H, query tiles, group] int32: how many programs add to dQ before,
+    and how many have. `exchange` holds dS^T of two steps, [step, group]; `told` its barriers. `sums` holds half a tile of dQ.
     """
 
     query: tma.tensor_descriptor
@@ -169,6 +177,8 @@ class Memory:
     dq: tma.tensor_descriptor
     dk: tma.tensor_descriptor
     dv: tma.tensor_descriptor
+    turns: gl.tensor
+    done: gl.tensor
     queries: Ring
     grads: Ring
     keys: gl.shared_memory_descriptor
@@ -179,8 +189,8 @@ class Memory:
     sums: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, queries, grads, keys, values, loaded, exchange,
-                 told, sums):  # fmt: skip
+    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values,
+                 loaded, exchange, told, sums):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -190,6 +200,8 @@ class Memory:
         self.dq = dq
         self.dk = dk
         self.dv = dv
+        self.turns = turns
+        self.done = done
         self.queries = queries
         self.grads = grads
         self.keys = keys
@@ -204,13 +216,15 @@ class Memory:
 class Head:
     """What the pairs of a warpgroup's keys with one query head have in common.
 
-    k: [64, 1] positions. `uniform`, `keys`: what the emitted functions of these names gave.
+    pair: number of batch and head; turns: where its key tile begins in the table of that name. k: [64, 1] positions; k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names gave.
     """
 
     b: gl.tensor
     h: gl.tensor
     pair: gl.tensor
+    turns: gl.tensor
     k: gl.tensor
+    k0: gl.tensor
     start: gl.tensor
     q_len: gl.tensor
     kv_len: gl.tensor
@@ -222,11 +236,13 @@ class Head:
     tensors: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, b, h, pair, k, start, q_len, kv_len, factor, slope, uniform, keys, scalars, tensors):
+    def __init__(self, b, h, pair, turns, k, k0, start, q_len, kv_len, factor, slope, uniform, keys, scalars, tensors):
         self.b = b
         self.h = h
         self.pair = pair
+        self.turns = turns
         self.k = k
+        self.k0 = k0
         self.start = start
         self.q_len = q_len
         self.kv_len = kv_len
@@ -242,11 +258,20 @@ class Head:
 
 
 @gluon.jit
-def _place(problem):
-    """(key tile, batch, key head) of this program; under a causal mask the first keys have the most queries."""
-    sizes = problem.sizes
+def _place(shape, problem):
+    """(key tile, batch, key head) of this program.
+
+    Pairs of batch and head run in sections, in which the first tile of keys comes first: under a causal mask it has the
+    most queries. ORDERED: the last, which then is the first to reach each tile of queries.
+    """
+    sizes, section = problem.sizes, problem.section
     tiles = gl.cdiv(sizes[4], 2 * KEYS)
-    tile, pair = gl.program_id(0) % tiles, gl.program_id(0) // tiles
+    first = gl.program_id(0) // (section * tiles) * section
+    width = gl.minimum(section, sizes[0] * sizes[2] - first)
+    rest = gl.program_id(0) - first * tiles
+    tile, pair = rest // width, first + rest % width
+    if shape.ORDERED:
+        tile = tiles - 1 - tile
     return tile, pair // sizes[2], pair % sizes[2]
 
 
@@ -273,7 +298,7 @@ def _load_keys(memory, part, tensor, buffers, b, hk, first):
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it."""
     scalars, tensors = problem.scalars(), problem.captured()
-    tile, b, hk = _place(problem)
+    tile, b, hk = _place(shape, problem)
     start = problem.start(b)
     _load_keys(memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS))
     _load_keys(memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS))
@@ -333,15 +358,48 @@ def _reduce_add(target, place, source, _semantic=None):
 
 
 @gluon.jit
-def _add_query_grad(shape, memory, head, half, i, GROUP: gl.constexpr):
-    """Add half a tile of dQ to the buffer, which keeps the order of the registers: 16 bytes a lane, no conflicts."""
+def _add_query_grad(shape, memory, head, half, i, turn, last, GROUP: gl.constexpr):
+    """Add half a tile of dQ to the buffer, which keeps the order of the registers: 16 bytes a lane, no conflicts.
+
+    ORDERED: once `turn` programs have added to it. `last` is what this gave for the step before.
+    """
     x = gl.permute(gl.reshape(half, [4, 2, 8, shape.HALF // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
-    tiles = gl.cdiv(head.q_len, shape.QUERIES)
-    row = ((head.pair * tiles + i) * 2 + GROUP) * (2 * shape.HALF)
-    tma.store_wait(0)  # the copy engine has read what was there
+    place = (head.pair * gl.cdiv(head.q_len, shape.QUERIES) + i) * 2 + GROUP
+    if shape.ORDERED:
+        _tell(memory, last)
+        _await(memory.done + place, turn)
+        last = (place, turn)
+    else:
+        tma.store_wait(0)  # the copy engine has read what was there
     memory.sums.index(GROUP).store(gl.reshape(x, [2 * shape.HALF, 32]))
     fence_async_shared()
-    _reduce_add(memory.dq, [row, 0], memory.sums.index(GROUP))
+    _reduce_add(memory.dq, [place * (2 * shape.HALF), 0], memory.sums.index(GROUP))
+    return last
+
+
+@gluon.jit
+def _tell(memory, last):
+    """Let the next program add where this one did: `last` is (place in `done`, turn), the place negative for nowhere.
+
+    When the copy engine has finished, its sum stands in memory, and the others may know; it takes no fence. All threads
+    store the same number: a choice among them would cost the products their uniform registers.
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    gl.thread_barrier()
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p st.relaxed.gpu.global.u32 [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r", [(memory.done + last[0]).to(gl.int64), last[0], last[1] + 1], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _await(place, turn):
+    """Wait until the number at a place is `turn`."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 v; AGAIN: ld.relaxed.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2;"
+        " @p bra AGAIN; mov.u32 $0, 0; }",
+        "=r,l,r", [place.to(gl.int64), turn], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 # ---------------------------------------------------------------- one step
@@ -370,11 +428,44 @@ def _widen(x):
 
 
 @gluon.jit
+def _counts_throughout(shape, f, head, first):
+    """Whether all pairs of the program's keys with the query tile from position `first` on are known to count."""
+    last = first + (shape.QUERIES - 1)
+    result = last == last  # noqa: PLR0124 (true, as a number of the device)
+    if f.MASK is not None:
+        result = f.FULL(
+            head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
+            head.tensors
+        )  # fmt: skip
+    if shape.RAGGED:
+        result = result & (head.k0 + 2 * KEYS <= head.kv_len)
+    if shape.POSITIONAL:
+        result = result & (last < head.start + head.q_len)
+    return result
+
+
+@gluon.jit
+def _counting(shape, f, head, q, found):
+    """Which pairs count, [64, QUERIES] or what spreads to that."""
+    keep = head.k < head.kv_len
+    if f.MASK is not None:
+        mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        if shape.RAGGED:
+            keep = keep & mask
+        else:
+            keep = mask
+    if shape.POSITIONAL:
+        keep = keep & (q < head.start + head.q_len)
+    return keep
+
+
+@gluon.jit
 def _probabilities(shape, f, head, s, lse, i):
     """(P^T, P^T times the derivative of the score) for query tile i, from the bare products s."""
+    MASKED: gl.constexpr = shape.RAGGED or shape.POSITIONAL or f.MASK is not None
     first = head.start + i * shape.QUERIES
-    x = s
-    if shape.MASKED or f.SCORE is not None:
+    x, derivative = s, 1.0
+    if MASKED or f.SCORE is not None:
         q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
         found = ()
         if f.COLUMNS is not None:
@@ -386,28 +477,28 @@ def _probabilities(shape, f, head, s, lse, i):
     if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
         lse = lse - head.slope * (head.k - first).to(gl.float32)
     x = x * head.factor - lse
-    if shape.MASKED:
-        keep = head.k < head.kv_len
-        if shape.POSITIONAL:
-            keep = keep & (q < head.start + head.q_len)
-        if f.MASK is not None:
-            keep = keep & f.MASK(
-                head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors
-            )  # fmt: skip
-        x = gl.where(keep, x, NEVER)
+    if MASKED:
+        if (f.MASK is not None and f.FULL is None) or not shape.ASK:
+            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+        else:  # in one loop for all tiles: registers do not suffice for two
+            if not _counts_throughout(shape, f, head, first):
+                x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
     p = gl.exp2(x)
     steep = p
     if f.DERIVATIVE:
         steep = p * derivative
         if shape.POSITIONAL:
-            steep = gl.where(keep, steep, 0.0)
+            steep = gl.where(p == 0.0, 0.0, steep)
     return p, steep
 
 
 @gluon.jit
-def _step(shape, f, memory, head, at, i, dk, dv, GROUP: gl.constexpr):
-    """(dK, dV) with query tile i, number `at` of all."""
+def _step(shape, f, memory, head, at, i, dk, dv, last, GROUP: gl.constexpr):
+    """(dK, dV, last) with query tile i, number `at` of all."""
     DTYPE: gl.constexpr = memory.keys.dtype
+    turn = i
+    if shape.ORDERED:
+        turn = gl.load(memory.turns + head.turns + i)
     memory.queries.wait(at)
     products = _issue_turned(shape, memory.keys.index(GROUP).reshape([KEYS, shape.D]), memory.queries.tile(at))
     memory.grads.wait(at)
@@ -428,10 +519,10 @@ def _step(shape, f, memory, head, at, i, dk, dv, GROUP: gl.constexpr):
     dk_next = _issue_sum(ds, memory.queries.tile(at), dk, shape.KEY_GRAD)
     half, dv = warpgroup_mma_wait(1, deps=[half, dv_next])
     memory.grads.release(at)
-    _add_query_grad(shape, memory, head, half, i, GROUP)
+    last = _add_query_grad(shape, memory, head, half, i, turn, last, GROUP)
     dk = warpgroup_mma_wait(0, deps=[dk_next])
     memory.queries.release(at)
-    return dk, dv
+    return dk, dv, last
 
 
 # ---------------------------------------------------------------- consumers
@@ -441,7 +532,7 @@ def _step(shape, f, memory, head, at, i, dk, dv, GROUP: gl.constexpr):
 def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     """dK and dV of the warpgroup's 64 keys, and its halves of dQ."""
     scalars, tensors = problem.scalars(), problem.captured()
-    tile, b, hk = _place(problem)
+    tile, b, hk = _place(shape, problem)
     start = problem.start(b)
     k = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
     k = gl.expand_dims(k, 1)
@@ -451,6 +542,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     mbarrier.wait(memory.loaded.index(1), 0)
     group = problem.sizes[1] // problem.sizes[2]
     passed = 0
+    last = (0 * tile - 1, 0 * tile)
     for member in range(group):
         h = hk * group + member
         segments, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
@@ -463,11 +555,16 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         if f.SLOPE is not None:
             slope = f.SLOPE(b, h, scalars, tensors)
         pair = b * problem.sizes[1] + h
-        head = Head(b, h, pair, k, start, problem.sizes[3], problem.sizes[4], factor, slope, uniform, keys, scalars,
+        turns = pair * gl.cdiv(problem.sizes[4], 2 * KEYS) + tile
+        turns = turns.to(gl.int64) * gl.cdiv(problem.sizes[3], shape.QUERIES)
+        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, problem.sizes[3], problem.sizes[4], factor, slope, uniform, keys, scalars,
                     tensors)  # fmt: skip
         for n in range(tiles):
-            dk, dv = _step(shape, f, memory, head, passed + n, nth(segments, n), dk, dv, GROUP)
+            i = nth(segments, n)
+            dk, dv, last = _step(shape, f, memory, head, passed + n, i, dk, dv, last, GROUP)
         passed += tiles
+    if shape.ORDERED:
+        _tell(memory, last)
     _store(shape, memory, problem, dk, dv, GROUP)
 
 
@@ -475,7 +572,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
 def _store(shape, memory, problem, dk, dv, GROUP: gl.constexpr):
     """dV by way of the warpgroup's own values, dK of its half of dQ: the other group may still read the keys."""
     DTYPE: gl.constexpr = memory.keys.dtype
-    tile, b, hk = _place(problem)
+    tile, b, hk = _place(shape, problem)
     first = tile * (2 * KEYS) + GROUP * KEYS
     memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
     fence_async_shared()
@@ -508,20 +605,19 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
                               "section"])  # fmt: skip
-def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, q_offset, parameters, B, H, HK, Q, KV, DIM,
+def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q, KV, DIM,
                        extents, tensors, scale, section,
                        FACTOR: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr, COLUMNS: gl.constexpr,
                        SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
-                       Q_RANGES: gl.constexpr, MASKED: gl.constexpr, POSITIONAL: gl.constexpr, D: gl.constexpr,
-                       DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, RAGGED: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr, ORDERED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
                        GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
     [B * H, Q rounded up] float32, of QUERIES numbers. A grid of one program for each batch, key head and 128 keys.
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, MASKED, POSITIONAL)
-    f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, Q_RANGES)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED)
+    f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES)
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)
@@ -529,7 +625,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, q_offset
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, queries, grads, keys, values, _barriers(2, 1),
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values, _barriers(2, 1),
                     exchange, _barriers(4, 1), sums)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.

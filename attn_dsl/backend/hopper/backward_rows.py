@@ -83,3 +83,34 @@ def finish_queries(
         keep = keep & (column < DIM)[None, :]
     places = dq + (pair * q_len + row[:, None]) * DIM + column[None, :]
     tl.store(places, (x * scale).to(dq.dtype.element_ty), mask=keep)
+
+
+@triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "scale"])
+def count_turns(
+        turns, q_offset, parameters, sizes, tensors, scale, Q_RANGES: tl.constexpr, KEYS: tl.constexpr,
+        QUERIES: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """turns [B, H, key tiles, query tiles] int32: how many later tiles of keys visit a tile of queries.
+
+    One program for WIDTH tiles of queries of a head.
+    """
+    heads, q_len, kv_len = scalar(sizes[1], False), scalar(sizes[3], False), scalar(sizes[4], False)
+    tiles, key_tiles = tl.cdiv(q_len, QUERIES), tl.cdiv(kv_len, KEYS)
+    parts = tl.cdiv(tiles, WIDTH)
+    part, pair = tl.program_id(0) % parts, tl.program_id(0) // parts
+    b, h = pair // heads, pair % heads
+    scalars, tensors = scalars_of(parameters + sizes + (scale,), False), captured(tensors, False)
+    if q_offset.dtype.is_ptr():
+        start = tl.load(q_offset + b).to(tl.int32)
+    else:
+        start = q_offset.to(tl.int32)
+    i = part * WIDTH + tl.arange(0, WIDTH)
+    seen = tl.zeros([WIDTH], tl.int32)
+    for n in range(key_tiles):
+        j = key_tiles - 1 - n
+        segments = Q_RANGES(b, h, j * KEYS, j * KEYS + (KEYS - 1), start, QUERIES, scalars, tensors)
+        visited = tl.zeros([WIDTH], tl.int1)
+        for s in tl.static_range(len(segments)):
+            visited = visited | ((i >= tl.maximum(segments[s][0], 0)) & (i < segments[s][1]))
+        tl.store(turns + (pair * key_tiles + j).to(tl.int64) * tiles + i, seen, mask=i < tiles)
+        seen += visited.to(tl.int32)

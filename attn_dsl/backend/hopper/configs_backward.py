@@ -21,12 +21,14 @@ class Config:
     query_stages  tiles in the ring of queries
     grad_stages   tiles in that of output gradients
     registers     of a consumer's thread
+    ask           of each tile whether it is full, and leave out the mask there
     """
 
     queries: int
     query_stages: int = 3
     grad_stages: int = 2
     registers: int = 240
+    ask: bool = True
 
     def shared_bytes(self, dim: int, value_dim: int, itemsize: int = 2) -> int:
         """Shared memory of the tiles; barriers and the compiler's own need some 2 KiB more."""
@@ -38,11 +40,14 @@ class Config:
 
     def __str__(self) -> str:
         rings = f"rings of {self.query_stages} and {self.grad_stages}"
-        return f"{KEYS} keys x {self.queries} rows, 2 warpgroups, {rings}"
+        mask = "mask where it is wanted" if self.ask else "mask everywhere"
+        return f"{KEYS} keys x {self.queries} rows, 2 warpgroups, {rings}, {mask}"
 
 
-_SMALL = (Config(128), Config(64))
-_LARGE = (Config(64), Config(64, query_stages=2))
+_TABLE = {
+    64: (Config(128), Config(128, ask=False), Config(64), Config(64, ask=False)),
+    128: (Config(64), Config(64, ask=False)),
+}
 
 
 def candidates(dim: int, value_dim: int) -> tuple[Config, ...]:
@@ -52,5 +57,4 @@ def candidates(dim: int, value_dim: int) -> tuple[Config, ...]:
     """
     if max(dim, value_dim) > 128:
         return ()
-    table = _SMALL if dim == value_dim == 64 else _LARGE
-    return tuple(config for config in table if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT)
+    return tuple(config for config in _TABLE[max(dim, value_dim)] if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT)

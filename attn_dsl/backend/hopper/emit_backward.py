@@ -16,7 +16,7 @@ from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, outermost
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
 from attn_dsl.backend.printer import Signature, lower
-from attn_dsl.ir.nodes import SCORE, TRUE, Load, Node, Q, post_order
+from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Load, Node, Q, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import gradient
 from attn_dsl.passes.schedule import Schedule
@@ -27,7 +27,8 @@ KEYS = ("b", "h", "k", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 COLUMNS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "keys", "columns", "scalars", "tensors")
 RANGES = ("b", "h", "k0", "k1", "q_offset", "block", "scalars", "tensors")
-FUNCTIONS = ("factor", "uniform", "keys", "columns", "score", "slope", "mask", "q_ranges")
+TILE = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "block", "scalars", "tensors")
+FUNCTIONS = ("factor", "uniform", "keys", "columns", "score", "slope", "mask", "full", "q_ranges")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Emitted:
     positional: bool
 
 
-def emit_module(variant: Variant, schedule: Schedule, *, fast_tanh: bool = True) -> Emitted:
-    """The functions of a variant; the kernel masks every tile of the schedule."""
+def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: bool = True) -> Emitted:
+    """The functions of a variant; `full` says which tiles of the schedule need no mask."""
     plain = Signature.of(variant)
     signature = Signature((*plain.scalars, SCALE), plain.tensors)
     gather, terms = Gatherer(), separate(variant.score)
@@ -74,6 +75,8 @@ def emit_module(variant: Variant, schedule: Schedule, *, fast_tanh: bool = True)
         module.add("slope", PROGRAM, times(LOG2E, slope))
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
+        if full is not FALSE:
+            module.add("full", TILE, full)
     module.add("q_ranges", RANGES, tuple((s.begin, s.end) for s in schedule.q.segments))
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
     positional = bool((residue.depends | derivative.depends) & {"q", "k"})
