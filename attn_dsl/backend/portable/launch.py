@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attn_dsl.backend.portable import backward as backward_kernels
@@ -40,7 +39,7 @@ from attn_dsl.backend.portable.host import (
 )
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.backend.portable.tiles import Tiles
+from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Node, Param, Size, post_order
@@ -129,7 +128,7 @@ LAYOUTS = 4096
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What the kernels of one call have in common."""
 
     call: Call
@@ -140,9 +139,10 @@ class _Plan:
     common: Mapping[str, Any]
     made: dict[tuple[Any, ...], Options]
     layouts: dict[tuple[Any, ...], _Layout]
+    backward_layouts: dict[tuple[Any, ...], _BackwardLayout]
 
     @staticmethod
-    def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> _Plan:
+    def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> Plan:
         query, value = call.query, call.value
         fast = not call.precise and not interpreted() and query.dtype is not torch.float32 and torch.version.hip is None
         capability, precision = call.capability or capability_of(query.device), precision_of(call)
@@ -152,8 +152,8 @@ class _Plan:
         if shared is None:
             common = {**dimensions(call), "WIDE": key[6], "PRECISION": precision}
             chosen = call.tiles or tiles.choose(capability, query.element_size(), *(sum(chunks(dim)) for dim in dims))
-            shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {})
-        return _Plan(call, run, *shared)
+            shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {}, {})
+        return Plan(call, run, *shared)
 
     def options(self, kind: str, unit: int, contiguous: bool, make: Callable[[], dict[str, Any]]) -> Options:
         """The options of one kernel, made once for all calls that are alike to Triton."""
@@ -168,12 +168,6 @@ class _Plan:
         return {key: None if name is None else getattr(self.functions, name) for key, name in found.items()}
 
     @property
-    def scalars(self) -> tuple[Any, ...]:
-        """The kernels' arguments `parameters, sizes, tensors`."""
-        parameters = tuple(number(value) for value in self.call.parameters)
-        return parameters, self.sizes, described(self.call.tensors)
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(plain, self.call.sizes))
 
@@ -184,7 +178,7 @@ class _Plan:
 def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is the float32 log-sum-exp without the score's
     row terms, which `backward` wants; it is `lse` itself where there are none."""
-    plan = _Plan.of(kernels, call, frozenset(), run)
+    plan = Plan.of(kernels, call, frozenset(), run)
     query, key, value = call.query, call.key, call.value
     batch, heads, q_len = query.shape[:3]
     out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
@@ -221,7 +215,7 @@ class Replay:
     @staticmethod
     def of(kernels: Kernels, call: Call) -> Replay:
         query, value = call.query, call.value
-        plan = _Plan.of(kernels, call, frozenset(), launch)
+        plan = Plan.of(kernels, call, frozenset(), launch)
         shape = (*query.shape[:3], value.shape[3])
         layout = _forward_layout(plan, torch.empty(shape, dtype=query.dtype, device="meta"))
         parameters = tuple(number(x) for x in call.parameters)
@@ -246,7 +240,7 @@ class Replay:
         return out, lse
 
 
-def _forward_layout(plan: _Plan, out: Tensor) -> _Layout:
+def _forward_layout(plan: Plan, out: Tensor) -> _Layout:
     query, key, value = plan.call.query, plan.call.key, plan.call.value
     unit, tile = unit_of(query, key, value, out), plan.tiles.forward
 
@@ -293,7 +287,7 @@ def backward(
     Query, key and value gradients are the same bits in every run; so are the others if `deterministic`, at twice the
     price where there are any: a first pass finds the largest share of each target, the second adds in fixed point.
     """
-    plan = _Plan.of(kernels, call, wanted, run)
+    plan = Plan.of(kernels, call, wanted, run)
     names = plan.emitted.targets
     dtype = torch.int64 if deterministic else torch.float32
     sums = [torch.zeros(_shape(kernels.variant, call, name), dtype=dtype, device=out.device) for name in names]
@@ -329,46 +323,65 @@ def _fixed_point(peaks: Tensor, call: Call) -> Tensor:
     return torch.where(peak.isfinite(), torch.exp2(power), torch.nan)
 
 
-def _row_numbers(
-    plan: _Plan,
-    out: Tensor,
-    lse: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    sums: Sequence[Tensor],
-    peaks: Tensor | None,
-    factors: Tensor | None,
-    mode: int,
-) -> Tensor:
-    """Row numbers; and what a sink hands on is added to `sums`, as by `_gradients`."""
-    call = plan.call
-    batch, heads, q_len = out.shape[:3]
-    rows = padded_rows(q_len)
-    numbers = torch.empty((batch, heads, rows, 2), dtype=torch.float32, device=out.device)
-    unit, tile = unit_of(out, grad_out), 64
-    strides = (in_units(out, unit), in_units(grad_out, unit))
-    common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")}
+@dataclass(frozen=True)
+class _BackwardLayout:
+    """What of a backward pass follows from shapes and strides: for each of the three kernels how many programs it has,
+    the arguments that are no tensors of the call, and its options."""
+
+    rows: tuple[int, tuple[Any, ...], Options]
+    keys: tuple[int, tuple[Any, ...], int, Options]
+    queries: tuple[int, tuple[Any, ...], int, Options]
+    padded: int
+    sizes: tuple[int, ...]
+    has_sink: bool
+
+
+def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _BackwardLayout:
+    query, key, value = plan.call.query, plan.call.key, plan.call.value
+    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (query, key, value))
+    unit = unit_of(query, key, value, grad_out, dq, dk, dv)
+    strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
+    contiguous, tiles = dense_columns(query, key, value, grad_out), plan.tiles
+
+    def options(which: str, totals: int, tile: Tile, **names: str) -> Options:
+        def make() -> dict[str, Any]:
+            functions = plan.named(
+                SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask",
+                KEY_MASK="key_mask", QUERY_MASK="query_mask", **names,
+            )  # fmt: skip
+            return {**functions, "TOTALS": totals, "MODE": mode, **plan.common, **tile_options(tile)}
+
+        return plan.options(f"{which} {mode}", unit, contiguous, make)
+
+    rows, numbered, sink = 64, padded_rows(q_len), "sink_grad" in plan.emitted.functions
+    own = unit_of(out, grad_out)
+    return _BackwardLayout(
+        (batch * heads * (numbered // rows), (in_units(out, own), in_units(grad_out, own)),
+         plan.options(f"rows {mode}", own, dense_columns(grad_out), lambda: _rows_options(plan, rows, sink, mode))),
+        (batch * kv_heads * -(-kv_len // tiles.keys.keys), (*strides, in_units(dk, unit), in_units(dv, unit)),
+         plan.section(1),
+         options("keys", plan.emitted.key_totals, tiles.keys, Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad",
+                 FULL_KEY_GRAD="full_key_grad", SCATTER="add_key_sums")),
+        (batch * heads * -(-q_len // tiles.queries.rows), (*strides, in_units(dq, unit)),
+         plan.section(heads // kv_heads),
+         options("queries", plan.emitted.query_totals, tiles.queries, KV_RANGES="kv_ranges", SKIP="kv_skip",
+                 QUERY_GRAD="query_grad", FULL_QUERY_GRAD="full_query_grad", SCATTER="add_query_sums",
+                 SCATTER_PAIRS="add_pairs", SCATTER_FULL_PAIRS="add_full_pairs")),
+        numbered, plan.sizes, sink,
+    )  # fmt: skip
+
+
+def _rows_options(plan: Plan, rows: int, sink: bool, mode: int) -> dict[str, Any]:
     functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
-    if functions["SINK_GRAD"] is None:  # the same kernel for all variants
-        functions = dict.fromkeys(functions)
-        rest: tuple[Any, ...] = (lse, numbers, 0, *strides, (), plan.sizes[:6], (), (), None, None, 1.0)
-        common |= {"MODE": device.ADD.value, "WIDE": False}
-    else:
-        parameters, sizes, tensors = plan.scalars
-        rest = (lse, numbers, call.q_offset, *strides, parameters, sizes, tensors, described(sums), peaks, factors,
-                number(float(call.scale)))  # fmt: skip
-        common |= {"MODE": mode, "WIDE": plan.common["WIDE"]}
-    plan.run(
-        backward_kernels.attention_delta,
-        batch * heads * (rows // tile),
-        (out, grad_out, grad_lse, *rest),
-        plan.options(f"delta {mode}", unit, dense_columns(grad_out), lambda: {**functions, **common, "BM": tile}),
-    )
-    return numbers
+    common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")} | {"BM": rows}
+    if sink:
+        return {**functions, **common, "MODE": mode, "WIDE": plan.common["WIDE"]}
+    return {**dict.fromkeys(functions), **common, "MODE": device.ADD.value, "WIDE": False}  # the same for all variants
 
 
 def _gradients(
-    plan: _Plan,
+    plan: Plan,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor,
@@ -379,42 +392,33 @@ def _gradients(
     mode: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One run of the kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
-    numbers = _row_numbers(plan, out, lse, grad_out, grad_lse, sums, peaks, factors, mode)
     call = plan.call
     query, key, value = call.query, call.key, call.value
-    (batch, heads, q_len, dim), (_, kv_heads, kv_len, value_dim) = query.shape, value.shape
-    dq = torch.empty((batch, heads, q_len, dim), dtype=query.dtype, device=query.device)
-    dk = torch.empty((batch, kv_heads, kv_len, dim), dtype=key.dtype, device=key.device)
-    dv = torch.empty((batch, kv_heads, kv_len, value_dim), dtype=value.dtype, device=value.device)
-    unit = unit_of(query, key, value, grad_out, dq, dk, dv)
-    strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
-    contiguous = dense_columns(query, key, value, grad_out)
-    shared = {
-        **plan.named(SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask",
-                     KEY_MASK="key_mask", QUERY_MASK="query_mask"),
-        "MODE": mode, **plan.common,
-    }  # fmt: skip
+    shapes = (
+        mode, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), out.stride(),
+        grad_out.stride(), call.extents,
+    )  # fmt: skip
+    layout = plan.backward_layouts.get(shapes)
+    if layout is None:
+        if len(plan.backward_layouts) >= LAYOUTS:
+            plan.backward_layouts.clear()
+        layout = plan.backward_layouts[shapes] = _backward_layout(plan, out, grad_out, mode)
+    numbers = torch.empty((*query.shape[:2], layout.padded, 2), dtype=torch.float32, device=query.device)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    parameters, scale = tuple(map(number, call.parameters)), number(float(call.scale))
+    end = (parameters, layout.sizes, described(call.tensors), described(sums), peaks, factors, scale)
+
+    programs, strides, options = layout.rows
+    of_sink = (call.q_offset, *strides, *end)
+    if not layout.has_sink:
+        of_sink = (0, *strides, (), layout.sizes[:6], (), (), None, None, 1.0)
+    rows = (out, grad_out, grad_lse, lse, numbers, *of_sink)
+    plan.run(backward_kernels.attention_delta, programs, rows, options)
     inputs = (query, key, value, grad_out, numbers)
-    rest = (*plan.scalars, described(sums), peaks, factors, number(float(call.scale)))
-    tile = plan.tiles.keys
-    plan.run(
-        backward_kernels.attention_keys_backward,
-        batch * kv_heads * triton.cdiv(kv_len, tile.keys),
-        (*inputs, dk, dv, call.q_offset, *strides, in_units(dk, unit), in_units(dv, unit), *rest, plan.section(1)),
-        plan.options(f"keys {mode}", unit, contiguous, lambda: {
-            **plan.named(Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad", FULL_KEY_GRAD="full_key_grad",
-                         SCATTER="add_key_sums"),
-            "TOTALS": plan.emitted.key_totals, **shared, **tile_options(plan.tiles.keys)}),
-    )  # fmt: skip
-    tile = plan.tiles.queries
-    plan.run(
-        backward_kernels.attention_queries_backward,
-        batch * heads * triton.cdiv(q_len, tile.rows),
-        (*inputs, dq, call.q_offset, *strides, in_units(dq, unit), *rest, plan.section(heads // kv_heads)),
-        plan.options(f"queries {mode}", unit, contiguous, lambda: {
-            **plan.named(KV_RANGES="kv_ranges", SKIP="kv_skip", QUERY_GRAD="query_grad",
-                         FULL_QUERY_GRAD="full_query_grad", SCATTER="add_query_sums", SCATTER_PAIRS="add_pairs",
-                         SCATTER_FULL_PAIRS="add_full_pairs"),
-            "TOTALS": plan.emitted.query_totals, **shared, **tile_options(plan.tiles.queries)}),
-    )  # fmt: skip
+    programs, strides, section, options = layout.keys
+    of_keys = (*inputs, dk, dv, call.q_offset, *strides, *end, section)
+    plan.run(backward_kernels.attention_keys_backward, programs, of_keys, options)
+    programs, strides, section, options = layout.queries
+    of_queries = (*inputs, dq, call.q_offset, *strides, *end, section)
+    plan.run(backward_kernels.attention_queries_backward, programs, of_queries, options)
     return dq, dk, dv
