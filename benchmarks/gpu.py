@@ -4,9 +4,13 @@
     python benchmarks/gpu.py --variants noop,causal --shapes 2x16x8192x128,8x16x512x64 --passes forward
     python benchmarks/gpu.py --rivals flex,cudnn --limit 300 --json results.jsonl
     python benchmarks/gpu.py --sweep --variants noop,causal,softcap    tile shapes of the portable kernels, one by one
+    python benchmarks/gpu.py --memory --variants causal,sliding_window --shapes 2x16x131072x128
+    python benchmarks/gpu.py --graph --passes forward,both --shapes 8x16x128x128,8x16x512x128
 
-A shape is BxHxSxD, or BxHxHKxSxD with grouped heads. Times are milliseconds: the median over rounds, in which all
-implementations take turns, of the median that `triton.testing.do_bench` finds. TFLOP/s count pairs that the mask keeps,
+A shape is BxHxSxD, or BxHxHKxSxD with grouped heads. --memory says what a forward and a backward pass take beyond
+inputs, outputs and gradients. --graph replays CUDA graphs, so that times of the host do not count; `both` is forward
+and backward together, which a graph needs. Times are milliseconds: the median over rounds, in which all implementations
+take turns, of the median that `triton.testing.do_bench` finds. TFLOP/s count pairs that the mask keeps,
 4 D a pair forward, 10 D backward. `error` is the largest deviation of the output from float64 on some rows, `eager`
 that of plain PyTorch in the same dtype. One JSON object a line on standard output (or in --json), then a table.
 """
@@ -14,26 +18,32 @@ that of plain PyTorch in the same dtype. One JSON object a line on standard outp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import functools
 import json
 import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
 import attn_dsl
 from attn_dsl.backend import operators
 from attn_dsl.backend.execute import Options, portable_call
 from attn_dsl.backend.portable import launch, tiles
+from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 
 Mod = Callable[..., Tensor]
@@ -70,6 +80,8 @@ class Variant:
     causal: bool = False
     window: int | None = None
     softcap: float | None = None
+    learned: bool = False
+    """Whether the tensors take a gradient."""
 
 
 def slopes(shape: Shape) -> Tensors:
@@ -128,6 +140,10 @@ VARIANTS = {
         T5_CAUSAL, {"reach": 128}, tensors=table, mask=lambda t: causal,
         score=lambda t: lambda score, b, h, q, k: score + t["table"][h, torch.clamp(k - q, -128, 128) + 128],
     ),
+    "learned_bias": Variant(
+        T5_CAUSAL, {"reach": 128}, tensors=table, mask=lambda t: causal, learned=True,
+        score=lambda t: lambda score, b, h, q, k: score + t["table"][h, torch.clamp(k - q, -128, 128) + 128],
+    ),
     "longformer": Variant(
         "longformer", {"reach": 256, "globals": 64},
         mask=lambda t: lambda b, h, q, k: ((q - k).abs() <= 256) | (k < 64) | (q < 64),
@@ -155,6 +171,7 @@ class Case:
         made = (torch.randn(*x, s.S, s.D, device="cuda", generator=generator).to(self.dtype) for x in sizes)
         self.query, self.key, self.value, self.upstream = made
         self.inputs = [x.requires_grad_() for x in (self.query, self.key, self.value)]
+        self.leaves = [*self.inputs, *(x.requires_grad_() for x in self.tensors.values() if self.variant.learned)]
 
     def keep(self, rows: Tensor, b: int = 0, h: int = 0) -> Tensor:
         """Which pairs of some rows the mask keeps, [rows, S]."""
@@ -183,7 +200,7 @@ class Case:
                 torch.arange(self.shape.S, device="cuda")[None, :],
                 torch.zeros((), dtype=torch.int64, device="cuda"),
             )
-            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()}
+            tensors = {n: t.detach().to(dtype) if t.is_floating_point() else t for n, t in self.tensors.items()}
             score = self.variant.score(tensors)(score, zero, zero, rows[:, None], k)
         score = score.masked_fill(~self.keep(rows), -math.inf)
         return torch.softmax(score, -1).to(dtype) @ value
@@ -306,7 +323,11 @@ RIVALS: dict[str, Callable[[Case], Rival | None]] = {
 
 def backward_of(case: Case, rival: Rival) -> Run:
     out = rival.forward()
-    return lambda: torch.autograd.grad(out, case.inputs, case.upstream, retain_graph=True)
+    return lambda: torch.autograd.grad(out, case.leaves, case.upstream, retain_graph=True)
+
+
+def both_of(case: Case, rival: Rival) -> Run:
+    return lambda: torch.autograd.grad(rival.forward(), case.leaves, case.upstream)
 
 
 def without_gradients(rival: Rival) -> Run:
@@ -317,7 +338,20 @@ def without_gradients(rival: Rival) -> Run:
     return run
 
 
-def measure(case: Case, passes: list[str], names: list[str], rounds: int, rep: int) -> Iterator[dict[str, Any]]:
+WORK = {"forward": 4, "backward": 10, "both": 14}
+"""Useful operations of a kept pair, by D."""
+
+
+def timed(run: Run, rep: int, graph: bool) -> float:
+    """The median of some runs in milliseconds."""
+    if graph:
+        return triton.testing.do_bench_cudagraph(run, rep=rep, return_mode="median")
+    return triton.testing.do_bench(run, warmup=10, rep=rep, return_mode="median")
+
+
+def measure(
+    case: Case, passes: list[str], names: list[str], rounds: int, rep: int, graph: bool = False
+) -> Iterator[dict[str, Any]]:
     """One result for each implementation and pass; an implementation that fails gives a result that says why."""
     rows = torch.unique(
         torch.cat([torch.arange(64, device="cuda"), torch.arange(case.shape.S - 64, case.shape.S, device="cuda")])
@@ -342,30 +376,52 @@ def measure(case: Case, passes: list[str], names: list[str], rounds: int, rep: i
             del out
             if "forward" in passes:
                 runs["forward", name] = without_gradients(rival)
-            if "backward" in passes:
-                runs["backward", name] = backward_of(case, rival)
-                runs["backward", name]()
+            for which, make in (("backward", backward_of), ("both", both_of)):
+                if which in passes:
+                    runs[which, name] = make(case, rival)
+                    runs[which, name]()
         except Exception as failure:
-            runs.pop(("backward", name), None)
+            for which in ("backward", "both"):
+                runs.pop((which, name), None)
             yield {"name": name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
-            times[key].append(triton.testing.do_bench(run, warmup=10, rep=rep, return_mode="median"))
+            times[key].append(timed(run, rep, graph))
     for (which, name), found in times.items():
         milliseconds = statistics.median(found)
-        work = (4 if which == "forward" else 10) * case.shape.D * case.pairs
+        work = WORK[which] * case.shape.D * case.pairs
         yield {"name": name, "pass": which, "ms": milliseconds, "tflops": work / milliseconds / 1e9, **facts[name]}
 
 
+def memory(case: Case, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Mebibytes beyond inputs, output and gradients at the peak of a forward and backward pass."""
+    for name in names:
+        rival = RIVALS[name](case)
+        if rival is None:
+            continue
+        torch.autograd.grad(rival.forward(), case.leaves, case.upstream)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = rival.forward()
+        grads = torch.autograd.grad(out, case.leaves, case.upstream)
+        torch.cuda.synchronize()
+        results = sum(x.numel() * x.element_size() for x in (out, *grads))
+        extra = (torch.cuda.max_memory_allocated() - before - results) / 2**20
+        yield {"name": name, "extra_mib": round(extra, 1)}
+        del out, grads
+
+
 SWEEP = {
-    "forward": [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3),
-                Tile(64, 128, 4, 2), Tile(128, 128, 8, 3), Tile(128, 32, 4, 3), Tile(128, 64, 8, 4)],
-    "keys": [Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 1),
-             Tile(64, 64, 8, 2), Tile(32, 128, 8, 3), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 128, 4, 2)],
-    "queries": [Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2),
-                Tile(64, 64, 4, 3), Tile(128, 32, 4, 2), Tile(64, 128, 4, 2), Tile(128, 128, 8, 1)],
+    "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2),
+                (128, 128, 8, 3), (128, 64, 8, 4)],
+    "keys": [(64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (64, 64, 8, 2),
+             (64, 128, 8, 1), (32, 64, 4, 2), (32, 64, 4, 3), (128, 64, 8, 2)],
+    "queries": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (128, 32, 8, 3),
+                (128, 128, 8, 1), (64, 32, 4, 3)],
 }  # fmt: skip
+"""Tiles (rows, keys, warps, stages) that are tried for each kernel, the others being as the table has them."""
 
 
 def sweep(case: Case, rep: int, stop: float) -> Iterator[dict[str, Any]]:
@@ -378,25 +434,73 @@ def sweep(case: Case, rep: int, stop: float) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     call = portable_call(program, bound, Options("portable"))
     out, _, shifted = launch.forward(program.kernels, call)
-    size = case.query.element_size()
-    d, dv = (sum(launch.chunks(case.shape.D)) for _ in range(2))
-    default = tiles.choose(torch.cuda.get_device_capability(), size, d, dv)
-    for kernel, candidates in SWEEP.items():
-        for tile in candidates:
-            if time.perf_counter() > stop:
-                return
-            chosen: Tiles = dataclasses.replace(default, **{kernel: tile})
-            tried = dataclasses.replace(call, tiles=chosen)
-            record = {"name": "attn_dsl", "pass": kernel, "tile": dataclasses.astuple(tile)}
-            try:
-                if kernel == "forward":
-                    run: Run = functools.partial(launch.forward, program.kernels, tried)
-                else:
-                    run = functools.partial(launch.backward, program.kernels, tried, out, shifted, case.upstream, None)
-                run()
-                yield {**record, "ms": triton.testing.do_bench(run, warmup=10, rep=rep, return_mode="median")}
-            except Exception as failure:
-                yield {**record, "failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+    d = sum(launch.chunks(case.shape.D))
+    default = tiles.choose(torch.cuda.get_device_capability(), case.query.element_size(), d, d)
+    wanted = frozenset(case.tensors if case.variant.learned else ())
+    trials = [
+        (kernel, tile, dataclasses.replace(default, **{kernel: Tile(*tile)}))
+        for kernel in SWEEP
+        for tile in SWEEP[kernel]
+    ]
+    compiled_ahead(case, call, [(kernel, chosen) for kernel, _, chosen in trials], wanted)
+    for kernel, tile, chosen in trials:
+        if time.perf_counter() > stop:
+            return
+        tried = dataclasses.replace(call, tiles=chosen)
+        record = {"name": "portable", "pass": kernel, "tile": tile}
+        try:
+            if kernel == "forward":
+                run: Run = functools.partial(launch.forward, program.kernels, tried)
+            else:
+                given = (program.kernels, tried, out, shifted, case.upstream, None, wanted)
+                run = functools.partial(launch.backward, *given)
+            run()
+            yield {**record, "ms": triton.testing.do_bench(run, warmup=5, rep=rep, return_mode="median")}
+        except Exception as failure:
+            yield {**record, "failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+
+
+def compiled_ahead(case: Case, call: launch.Call, trials: list[tuple[str, Tiles]], wanted: frozenset[str]) -> None:
+    """Compile the kernels of trials into the disk cache, a process for each core."""
+    capability = torch.cuda.get_device_capability()
+    shape = (case.variant.text, str(case.query.dtype)[6:], case.shape.D, capability, call.parameters, call.extents)
+    tensors = [(tuple(x.shape), str(x.dtype)[6:]) for x in call.tensors]
+    workers = max(1, min(len(trials), (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(functools.partial(compile_trial, *shape, tensors, wanted), trials):
+            pass
+
+
+def compile_trial(
+    text: str,
+    dtype: str,
+    dim: int,
+    capability: tuple[int, int],
+    parameters: tuple[Any, ...],
+    extents: tuple[int, ...],
+    tensors: list[tuple[tuple[int, ...], str]],
+    wanted: frozenset[str],
+    trial: tuple[str, Tiles],
+) -> None:
+    """Compile one kernel with its tiles; what does not compile is left for the sweep to say."""
+    kernel, chosen = trial
+    query = torch.empty(1, 1, 128, dim, dtype=getattr(torch, dtype), device="meta")
+    captured = tuple(torch.empty(size, dtype=getattr(torch, kind), device="meta") for size, kind in tensors)
+    call = launch.Call(query, query, query, parameters, captured, extents, 0.1, tiles=chosen, capability=capability)
+    kernels = attn_dsl.compile(text)._executable.kernels
+    run = Compiler(GPUTarget("cuda", capability[0] * 10 + capability[1], 32))
+    names = {"forward": "attention_forward", "keys": "attention_keys_backward", "queries": "attention_queries_backward"}
+
+    def only(function: Any, programs: int, arguments: tuple[Any, ...], options: Any) -> None:
+        if function.__name__ == names[kernel]:
+            run(function, programs, arguments, options)
+
+    with contextlib.suppress(Exception):
+        if kernel == "forward":
+            launch.forward(kernels, call, only)
+        else:
+            lse = torch.empty(1, 1, 128, device="meta")
+            launch.backward(kernels, call, query, lse, query, None, wanted, run=only)
 
 
 def show(results: list[dict[str, Any]]) -> None:
@@ -442,6 +546,8 @@ def main() -> None:
     parser.add_argument("--rep", type=int, default=60, help="milliseconds that each measurement repeats for")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further case starts")
     parser.add_argument("--sweep", action="store_true", help="tile shapes of the portable kernels")
+    parser.add_argument("--memory", action="store_true", help="memory of both passes instead of times")
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs; passes: forward, both")
     parser.add_argument("--json", type=argparse.FileType("w"), default=sys.stdout)
     chosen = parser.parse_args()
     stop = time.perf_counter() + chosen.limit
@@ -456,18 +562,19 @@ def main() -> None:
             torch.compiler.reset()
             case = Case(name, Shape.parse(text), getattr(torch, chosen.dtype))
             passes, rivals = chosen.passes.split(","), chosen.rivals.split(",")
-            found = (
-                sweep(case, chosen.rep, stop)
-                if chosen.sweep
-                else measure(case, passes, rivals, chosen.rounds, chosen.rep)
-            )
+            if chosen.sweep:
+                found = sweep(case, chosen.rep, stop)
+            elif chosen.memory:
+                found = memory(case, rivals)
+            else:
+                found = measure(case, passes, rivals, chosen.rounds, chosen.rep, chosen.graph)
             for result in found:
                 result = {"variant": name, "shape": str(case.shape), "dtype": chosen.dtype, **result}
                 results.append(result)
                 print(json.dumps(result), file=chosen.json, flush=True)
             del case
             torch.cuda.empty_cache()
-    if not chosen.sweep:
+    if not (chosen.sweep or chosen.memory):
         show(results)
 
 
