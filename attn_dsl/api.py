@@ -7,6 +7,7 @@ out, lse = attn(query, key, value, return_lse=True)
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import operators
-from attn_dsl.backend.binding import Call
+from attn_dsl.backend.binding import Call, lengths
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for
@@ -26,6 +27,7 @@ from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
+from attn_dsl.passes.lengths import KV_LEN, check_name, with_lengths
 from attn_dsl.passes.prove import Proof
 from attn_dsl.report import Report, report
 
@@ -45,7 +47,9 @@ def compile(source: str | Path, **constants: bool | int | float) -> Attention:
 
     Raises CompileError with every error of the text, BindingError where the constants do not fit.
     """
-    return Attention(load(source), constants)
+    variant = load(source)
+    check_name(variant)
+    return Attention(variant, constants)
 
 
 class Attention:
@@ -76,6 +80,7 @@ class Attention:
         *,
         scale: float | None = ...,
         q_offset: int | Tensor = ...,
+        kv_len: int | Tensor | None = ...,
         return_lse: Literal[False] = ...,
         validate: bool = ...,
         deterministic: bool | None = ...,
@@ -93,6 +98,7 @@ class Attention:
         *,
         scale: float | None = ...,
         q_offset: int | Tensor = ...,
+        kv_len: int | Tensor | None = ...,
         return_lse: Literal[True],
         validate: bool = ...,
         deterministic: bool | None = ...,
@@ -109,6 +115,7 @@ class Attention:
         *,
         scale: float | None = None,
         q_offset: int | Tensor = 0,
+        kv_len: int | Tensor | None = None,
         return_lse: bool = False,
         validate: bool = False,
         deterministic: bool | None = None,
@@ -123,6 +130,8 @@ class Attention:
 
         scale       factor of the logits, 1 / sqrt(D) unless given
         q_offset    absolute position of the first query: an int, or an int tensor [B]
+        kv_len      how many keys there are, where key and value are a cache with room for more: an int, or an int
+                    tensor [B]; none from there on is seen or read, and `KV` is still the room. All unless given
         return_lse  return also the log-sum-exp of the logits [B, H, Q] (natural logarithm; float32, or float64 for
                     float64 inputs; minus infinity where a row sees nothing, and its output is 0)
         validate    check promises of tensors and index ranges first, and name the first offender
@@ -134,9 +143,31 @@ class Attention:
 
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
         """
+        choice = (deterministic, precise, float32_precision)
+        if kv_len is None:
+            return self._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
+        bindings[KV_LEN] = lengths(kv_len, query, key)
+        return self._with_lengths._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
+
+    @functools.cached_property
+    def _with_lengths(self) -> Attention:
+        """What runs calls with a `kv_len`, which it captures."""
+        return Attention(with_lengths(self._written), self._constants)
+
+    def _run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float | None,
+        q_offset: int | Tensor,
+        return_lse: bool,
+        validate: bool,
+        choice: tuple[bool | None, bool, str],
+        bindings: dict[str, Value],
+    ) -> Tensor | tuple[Tensor, Tensor]:
         known = None
         if not torch.compiler.is_compiling() and not validate:
-            choice = (deterministic, precise, float32_precision)
             known = self._replays.key(query, key, value, scale, q_offset, bindings, choice)
             again = self._replays.known.get(known) if known is not None else None
             if again is not None:
@@ -148,7 +179,7 @@ class Attention:
         call = bind(query, key, value, scale, q_offset, bindings)
         if validate:
             validate_call(self.variant, call)
-        chosen = options(call.query.device, deterministic, precise, float32_precision)
+        chosen = options(call.query.device, *choice)
         out, lse = operators.attention(self._executable, call, chosen)
         if known is not None:
             self._replays.remember(known, call, chosen)
@@ -194,9 +225,14 @@ class Attention:
         *,
         scale: float | None = None,
         q_offset: int | Tensor = 0,
+        kv_len: int | Tensor | None = None,
         **bindings: Value,
     ) -> str:
         """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
+        if kv_len is not None:
+            bindings[KV_LEN] = lengths(kv_len, query, key)
+            call = self._with_lengths._binder.bind(query, key, value, scale, q_offset, bindings)
+            return select(call.query.device).explain(self._with_lengths._program, call)
         call = self._binder.bind(query, key, value, scale, q_offset, bindings)
         return select(call.query.device).explain(self._program, call)
 

@@ -294,6 +294,29 @@ def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int |
     return q_offset
 
 
+def lengths(kv_len: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A call's `kv_len` as int32 [B] on the device of `query`. Raises BindingError; nothing on a GPU is waited for."""
+    if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.dim() != 4 or key.dim() != 4:
+        _inputs(query, key, key)
+    batch, room, device = query.shape[0], key.shape[2], query.device
+    expected = f"an int from 0 to {room}, the keys that there is room for, or an int tensor [{batch}] of such"
+    if not isinstance(kv_len, Tensor):
+        if isinstance(kv_len, bool) or not isinstance(kv_len, int | torch.SymInt) or not 0 <= kv_len <= room:
+            raise _error("kv_len", expected, repr(kv_len))
+        return torch.full((batch,), kv_len, dtype=torch.int32, device=device)
+    if kv_len.dtype not in (torch.int32, torch.int64):
+        raise _error("kv_len", expected, f"dtype {_name(kv_len.dtype)}")
+    if tuple(kv_len.shape) != (batch,):
+        raise _error("kv_len", expected, f"shape {list(kv_len.shape)}")
+    if kv_len.device != device:
+        raise _error("kv_len", f"device {device}, that of `query`", kv_len.device)
+    if device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(kv_len, FakeTensor):
+        for length in kv_len.tolist():
+            if not 0 <= length <= room:
+                raise _error("kv_len", expected, length)
+    return kv_len.to(torch.int32)
+
+
 def _tensor_parameter(parameter: Parameter, value: Tensor, device: torch.device) -> bool | int | Tensor:
     """A float parameter may be a 0-d tensor, for its gradient; for the others it is read."""
     kinds = {Type.FLOAT: value.is_floating_point(), Type.BOOL: value.dtype is torch.bool}

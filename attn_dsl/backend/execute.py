@@ -31,14 +31,15 @@ if TYPE_CHECKING:
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.prove import Proof
 
-CPU, GPU, PORTABLE, HOPPER = "cpu", "gpu", "portable", "hopper"
+CPU, GPU, PORTABLE, HOPPER, DECODE = "cpu", "gpu", "portable", "hopper", "decode"
 
 
 @dataclass(frozen=True)
 class Options:
     """What a call may ask for beside its arguments; `text` is the same for graphs.
 
-    backend: `cpu`; `gpu`, which is `hopper` where it takes the call, else `portable`; or one of these two, to insist.
+    backend: `cpu`; `gpu`, which is `decode` for few queries, else `hopper` where it takes the call, else `portable`; or
+    one of these three, to insist.
     precise: exact instead of hardware functions. deterministic: the same bits in every run, gradients of captured
     tensors too. float32_precision: `ieee` or `tf32`.
     """
@@ -132,9 +133,9 @@ def forward(program: Program, call: Call, options: Options) -> Outputs:
     """Run the forward pass; nothing is saved."""
     if options.backend == CPU:
         return _cpu_forward(program, call)
-    if options.backend in (GPU, PORTABLE, HOPPER):
+    if options.backend in (GPU, PORTABLE, HOPPER, DECODE):
         return _gpu_forward(program, call, options)
-    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper")
+    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper, decode")
 
 
 def backward(

@@ -62,13 +62,15 @@ class Replays:
         if any(isinstance(x, Tensor) for x in call.parameters.values()):
             return
         from attn_dsl.backend.gpu import route
-        from attn_dsl.backend.portable import launch
+        from attn_dsl.backend.portable import launch, launch_decode
 
         bound = portable_call(self.program, call, options)
         found = None if options.backend == PORTABLE else route(self.program, bound)
         if len(self.known) >= KEPT:
             self.known.clear()
-        if found is None or found.choice is None or found.choice.config is None:
+        if found is not None and found.layout is not None:
+            self.known[key] = launch_decode.Replay.of(self.program.kernels, bound, found.layout)
+        elif found is None or found.choice is None or found.choice.config is None:
             self.known[key] = launch.Replay.of(self.program.kernels, bound)
         else:
             from attn_dsl.backend.hopper import launch as hopper

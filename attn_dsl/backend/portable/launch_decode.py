@@ -1,0 +1,258 @@
+"""When the decode kernel takes a call, how the call is laid over the machine, and its launch.
+
+All of it follows from shapes, strides, dtypes and the GPU: lengths and offsets may live on the device and grow between
+replays of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attn_dsl.backend.portable.algebra import conjuncts
+from attn_dsl.backend.portable.decode import attention_decode, merge_splits
+from attn_dsl.backend.portable.host import (
+    Call,
+    capability_of,
+    chunks,
+    dense_columns,
+    described,
+    in_units,
+    interpreted,
+    number,
+    unit_of,
+)
+from attn_dsl.backend.portable.launch import Kernels, Plan
+from attn_dsl.backend.portable.run import Options, Runner, launch
+
+MOST_TOKENS = 64
+"""Longer queries are for the other kernels."""
+FEW_ROWS = 64
+"""So many rows of one tile cost a tensor core less than the reading of their keys costs the memory."""
+MOST_SPLITS = 256
+STAGE_BYTES = 2**15
+"""Of keys and values that one step of the kernel's loop reads; half as much in float32, where registers are short."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a call is laid over a GPU.
+
+    pack: heads that share a tile. rows, keys: of a tile. splits: into how many parts the visited tiles of each tile of
+    rows are cut. resident: programs that a multiprocessor holds at a time.
+    """
+
+    pack: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    row_tiles: int
+    splits: int
+    resident: int
+
+    def __str__(self) -> str:
+        heads = f"{self.pack} head{'s' * (self.pack > 1)} a tile"
+        return (
+            f"{self.rows} rows x {self.keys} keys, {heads}, {self.warps} warps, {self.stages} stages, "
+            f"{self.splits} split{'s' * (self.splits > 1)} of the keys"
+        )
+
+
+def by_head(kernels: Kernels) -> bool:
+    """Whether heads see different tiles, or load different keys; they do not share a tile then."""
+    ranges = kernels.split[0].kv
+    nodes = [ranges.skip, *itertools.chain.from_iterable((s.begin, s.end) for s in ranges.segments)]
+    own = (part.depends for part in conjuncts(kernels.variant.mask) if "q" not in part.depends)
+    return any("h" in node.depends for node in nodes) or any(depends >= {"h", "k"} for depends in own)
+
+
+def reason(kernels: Kernels, call: Call) -> str | None:
+    """Why the decode kernel takes a call, or None where it does not."""
+    (batch, heads, tokens, _), kv_heads = call.query.shape, call.key.shape[1]
+    rows = heads // kv_heads * tokens
+    if tokens > MOST_TOKENS:
+        return None
+    what = f"{tokens} query token{'s' * (tokens > 1)} of {heads // kv_heads} head{'s' * (heads > kv_heads)}"
+    if rows <= FEW_ROWS:
+        return f"{what} a key head are {rows} rows"
+    tiles, machine = batch * heads, multiprocessors(call)
+    return f"{what} a key head are {tiles} tiles for {machine} multiprocessors" if tiles < machine else None
+
+
+def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout:
+    """The layout of a call; `splits` is worked out unless given."""
+    (batch, heads, tokens, dim), (_, kv_heads, kv_len, value_dim) = call.query.shape, call.value.shape
+    pack = 1 if by_head(kernels) else heads // kv_heads
+    size, wide = call.query.element_size(), sum(chunks(dim)) + sum(chunks(value_dim))
+    most, step = (FEW_ROWS, STAGE_BYTES) if size == 2 else (FEW_ROWS // 2, STAGE_BYTES // 2)
+    rows = min(max(16, triton.next_power_of_2(pack * tokens)), most)
+    width = wide * size
+    keys = min(max(16, 1 << (step // width).bit_length() - 1), 128)
+    shared = _shared(_capability(call))
+    stages, warps = 3 if shared > 2**17 + 2**16 else 2, 8 if rows * wide > 2**14 else 4
+    resident = max(1, min(2, shared // ((stages - 1) * keys * width + 2**13)))
+    row_tiles = triton.cdiv(pack * tokens, rows)
+    programs = batch * (heads // pack) * row_tiles
+    if splits is None:
+        splits = fewest_splits(programs, multiprocessors(call) * resident, triton.cdiv(kv_len, keys))
+    return Layout(pack, rows, keys, warps, stages, row_tiles, splits, resident)
+
+
+def fewest_splits(programs: int, places: int, tiles: int) -> int:
+    """The fewest splits whose waves of programs fill the machine's `places` to 85 percent of what the best number does.
+
+    `programs` are those of one split; a split has at least one of the `tiles`.
+    """
+    if programs * 5 >= places * 4:  # one wave or more as it is
+        return 1
+
+    def filled(splits: int) -> float:
+        waves = programs * splits / places
+        return waves / -(-programs * splits // places)
+
+    numbers = range(1, min(tiles, places, MOST_SPLITS) + 1)
+    best = max(map(filled, numbers))
+    return next(splits for splits in numbers if filled(splits) >= 0.85 * best)
+
+
+def _shared(capability: tuple[int, int] | None) -> int:
+    """Bytes of shared memory of a multiprocessor that programs may have."""
+    match capability:
+        case (9 | 10 | 11, _):
+            return 227 * 1024
+        case (8, 0 | 7):
+            return 163 * 1024
+        case (7, _):
+            return 64 * 1024
+        case _:
+            return 99 * 1024
+
+
+def _capability(call: Call) -> tuple[int, int] | None:
+    """None in the interpreter; for tensors that are not on a GPU, where the call names none, that of a large one."""
+    if call.capability is not None or call.query.is_cuda or interpreted():
+        return call.capability or capability_of(call.query.device)
+    return 9, 0
+
+
+def multiprocessors(call: Call) -> int:
+    """How many programs run at a time, one on each; where no GPU is at hand, as many as one of the kind has."""
+    if call.query.is_cuda:
+        return _multiprocessors(call.query.device)
+    return 4 if interpreted() else 132
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def forward(
+    kernels: Kernels, call: Call, run: Runner = launch, layout: Layout | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, shifted) as `launch.forward`, which the backward pass may take as well."""
+    q_offset = call.q_offset
+    return Replay.of(kernels, call, layout).launch(call.query, call.key, call.value, call.tensors, q_offset, run)
+
+
+@dataclass
+class Replay:
+    """The launches of one kind of call, known by its shapes, strides, dtypes and numbers."""
+
+    layout: Layout
+    programs: int
+    out: tuple[int, ...]
+    strides: tuple[tuple[int, int, int, int], ...]
+    numbers: tuple[tuple[Any, ...], tuple[int, ...]]
+    captured: tuple[tuple[Any, ...], ...]
+    scale: Any
+    options: Options
+    merging: Options
+    has_row: bool
+
+    @staticmethod
+    def of(kernels: Kernels, call: Call, layout: Layout | None = None) -> Replay:
+        query, key, value = call.query, call.key, call.value
+        plan = Plan.of(kernels, call, frozenset(), launch)
+        layout = layout_of(kernels, call) if layout is None else layout
+        shape = (*query.shape[:3], value.shape[3])
+        out = torch.empty(shape, device="meta")
+        unit, value_dim = unit_of(query, key, value, out), value.shape[3]
+        capability = _capability(call)
+        overlap = {}
+        if capability is not None and capability >= (9, 0) and torch.version.hip is None:
+            overlap = {"launch_pdl": True}
+
+        def options() -> dict[str, Any]:
+            functions = plan.named(
+                SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask",
+                KEY_MASK="key_mask", ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
+            )  # fmt: skip
+            tile = {"BM": layout.rows, "BN": layout.keys, "num_warps": layout.warps, "num_stages": layout.stages}
+            return {**functions, **plan.common, **tile, "OVERLAP": bool(overlap)}
+
+        def merging() -> dict[str, Any]:
+            width = triton.next_power_of_2(value_dim)
+            return {"DV": value_dim, "WIDTH": width, "CHUNK": 32, "OVERLAP": bool(overlap), "num_warps": 4, **overlap}
+
+        kind = f"decode {layout.rows} {layout.keys} {layout.warps} {layout.stages}"
+        return Replay(
+            layout,
+            query.shape[0] * (query.shape[1] // layout.pack) * layout.row_tiles * layout.splits,
+            shape,
+            tuple(in_units(tensor, unit) for tensor in (query, key, value, out)),
+            (tuple(number(x) for x in call.parameters), plan.sizes),
+            tuple(rest for _, *rest in described(call.tensors)),
+            number(float(call.scale)),
+            plan.options(kind, unit, dense_columns(query, key, value), options),
+            plan.made.setdefault(("merge", 0, True), Options(merging())),
+            "row_term" in plan.emitted.functions,
+        )
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), not differentiable."""
+        return self.launch(query, key, value, tensors, q_offset)[:2]
+
+    def launch(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        run: Runner = launch,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, lse, shifted), by one kernel or, where there are splits, two."""
+        outputs = self._outputs((), query.dtype, query.device)
+        splits = self.layout.splits
+        parts = outputs if splits == 1 else self._outputs((splits,), torch.float32, query.device)
+        captured = tuple((x, *rest) for x, rest in zip(tensors, self.captured, strict=True))
+        run(
+            attention_decode,
+            self.programs,
+            (query, key, value, *parts, q_offset, *self.strides, *self.numbers, captured, self.scale, self.layout.pack,
+             splits),
+            self.options,
+        )  # fmt: skip
+        if splits > 1:
+            (out, lse, shifted), (part, part_lse, part_shifted), rows = outputs, parts, outputs[1].numel()
+            own = (part_shifted, shifted) if self.has_row else (None, None)
+            run(merge_splits, rows, (part, part_lse, own[0], out, lse, own[1], rows, splits), self.merging)
+        return outputs
+
+    def _outputs(
+        self, splits: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.empty((*splits, *self.out), dtype=dtype, device=device)
+        lse = torch.empty((*splits, *self.out[:3]), dtype=torch.float32, device=device)
+        return out, lse, torch.empty_like(lse) if self.has_row else lse

@@ -1,0 +1,239 @@
+"""Decoding on one GPU: bytes of keys and values read a second, beside the copy of a large tensor and rivals.
+
+    python benchmarks/decode.py                                        all cases: 32 heads on 8, D=128, bf16
+    python benchmarks/decode.py --caches 8x16384 --tokens 1 --rivals flex,flash3 --json results.jsonl
+    python benchmarks/decode.py --caches 8x16384 --sweep               layouts of the decode kernel, one by one
+
+A cache is BATCHxLENGTH. The last query token sees the whole cache. Times are medians that `triton.testing.do_bench`
+finds, over rounds in which all implementations take turns; the cache of the GPU is cold. `share` is relative to the
+bytes a second that a copy reads and writes. The window's time is that of a window of 1024 over each cache. One JSON
+object a line on standard output (or in --json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+import attn_dsl
+from attn_dsl.backend.execute import Options, portable_call
+from attn_dsl.backend.portable import launch_decode
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+CAP, WINDOW = 50.0, 1024
+Run = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """Tensors of one cache; flash attention has its own layout, [B, KV, HK, D]."""
+
+    variant: str
+    batch: int
+    length: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+
+        self.query = normal(self.batch, HEADS, self.tokens, DIM)
+        self.key, self.value = (normal(self.batch, KV_HEADS, self.length, DIM) for _ in range(2))
+        self.slope = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, device="cuda") / HEADS)
+
+    @property
+    def bindings(self) -> dict[str, Any]:
+        found: dict[str, dict[str, Any]] = {
+            "alibi": {"slope": self.slope}, "softcap": {"cap": CAP}, "sliding_window": {"window": WINDOW},
+        }  # fmt: skip
+        return found.get(self.variant, {})
+
+    @property
+    def q_offset(self) -> int:
+        return self.length - self.tokens
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.key.numel() * self.key.element_size()
+
+
+def ours(case: Case) -> Run:
+    attention = attn_dsl.compile(case.variant)
+    arguments = (case.query, case.key, case.value)
+    return functools.partial(attention, *arguments, q_offset=case.q_offset, **case.bindings)
+
+
+def flex(case: Case) -> Run | None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def alibi(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + case.slope[h] * (k - q - case.q_offset)
+
+    def softcap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return CAP * torch.tanh(score / CAP)
+
+    scores = {"noop": None, "alibi": alibi, "softcap": softcap}
+    if case.variant not in scores or case.tokens > 1:
+        return None
+    compiled = torch.compile(flex_attention, dynamic=False)
+    arguments = (case.query, case.key, case.value)
+    return functools.partial(compiled, *arguments, score_mod=scores[case.variant], enable_gqa=True)
+
+
+def flash3(case: Case) -> Run | None:
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    if case.variant == "alibi":
+        return None
+    query, key, value = (x.transpose(1, 2).contiguous() for x in (case.query, case.key, case.value))
+    cap = CAP if case.variant == "softcap" else 0.0
+    window = (WINDOW - 1, 0) if case.variant == "sliding_window" else (-1, -1)
+    causal = case.variant == "sliding_window"
+    lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
+    return functools.partial(
+        flash_attn_with_kvcache,
+        query,
+        key,
+        value,
+        cache_seqlens=lengths,
+        causal=causal,
+        window_size=window,
+        softcap=cap,
+    )
+
+
+RIVALS: dict[str, Callable[[Case], Run | None]] = {"attn_dsl": ours, "flash3": flash3, "flex": flex}
+
+
+def bench(run: Run, rep: int) -> float:
+    return float(triton.testing.do_bench(run, warmup=5, rep=rep, return_mode="median"))
+
+
+def copied() -> Run:
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return functools.partial(target.copy_, source)
+
+
+def measure(case: Case, rivals: list[str], rounds: int, rep: int) -> Iterator[dict[str, Any]]:
+    """The implementations that take a case, each beside ours; and the copy, bytes a second."""
+    runs: dict[str, Run] = {}
+    errors: dict[str, float] = {}
+    truth = None
+    for name in ["attn_dsl", *rivals]:
+        try:
+            run = RIVALS[name](case)
+            if run is None:
+                continue
+            found = run()
+            out = (found[0] if isinstance(found, tuple) else found).float()
+            out = out if out.shape == case.query.shape else out.transpose(1, 2)
+            truth = out if truth is None else truth
+            errors[name] = (out - truth).abs().max().item()
+            runs[name] = run
+        except Exception as failure:
+            yield {"name": name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
+    copy = copied()
+    times: dict[str, list[float]] = {name: [] for name in (*runs, "copy")}
+    for _ in range(rounds):
+        for name, run in {**runs, "copy": copy}.items():
+            times[name].append(bench(run, rep))
+    best = 2 * 2**31 / statistics.median(times.pop("copy"))
+    for name, found_times in times.items():
+        milliseconds = statistics.median(found_times)
+        rate = case.bytes / milliseconds
+        result = {"name": name, "ms": milliseconds, "difference": errors[name], "copy_GBps": best / 1e6}
+        if case.variant != "sliding_window":
+            result |= {"GBps": rate / 1e6, "share": rate / best}
+        yield result
+
+
+SWEEP = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (128, 4, 3), (128, 4, 4), (128, 8, 3), (32, 4, 4), (32, 2, 5), (64, 2, 4)]
+"""Keys of a tile, warps, stages."""
+
+
+def sweep(case: Case, rep: int) -> Iterator[dict[str, Any]]:
+    """Layouts of the decode kernel."""
+    attention = attn_dsl.compile(case.variant)
+    program = attention._executable
+    bound = attention._binder.bind(case.query, case.key, case.value, None, case.q_offset, case.bindings)
+    call = portable_call(program, bound, Options("decode"))
+    default = launch_decode.layout_of(program.kernels, call)
+    shapes = [
+        (64, 4, 3),
+        (64, 4, 4),
+        (64, 4, 5),
+        (128, 4, 3),
+        (128, 4, 4),
+        (128, 8, 3),
+        (32, 4, 4),
+        (32, 2, 5),
+        (64, 2, 4),
+    ]
+    for (keys, warps, stages), factor in itertools.product(shapes, (1, 2)):
+        tried = dataclasses.replace(default, keys=keys, warps=warps, stages=stages, splits=default.splits * factor)
+        record = {"name": "attn_dsl", "layout": str(tried)}
+        try:
+            replay = launch_decode.Replay.of(program.kernels, call, tried)
+            run = functools.partial(replay.run, case.query, case.key, case.value, call.tensors, case.q_offset)
+            run()
+            milliseconds = bench(run, rep)
+            yield {**record, "ms": milliseconds, "GBps": case.bytes / milliseconds / 1e6}
+        except Exception as failure:
+            yield {**record, "failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default="noop,alibi,softcap")
+    parser.add_argument("--caches", default="8x16384,1x131072,64x4096,128x8192")
+    parser.add_argument("--windows", default="8x2048,8x131072", help="caches for a window of 1024")
+    parser.add_argument("--tokens", default="1,8", help="query tokens of a sequence")
+    parser.add_argument("--rivals", default="flash3,flex")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=40, help="milliseconds that each measurement repeats for")
+    parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further case starts")
+    parser.add_argument("--sweep", action="store_true", help="layouts of the decode kernel")
+    parser.add_argument("--json", type=argparse.FileType("w"), default=sys.stdout)
+    chosen = parser.parse_args()
+    stop = time.perf_counter() + chosen.limit
+    facts = {"date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+             "triton": triton.__version__}  # fmt: skip
+    print(json.dumps(facts), file=chosen.json, flush=True)
+    tokens = [int(number) for number in chosen.tokens.split(",")]
+    plans = itertools.product(tokens, [c for c in chosen.caches.split(",") if c], chosen.variants.split(","))
+    windows = itertools.product(tokens[:1], [c for c in chosen.windows.split(",") if c], ["sliding_window"])
+    for number, cache, variant in (*plans, *windows):
+        if time.perf_counter() > stop:
+            break
+        torch.compiler.reset()
+        batch, length = map(int, cache.split("x"))
+        case = Case(variant, batch, length, number)
+        rivals = [name for name in chosen.rivals.split(",") if name]
+        results = sweep(case, chosen.rep) if chosen.sweep else measure(case, rivals, chosen.rounds, chosen.rep)
+        for result in results:
+            record = {"variant": variant, "cache": cache, "tokens": number, **result}
+            print(json.dumps(record), file=chosen.json, flush=True)
+        del case
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
