@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
-from attn_dsl.backend.gpu import route
+from attn_dsl.backend.gpu import backward_route, route
 from attn_dsl.backend.portable import launch
 from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.tuning import chosen
@@ -35,8 +35,8 @@ from attn_dsl.ir.nodes import Size
 from attn_dsl.ir.types import DType, Type
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LENGTH = 128
-"""Of the calls that are compiled for; any other gives the same kernels."""
+LENGTHS = (128, 127)
+"""Of the calls that are compiled for, whole tiles and ragged ones; any other gives the same kernels."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def build(program: Program, request: Request) -> Iterator[Built]:
     done: set[str] = set()
     capability = parse_target(request.target)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
-    for wanted in _gradient_sets(program, request):
-        call = _call(program, request, capability, wanted)
+    for wanted, length in itertools.product(_gradient_sets(program, request), LENGTHS):
+        call = _call(program, request, capability, wanted, length)
         for step in _steps(program, request, call, wanted):
             compiler = Compiler(target)
             start = time.perf_counter()
@@ -109,18 +109,20 @@ def _gradient_sets(program: Program, request: Request) -> Iterable[frozenset[str
     return request.gradients
 
 
-def _call(program: Program, request: Request, capability: tuple[int, int], wanted: frozenset[str]) -> launch.Call:
+def _call(
+    program: Program, request: Request, capability: tuple[int, int], wanted: frozenset[str], length: int
+) -> launch.Call:
     """A call of tensors without storage."""
     variant = program.variant
     if request.dtype not in DTYPES.values():
         raise BindingError(f"`dtype`: expected fp32, bf16 or fp16, got {request.dtype}")
     dims = (request.head_dim, request.value_head_dim or request.head_dim)
-    key, value = (torch.empty(1, 1, LENGTH, dim, dtype=request.dtype, device="meta") for dim in dims)
-    sizes = {"B": 1, "H": 1, "HK": 1, "Q": LENGTH, "KV": LENGTH, "D": dims[0]}
+    key, value = (torch.empty(1, 1, length, dim, dtype=request.dtype, device="meta") for dim in dims)
+    sizes = {"B": 1, "H": 1, "HK": 1, "Q": length, "KV": length, "D": dims[0]}
     numbers: dict[str, Any] = {p.name: _some(p.type) if p.default is None else p.default for p in variant.parameters}
     for node in program.binder.signature.scalars:
         if isinstance(node, Size):
-            sizes.setdefault(node.name, LENGTH)
+            sizes.setdefault(node.name, length)
     scalars = tuple({**sizes, **numbers}[name] for name in program.binder.scalars)
     extents = program.binder.extents(scalars)
     tensors = tuple(_tensor(t.dtype, shape) for t, shape in zip(variant.tensors, extents, strict=True))
@@ -148,10 +150,7 @@ def _steps(program: Program, request: Request, call: launch.Call, wanted: frozen
     if request.backward:
         out, lse, shifted = outputs[0]
         for grad_lse in (None, lse):
-            yield lambda run, grad_lse=grad_lse: launch.backward(
-                program.kernels, call, out, shifted, torch.empty_like(out), grad_lse, wanted,
-                deterministic=request.deterministic, run=run,
-            )  # fmt: skip
+            yield lambda run, grad_lse=grad_lse: _backward(program, request, call, out, shifted, grad_lse, wanted, run)
 
 
 def _forward(program: Program, call: launch.Call, run: Compiler) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,6 +161,27 @@ def _forward(program: Program, call: launch.Call, run: Compiler) -> tuple[Tensor
 
         return hopper.forward(program.hopper, call, run, found.choice.config)
     return launch.forward(program.kernels, call, run)
+
+
+def _backward(
+    program: Program,
+    request: Request,
+    call: launch.Call,
+    out: Tensor,
+    shifted: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+    run: Compiler,
+) -> None:
+    found = backward_route(program, call, wanted, request.deterministic, call.capability, _ahead)
+    given = (call, out, shifted, torch.empty_like(out), grad_lse)
+    if found.choice is not None and found.choice.config is not None:
+        from attn_dsl.backend.hopper import launch_backward as hopper
+
+        config, ordered = found.choice.config, request.deterministic
+        hopper.backward(program.hopper_backward, *given, config, ordered=ordered, run=run)
+    else:
+        launch.backward(program.kernels, *given, wanted, deterministic=request.deterministic, run=run)
 
 
 def _ahead(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

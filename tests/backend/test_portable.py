@@ -214,6 +214,14 @@ def test_padding_of_infinities_and_nan_does_not_poison() -> None:
     assert torch.equal(found.out, clean.portable().out)
 
 
+def test_a_key_that_is_not_a_number_does_not_reach_queries_that_do_not_see_it() -> None:
+    problem = Problem.of(small(Q=40, KV=40, q_offset=0))
+    key = problem.key.clone()
+    key[:, :, 20] = torch.nan
+    found, clean = replace(problem, key=key).portable(), problem.portable()
+    assert torch.equal(found.out[:, :, :20], clean.out[:, :, :20]) and found.out[:, :, 20:].isnan().all()
+
+
 @settings(
     max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
 )
