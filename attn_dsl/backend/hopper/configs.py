@@ -54,7 +54,7 @@ WAYS = ("pin", "carry_wide", "ping_pong", "own_output", "rescale_late")
 SHARED_LIMIT = 227 * 1024 - 2048
 _D64 = Config(groups=3, keys=128, registers=160, pin=False, carry_wide=False, ping_pong=True)
 _D128 = Config(groups=2, keys=128)
-_D256 = Config(groups=2, keys=64, pin=False, own_output=False, rescale_late=True)
+_D256 = Config(groups=2, keys=64, pin=False, ping_pong=True, own_output=False, rescale_late=True)
 TABLE: dict[int, tuple[Config, ...]] = {
     64: (_D64, replace(_D64, keys=64), replace(_D128, pin=False), replace(_D128, keys=64)),
     128: (_D128, replace(_D128, keys=64), replace(_D128, pin=False), replace(_D128, carry_wide=False)),

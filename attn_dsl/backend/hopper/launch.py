@@ -32,8 +32,8 @@ from attn_dsl.backend.portable.algebra import SCALE
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Compiler, Options, Runner, inputs_of, launch, variant_of
-from attn_dsl.backend.portable.width import fits
+from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
+from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.ir.nodes import Node, Param, Size, Var, post_order
 from attn_dsl.ir.types import Type
@@ -188,9 +188,8 @@ def _bounds_fit(kernels: portable.Kernels, call: Call) -> bool:
     declared = zip(kernels.variant.parameters, call.parameters, strict=True)
     numbers: dict[Node, int] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, int)}
     numbers |= dict(zip((*SIZES, *kernels.extents), call.sizes, strict=True))
-    start = call.q_offset if isinstance(call.q_offset, int) else 2**30
-    highest = 1 << max(start + numbers[Size("Q")], numbers[Size("KV")]).bit_length()
-    return fits([x for x in (seen.low, seen.high) if x is not None], numbers, highest)
+    bits = position_bits(call.q_offset, numbers[Size("Q")], numbers[Size("KV")])
+    return fits([x for x in (seen.low, seen.high) if x is not None], numbers, 1 << bits)
 
 
 @functools.lru_cache(maxsize=LAYOUTS)
@@ -379,6 +378,7 @@ class Replay:
     def __init__(self, kernels: Kernels, call: Call, config: Config) -> None:
         plan = kernels.plan(call, config)
         self._launch = _Launch.of(plan, plan.layout(call), call)
+        self._runner = Repeated()
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
@@ -386,7 +386,7 @@ class Replay:
         """(out, lse), not differentiable."""
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
-        return self._launch(query, key, value, tensors, q_offset, launch)[:2]
+        return self._launch(query, key, value, tensors, q_offset, self._runner)[:2]
 
 
 _counters: dict[tuple[int, int], Tensor] = {}

@@ -40,7 +40,7 @@ from attn_dsl.backend.portable.host import (
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
-from attn_dsl.backend.portable.width import fits
+from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
@@ -92,9 +92,8 @@ class Kernels:
     def wide(self, call: Call) -> bool:
         """Whether positions must be 64-bit for this call."""
         numbers = tuple(p for p in call.parameters if isinstance(p, int))
-        offset = call.q_offset if isinstance(call.q_offset, int) else 2**30
         sizes = call.sizes
-        bits = max(offset + sizes[3], sizes[4]).bit_length()  # positions are below 2 ** bits
+        bits = position_bits(call.q_offset, sizes[3], sizes[4])
         key = (numbers, bits, *(sizes[i] for i in self._sizes))
         if key not in self._widths:
             self._widths[key] = not self._fits(call, 2**bits)

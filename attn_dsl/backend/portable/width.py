@@ -1,6 +1,7 @@
 """Whether the integers of a call fit 32 bits: interval arithmetic over the actual sizes and parameters.
 
-Elements of captured integer tensors are taken to lie within 2 ** 30 of zero, unless their type is narrower.
+Elements of captured integer tensors are taken to lie within 2 ** 30 of zero, unless their type is narrower, and
+positions that a tensor of offsets gives below 2 ** 30.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def fits(roots: Iterable[Node], values: Mapping[Node, int], highest: int) -> boo
     """Whether no integer under `roots` can leave 32 bits. `values` gives parameters and sizes; positions go up to
     `highest`. Unknown values (reductions, float roundings) are taken to be small, as positions are."""
     return _fits(roots, {node: (value, value) for node, value in values.items()}, highest)
+
+
+def position_bits(q_offset: object, q_len: int, kv_len: int) -> int:
+    """Positions are below 2 ** this; `q_offset` is an int, or a tensor whose values are not looked at."""
+    last = q_offset + q_len if isinstance(q_offset, int) else LOADED - 1
+    return max(last, kv_len).bit_length()
 
 
 def reach(roots: Iterable[Node]) -> int:
