@@ -45,6 +45,9 @@ from attn_dsl.passes.symbolic import Form, Opaque, Space, constant, ratio, unkno
 
 MAX_CLAUSES = 32
 MAX_UNROLL = 64
+MAX_CASES = 2000
+"""Steps that a mask may take to come apart into affine comparisons; each nested `abs` doubles them."""
+TOO_MANY = "it falls into too many cases"
 
 
 Split = Callable[[Form, Poly, Node, frozenset[Node]], Formula]
@@ -71,13 +74,17 @@ def clauses(mask: Node, space: Space, *, negated: bool = False) -> tuple[Clause,
 @dataclass
 class Lowering:
     space: Space
-    reductions: dict[Reduce, Node] = field(default_factory=dict)
+    cases: int = 0
+    _forms: dict[Node, Form] = field(default_factory=dict)
 
     def clauses(self, mask: Node, *, negated: bool) -> tuple[Clause, ...]:
         return tuple(disjuncts(self.formula(mask, not negated), MAX_CLAUSES))
 
     def formula(self, node: Node, wanted: bool) -> Formula:
         """The condition under which a BOOL node has the wanted value, negations pushed down to the literals."""
+        self.cases += 1
+        if self.cases > MAX_CASES:
+            return Unknown(node, not wanted, TOO_MANY)
         match node:
             case Const(value):
                 return YES if value == wanted else NO
@@ -153,8 +160,11 @@ class Lowering:
 
     def form(self, node: Node) -> Form:
         """An INT node as an affine form; what is not affine in it stays as an unknown."""
-        if not varies(node):
-            return constant(self.space.poly(node))
+        if node not in self._forms:
+            self._forms[node] = self._form(node) if varies(node) else constant(self.space.poly(node))
+        return self._forms[node]
+
+    def _form(self, node: Node) -> Form:
         match node:
             case Unary(UnaryOp.NEG, x):
                 return -self.form(x)
@@ -225,6 +235,9 @@ class Lowering:
         `defined` are the quotients whose laws stand already. A `law` holds everywhere, but no longer once it is split
         into cases, which hold each under its condition.
         """
+        self.cases += 1
+        if self.cases > MAX_CASES:
+            raise Opaque(TOO_MANY)
         for term, coefficient in form.terms.items():
             cases = self._cases(term)
             if cases is not None:

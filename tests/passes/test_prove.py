@@ -102,3 +102,19 @@ def test_a_float_rounded_to_an_integer_is_a_number_like_others(mask: str) -> Non
     variant = load(f"attention rounded(cap: float)\nmask = {mask}\n")
     for cap in (-1.5, 0.0, 2.5):
         check_grid(Grid(variant, 9, 13, 4, 2, parameters={"cap": cap}), mask)
+
+
+@pytest.mark.parametrize(
+    "step",
+    ["abs(x{0} - {0})", "abs(x{0} * 2 - k)", "x{0} + 1 if q > k + {0} else x{0} - k"],
+)
+def test_a_mask_of_too_many_cases_is_unknown_not_endless(step: str) -> None:
+    lets = "".join(f"let x{i + 1} = {step.format(i)}\n" for i in range(16))
+    proof = prove(load(f"attention nested\nlet x0 = q - k\n{lets}mask = x16 > 3\n"))
+    assert not proof.exact
+
+
+def test_nested_comparisons_of_conditions_end() -> None:
+    lets = "".join(f"let x{i + 1} = x{i} == (q > k + {i})\n" for i in range(40))
+    proof = prove(load(f"attention nested\nlet x0 = q > k\n{lets}mask = x40\n"))
+    assert any("too many cases" in reason for claim in proof.claims for reason in claim.reasons) or not proof.exact
