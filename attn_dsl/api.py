@@ -7,7 +7,6 @@ out, lse = attn(query, key, value, return_lse=True)
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -65,6 +64,7 @@ class Attention:
         self._executable = program_for(self._program.variant, self._program.proof)
         self._binder = self._executable.binder
         self._replays = Replays(self._executable)
+        self._lengths: Attention | None = None
 
     @property
     def variant(self) -> Variant:
@@ -147,12 +147,16 @@ class Attention:
         if kv_len is None:
             return self._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
         bindings[KV_LEN] = lengths(kv_len, query, key)
-        return self._with_lengths._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
+        self._take_lengths()
+        assert self._lengths is not None
+        return self._lengths._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
 
-    @functools.cached_property
-    def _with_lengths(self) -> Attention:
-        """What runs calls with a `kv_len`, which it captures."""
-        return Attention(with_lengths(self._written), self._constants)
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _take_lengths(self) -> bool:
+        """Make what runs calls with a `kv_len`, which it captures; a graph that is traced does not look inside."""
+        if self._lengths is None:
+            self._lengths = Attention(with_lengths(self._written), self._constants)
+        return True
 
     def _run(
         self,
@@ -229,12 +233,13 @@ class Attention:
         **bindings: Value,
     ) -> str:
         """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
+        runs = self
         if kv_len is not None:
             bindings[KV_LEN] = lengths(kv_len, query, key)
-            call = self._with_lengths._binder.bind(query, key, value, scale, q_offset, bindings)
-            return select(call.query.device).explain(self._with_lengths._program, call)
-        call = self._binder.bind(query, key, value, scale, q_offset, bindings)
-        return select(call.query.device).explain(self._program, call)
+            self._take_lengths()
+            runs = self._lengths or self
+        call = runs._binder.bind(query, key, value, scale, q_offset, bindings)
+        return select(call.query.device).explain(runs._program, call)
 
     def source(
         self,

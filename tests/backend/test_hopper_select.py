@@ -151,7 +151,7 @@ def test_one_choice_serves_all_calls_of_a_kind(says: Callable[..., None]) -> Non
         for bound in (call(tensor(1, heads, length, 128)), call(tensor(3, heads, length, 128), q_offset=7)):
             assert gpu.route(of, bound, HOPPER, compile).backend == "hopper"
     assert len(made) == 1
-    for bound in (call(tensor(1, 1, 8, 64)), call(tensor(1, 1, 8, 128, dtype=torch.float16))):
+    for bound in (call(tensor(1, 1, 80, 64)), call(tensor(1, 1, 80, 128, dtype=torch.float16))):
         gpu.route(of, bound, HOPPER, compile)
     assert len(made) == 3
 

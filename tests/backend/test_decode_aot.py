@@ -1,0 +1,65 @@
+"""The decode kernel compiled ahead of time, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from portable_support import program_of
+from test_portable_aot import spilled
+from triton.backends.compiler import GPUTarget
+
+from attn_dsl.backend.portable import launch_decode
+from attn_dsl.backend.portable.launch import Call
+from attn_dsl.backend.portable.run import Compiler
+
+
+def compiled(
+    name: str, capability: int, tokens: int = 1, length: int = 16384, batch: int = 8, dim: int = 128,
+    dtype: torch.dtype = torch.bfloat16, parameters: tuple[Any, ...] = (), tensors: tuple[torch.Tensor, ...] = (),
+) -> list[Any]:  # fmt: skip
+    """The kernels of a call with 32 heads on 8."""
+    query = torch.empty(batch, 32, tokens, dim, dtype=dtype, device="meta")
+    key = torch.empty(batch, 8, length, dim, dtype=dtype, device="meta")
+    offsets = torch.empty(batch, dtype=torch.int64, device="meta")
+    call = Call(query, key, key, parameters, tensors, (), 0.1, offsets, capability=divmod(capability, 10))
+    run = Compiler(GPUTarget("cuda", capability, 32))
+    launch_decode.forward(program_of(name).kernels, call, run)
+    return run.compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("tokens", "dim", "dtype"), [
+    (1, 128, torch.bfloat16), (8, 128, torch.bfloat16), (16, 64, torch.float16), (1, 256, torch.bfloat16),
+    (1, 128, torch.float32),
+])  # fmt: skip
+def test_layouts_compile_without_spills(
+    tokens: int, dim: int, dtype: torch.dtype, capability: int, tmp_path: Path
+) -> None:
+    decode, merge = compiled("causal", capability, tokens, dim=dim, dtype=dtype)
+    assert spilled(decode, capability, tmp_path) <= 32 and spilled(merge, capability, tmp_path) == 0
+    assert "cp.async" in decode.asm["ptx"]
+
+
+def test_lengths_batches_and_splits_do_not_specialize_kernels() -> None:
+    first = compiled("sliding_window", 90, parameters=(1024,))
+    for length, batch, window in ((5000, 3, 1), (131072, 1, 2**20)):
+        for one, other in zip(
+            first, compiled("sliding_window", 90, 1, length, batch, parameters=(window,)), strict=True
+        ):
+            assert one.hash == other.hash
+    assert len(compiled("sliding_window", 90, length=4096, batch=64, parameters=(1024,))) == 1  # one split: no merge
+
+
+def test_the_merge_begins_while_the_splits_run() -> None:
+    decode, merge = compiled("noop", 90)
+    assert "griddepcontrol.launch_dependents" in decode.asm["ptx"] and "griddepcontrol.wait" in merge.asm["ptx"]
+    assert all("griddepcontrol" not in kernel.asm["ptx"] for kernel in compiled("noop", 80))
