@@ -22,22 +22,8 @@ pytestmark = [
 ]
 
 INPUTS = ("query", "key", "value")
-PORTABLE = {
-    "natten1d",
-    "natten2d",
-    "natten3d",
-    "bigbird",
-    "block_diffusion",
-    "dilated_window",
-    "document",
-    "gemma2_local",
-    "hash_buckets",
-    "packed_causal",
-    "relative_bias",
-    "shared_prefix",
-    "sparse_strided",
-}
-"""Variants whose masks take so many registers that no configuration may be good."""
+HEAVY = {"natten2d", "natten3d", "bigbird"}
+"""Variants whose masks take so many registers that there may be no good configuration for them."""
 ROWS = """attention rows(start: int = 70)
 tensor bias: float32[H, Q]
 tensor sinks: float32[H]
@@ -85,7 +71,7 @@ def check(case: Case, dtype: torch.dtype = torch.bfloat16, backend: str | None =
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_variant_stays_within_the_error_budget(name: str, dim: int) -> None:
-    check(larger(name, D=dim, DV=dim), backend=None if name in PORTABLE else "hopper")
+    check(larger(name, D=dim, DV=dim), backend=None if name in HEAVY else "hopper")
 
 
 @pytest.mark.parametrize("dims", [(80, 80), (96, 96), (128, 64), (64, 128)], ids=str)
@@ -112,8 +98,7 @@ def test_scores_and_masks_of_every_kind(name: str, dim: int) -> None:
     query, key, value = (x.cuda() for x in case.inputs(0, torch.bfloat16))
     tensors = {"bias": torch.randn(4, 333, device="cuda"), "sinks": torch.randn(4, device="cuda")}
     bindings = {t.name: tensors[t.name] for t in attention._executable.variant.tensors}
-    backend = None if name == "under" else "hopper"
-    agree(attention, Problem(attention._executable, query, key, value, bindings), backend)
+    agree(attention, Problem(attention._executable, query, key, value, bindings))
 
 
 def test_groups_offsets_by_batch_and_half_precision() -> None:
@@ -158,12 +143,16 @@ def test_what_does_not_fit_runs_on_portable_kernels_and_says_why() -> None:
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(attention(*leaves, slope=slope).sum(), leaves))
 
 
-def test_deterministic_gradients_are_the_same_bits_in_every_run() -> None:
-    attention = attn_dsl.compile("causal")
-    leaves = [torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-    upstream = torch.randn(2, 4, 1000, 128, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("name", ["causal", "noop", "sliding_window", "prefix_lm"])
+def test_deterministic_gradients_are_the_same_bits_in_every_run(name: str) -> None:
+    attention = attn_dsl.compile(name)
+    query, key, value = larger(name, B=2, H=8, HK=4, Q=2000, KV=2000, D=128, DV=128).inputs(0, torch.bfloat16)
+    leaves = [x.cuda().requires_grad_() for x in (query, key, value)]
+    upstream = torch.randn(query.shape, device="cuda", dtype=torch.bfloat16)
     first = torch.autograd.grad(attention(*leaves, deterministic=True), leaves, upstream)
-    for _ in range(20):
+    usual = torch.autograd.grad(attention(*leaves), leaves, upstream)
+    assert all((a - b).abs().max() < 2e-2 for a, b in zip(usual, first, strict=True))
+    for _ in range(100):
         found = torch.autograd.grad(attention(*leaves, deterministic=True), leaves, upstream)
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 

@@ -12,8 +12,8 @@ probabilities and their gradients are left operands in registers, one step of a 
 
 The logit is factor * r + slope * (k - q) in base 2, r the bare product or what the variant makes of it
 (`emit_backward.py`). lse and delta = rowsum(dO * O) - dLSE come with the tiles of Q and dO, prepared by
-`backward_rows.py`, which also turns the buffer into dQ. Every pair that is visited is masked: a loop of its own for
-full tiles would spill, and costs more than the mask.
+`backward_rows.py`, which also turns the buffer into dQ. One loop serves masked and full tiles, with a branch around the
+mask: two would keep the addresses of shared memory in registers, and spill.
 
 After FlashAttention-3 (Shah et al. 2024, section 3.2), with dV issued before dS is formed.
 """
@@ -35,7 +35,7 @@ from triton.language.core import _aggregate as aggregate
 
 from attn_dsl.backend.hopper.device import columns, opaque
 from attn_dsl.backend.hopper.forward import NEVER, Problem
-from attn_dsl.backend.portable.device import count, nth
+from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
 """Of one warpgroup."""
@@ -43,12 +43,17 @@ KEYS = gl.constexpr(64)
 
 @aggregate
 class Shape:
-    """What is known when the kernel is compiled: tile shapes and register layouts.
+    """What is known when the kernel is compiled: tile shapes, ways, and register layouts.
 
     QUERIES of a tile are 64, or 128 where D and DV are 64. Each warpgroup makes HALF columns of 64 rows of a tile's dQ:
-    half of the columns, or, of a tile of 128 queries, half of the rows. RAGGED: the last tile of keys may stick out.
-    ASK: the mask is left out of tiles that are full. ORDERED: programs add to dQ in an order of their own.
-    POSITIONAL: the score of a pair that does not count may be anything.
+    half of the columns, or, of a tile of 128 queries, half of the rows.
+
+    RAGGED      the last tile of keys may stick out
+    POSITIONAL  the score of a pair that does not count may be anything
+    ASK         of each tile whether it is full, and leave out the mask there
+    ORDERED     programs add to dQ in an order of their own
+    LATE        dP begins when P is done, which leaves P and the mask more registers
+    WIDE        ranges are computed in 64 bits
     """
 
     D: gl.constexpr
@@ -61,13 +66,15 @@ class Shape:
     POSITIONAL: gl.constexpr
     ASK: gl.constexpr
     ORDERED: gl.constexpr
+    LATE: gl.constexpr
+    WIDE: gl.constexpr
     LOGITS: gl.constexpr
     KEY_GRAD: gl.constexpr
     VALUE_GRAD: gl.constexpr
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED):
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED, LATE, WIDE):
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -79,6 +86,8 @@ class Shape:
         self.POSITIONAL = gl.constexpr(POSITIONAL)
         self.ASK = gl.constexpr(ASK)
         self.ORDERED = gl.constexpr(ORDERED)
+        self.LATE = gl.constexpr(LATE)
+        self.WIDE = gl.constexpr(WIDE)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
         self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
         self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
@@ -164,8 +173,9 @@ class Ring:
 class Memory:
     """Descriptors of tensors in global memory, and buffers in shared memory; what comes twice is one for each group.
 
-    `turns` [B, H, key tiles, query tiles], `done` [B, H, query tiles, group] int32: how many programs add to dQ before,
-    and how many have. `exchange` holds dS^T of two steps, [step, group]; `told` its barriers. `sums` holds half a tile of dQ.
+    `turns` [B, H, key tiles, query tiles] and `done` [B, H, query tiles, group] int32: how many programs add to a tile
+    of dQ before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `told` their barriers,
+    `sums` half a tile of dQ.
     """
 
     query: tma.tensor_descriptor
@@ -216,7 +226,8 @@ class Memory:
 class Head:
     """What the pairs of a warpgroup's keys with one query head have in common.
 
-    pair: number of batch and head; turns: where its key tile begins in the table of that name. k: [64, 1] positions; k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names gave.
+    pair: number of batch and head; turns: where its key tile begins in the table of that name. k: [64, 1] positions;
+    k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names gave.
     """
 
     b: gl.tensor
@@ -276,11 +287,30 @@ def _place(shape, problem):
 
 
 @gluon.jit
-def _visits(shape, f, tile, b, h, start, scalars, tensors):
+def _visits(shape, f, problem, tile, b, h, start):
     """(segments of query tiles, how many tiles they hold)."""
     first = tile * (2 * KEYS)
-    segments = f.Q_RANGES(b, h, first, first + (2 * KEYS - 1), start, shape.QUERIES, scalars, tensors)
+    if shape.WIDE:
+        first, b, h, start = first.to(gl.int64), b.to(gl.int64), h.to(gl.int64), start.to(gl.int64)
+    scalars = scalars_of(problem.parameters, shape.WIDE) + problem.sizes + scalars_of(problem.extents, shape.WIDE)
+    tensors = captured(problem.tensors, shape.WIDE)
+    found = f.Q_RANGES(
+        b, h, first, first + (2 * KEYS - 1), start, shape.QUERIES, scalars + (problem.scale,), tensors
+    )  # fmt: skip
+    segments = ()
+    for i in gl.static_range(len(found)):
+        segments = segments + ((_narrowed(found[i][0]), _narrowed(found[i][1])),)
     return segments, count(segments) + 0 * tile
+
+
+@gluon.jit
+def _narrowed(bound):
+    """A bound of a range as int32: ranges may be bounded by what is larger than any position."""
+    bound = bound + gl.to_tensor(0)
+    if bound.dtype == gl.int64:
+        return gl.minimum(gl.maximum(bound, 0), 2**31 - 1).to(gl.int32)
+    else:
+        return bound
 
 
 # ---------------------------------------------------------------- producer
@@ -297,7 +327,6 @@ def _load_keys(memory, part, tensor, buffers, b, hk, first):
 @gluon.jit
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it."""
-    scalars, tensors = problem.scalars(), problem.captured()
     tile, b, hk = _place(shape, problem)
     start = problem.start(b)
     _load_keys(memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS))
@@ -307,7 +336,7 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     for member in range(group):
         h = hk * group + member
         pair = b * problem.sizes[1] + h
-        segments, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+        segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         for n in range(tiles):
             first = nth(segments, n) * shape.QUERIES
             memory.queries.load(passed + n, memory.query, memory.lse, b, h, pair, first)
@@ -431,7 +460,7 @@ def _widen(x):
 def _counts_throughout(shape, f, head, first):
     """Whether all pairs of the program's keys with the query tile from position `first` on are known to count."""
     last = first + (shape.QUERIES - 1)
-    result = last == last  # noqa: PLR0124 (true, as a number of the device)
+    result = last >= first  # true, as a number of the device
     if f.MASK is not None:
         result = f.FULL(
             head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
@@ -450,10 +479,7 @@ def _counting(shape, f, head, q, found):
     keep = head.k < head.kv_len
     if f.MASK is not None:
         mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
-        if shape.RAGGED:
-            keep = keep & mask
-        else:
-            keep = mask
+        keep = keep & mask if shape.RAGGED else mask
     if shape.POSITIONAL:
         keep = keep & (q < head.start + head.q_len)
     return keep
@@ -501,12 +527,19 @@ def _step(shape, f, memory, head, at, i, dk, dv, last, GROUP: gl.constexpr):
         turn = gl.load(memory.turns + head.turns + i)
     memory.queries.wait(at)
     products = _issue_turned(shape, memory.keys.index(GROUP).reshape([KEYS, shape.D]), memory.queries.tile(at))
-    memory.grads.wait(at)
-    upstream = _issue_turned(shape, memory.values.index(GROUP).reshape([KEYS, shape.DV]), memory.grads.tile(at))
-    s = warpgroup_mma_wait(1, deps=[products])
+    values = memory.values.index(GROUP).reshape([KEYS, shape.DV])
+    if shape.LATE:
+        s = warpgroup_mma_wait(0, deps=[products])
+    else:
+        memory.grads.wait(at)
+        upstream = _issue_turned(shape, values, memory.grads.tile(at))
+        s = warpgroup_mma_wait(1, deps=[products])
     p, steep = _probabilities(shape, f, head, s, memory.queries.row(at, shape.LOGITS), i)
     weights = _narrow(p, DTYPE)
     steep = _narrow(steep, DTYPE)  # waits in fewer registers
+    if shape.LATE:
+        memory.grads.wait(at)
+        upstream = _issue_turned(shape, values, memory.grads.tile(at))
     dv_next = _issue_sum(weights, memory.grads.tile(at), dv, shape.VALUE_GRAD)
     dp = warpgroup_mma_wait(1, deps=[upstream])
     ds = _narrow(_widen(steep) * (dp - memory.grads.row(at, shape.LOGITS)), DTYPE)
@@ -545,7 +578,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     last = (0 * tile - 1, 0 * tile)
     for member in range(group):
         h = hk * group + member
-        segments, tiles = _visits(shape, f, tile, b, h, start, scalars, tensors)
+        segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         factor = f.FACTOR(b, h, scalars, tensors)
         uniform, keys, slope = (), (), factor
         if f.UNIFORM is not None:
@@ -554,11 +587,11 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             keys = f.KEYS(b, h, k, False, uniform, scalars, tensors)
         if f.SLOPE is not None:
             slope = f.SLOPE(b, h, scalars, tensors)
+        q_len, kv_len = problem.sizes[3], problem.sizes[4]
         pair = b * problem.sizes[1] + h
-        turns = pair * gl.cdiv(problem.sizes[4], 2 * KEYS) + tile
-        turns = turns.to(gl.int64) * gl.cdiv(problem.sizes[3], shape.QUERIES)
-        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, problem.sizes[3], problem.sizes[4], factor, slope, uniform, keys, scalars,
-                    tensors)  # fmt: skip
+        turns = (pair * gl.cdiv(kv_len, 2 * KEYS) + tile).to(gl.int64) * gl.cdiv(q_len, shape.QUERIES)
+        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, slope, uniform, keys,
+                    scalars, tensors)  # fmt: skip
         for n in range(tiles):
             i = nth(segments, n)
             dk, dv, last = _step(shape, f, memory, head, passed + n, i, dk, dv, last, GROUP)
@@ -605,18 +638,21 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
                               "section"])  # fmt: skip
-def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q, KV, DIM,
-                       extents, tensors, scale, section,
+def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
+                       KV, DIM, extents, tensors, scale, section,
                        FACTOR: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr, COLUMNS: gl.constexpr,
                        SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
-                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, RAGGED: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr, ORDERED: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, RAGGED: gl.constexpr, POSITIONAL: gl.constexpr,
+                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
+                       D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
                        GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [B * H, Q rounded up] float32, of QUERIES numbers. A grid of one program for each batch, key head and 128 keys.
+    [B * H, Q rounded up] float32, of QUERIES numbers. `section`: how many pairs of batch and key head run side by
+    side. One program for each batch, key head and 128 keys.
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED, LATE, WIDE)
     f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES)
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, lse, QUERY_STAGES)
@@ -625,8 +661,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values, _barriers(2, 1),
-                    exchange, _barriers(4, 1), sums)  # fmt: skip
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values,
+                    _barriers(2, 1), exchange, _barriers(4, 1), sums)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([

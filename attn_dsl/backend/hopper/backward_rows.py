@@ -4,6 +4,8 @@ Before: delta and lse as the kernel wants them, and zeros where dQ will be summe
 in the order of the tensor cores' registers.
 """
 
+# ruff: noqa: SIM108 (static conditions as Triton knows them)
+
 import triton
 import triton.language as tl
 
@@ -88,7 +90,7 @@ def finish_queries(
 @triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "scale"])
 def count_turns(
         turns, q_offset, parameters, sizes, tensors, scale, Q_RANGES: tl.constexpr, KEYS: tl.constexpr,
-        QUERIES: tl.constexpr, WIDTH: tl.constexpr
+        QUERIES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """turns [B, H, key tiles, query tiles] int32: how many later tiles of keys visit a tile of queries.
 
@@ -99,16 +101,21 @@ def count_turns(
     parts = tl.cdiv(tiles, WIDTH)
     part, pair = tl.program_id(0) % parts, tl.program_id(0) // parts
     b, h = pair // heads, pair % heads
-    scalars, tensors = scalars_of(parameters + sizes + (scale,), False), captured(tensors, False)
+    scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     if q_offset.dtype.is_ptr():
         start = tl.load(q_offset + b).to(tl.int32)
     else:
         start = q_offset.to(tl.int32)
+    if WIDE:
+        b, h, start = b.to(tl.int64), h.to(tl.int64), start.to(tl.int64)
     i = part * WIDTH + tl.arange(0, WIDTH)
     seen = tl.zeros([WIDTH], tl.int32)
     for n in range(key_tiles):
         j = key_tiles - 1 - n
-        segments = Q_RANGES(b, h, j * KEYS, j * KEYS + (KEYS - 1), start, QUERIES, scalars, tensors)
+        k0 = j * KEYS
+        if WIDE:
+            k0 = k0.to(tl.int64)
+        segments = Q_RANGES(b, h, k0, k0 + (KEYS - 1), start, QUERIES, scalars, tensors)
         visited = tl.zeros([WIDTH], tl.int1)
         for s in tl.static_range(len(segments)):
             visited = visited | ((i >= tl.maximum(segments[s][0], 0)) & (i < segments[s][1]))

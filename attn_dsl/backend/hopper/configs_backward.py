@@ -22,6 +22,7 @@ class Config:
     grad_stages   tiles in that of output gradients
     registers     of a consumer's thread
     ask           of each tile whether it is full, and leave out the mask there
+    late          begin dP only when P is done: more registers for the score and the mask, less overlap
     """
 
     queries: int
@@ -29,6 +30,7 @@ class Config:
     grad_stages: int = 2
     registers: int = 240
     ask: bool = True
+    late: bool = False
 
     def shared_bytes(self, dim: int, value_dim: int, itemsize: int = 2) -> int:
         """Shared memory of the tiles; barriers and the compiler's own need some 2 KiB more."""
@@ -40,13 +42,14 @@ class Config:
 
     def __str__(self) -> str:
         rings = f"rings of {self.query_stages} and {self.grad_stages}"
-        mask = "mask where it is wanted" if self.ask else "mask everywhere"
-        return f"{KEYS} keys x {self.queries} rows, 2 warpgroups, {rings}, {mask}"
+        ways = ["mask where it is wanted" if self.ask else "mask everywhere"] + ["late dP"] * self.late
+        return ", ".join([f"{KEYS} keys x {self.queries} rows, 2 warpgroups", rings, *ways])
 
 
+_WAYS: tuple[dict[str, bool], ...] = ({}, {"ask": False}, {"late": True}, {"late": True, "ask": False})
 _TABLE = {
-    64: (Config(128), Config(128, ask=False), Config(64), Config(64, ask=False)),
-    128: (Config(64), Config(64, ask=False)),
+    64: tuple(Config(queries, **way) for queries in (128, 64) for way in _WAYS[:2]),
+    128: tuple(Config(64, **way) for way in _WAYS),
 }
 
 
@@ -57,4 +60,6 @@ def candidates(dim: int, value_dim: int) -> tuple[Config, ...]:
     """
     if max(dim, value_dim) > 128:
         return ()
-    return tuple(config for config in _TABLE[max(dim, value_dim)] if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT)
+    return tuple(
+        config for config in _TABLE[max(dim, value_dim)] if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT
+    )

@@ -9,6 +9,7 @@ head (`keys`), those by query once for each tile (`columns`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, outermost
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
 from attn_dsl.backend.printer import Signature, lower
-from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Load, Node, Q, post_order
+from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Q, Unary, UnaryOp, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import gradient
 from attn_dsl.passes.schedule import Schedule
@@ -36,13 +37,14 @@ class Emitted:
     """The text of the module, and the names of the functions that it has.
 
     has_derivative: `score` gives two values. positional: they depend on a position, so that a pair past the end of
-    the queries or keys, or under the mask, may hold anything.
+    the queries or keys, or under the mask, may hold anything. wide: ranges are bounded by numbers of more than 32 bits.
     """
 
     source: str
     functions: frozenset[str]
     has_derivative: bool
     positional: bool
+    wide: bool
 
 
 def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: bool = True) -> Emitted:
@@ -77,10 +79,34 @@ def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: 
         module.add("mask", PAIR, mask)
         if full is not FALSE:
             module.add("full", TILE, full)
-    module.add("q_ranges", RANGES, tuple((s.begin, s.end) for s in schedule.q.segments))
+    ranges = tuple((s.begin, s.end) for s in schedule.q.segments)
+    module.add("q_ranges", RANGES, ranges)
+    wide = any(isinstance(node, Const) and abs(node.value) >= 2**31 for node in post_order(*itertools.chain(*ranges)))
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
-    positional = bool((residue.depends | derivative.depends) & {"q", "k"})
-    return Emitted(source, frozenset(module.names), derivative is not ONE, positional)
+    positional = bool((residue.depends | derivative.depends) & {"q", "k"}) or _singular(derivative)
+    return Emitted(source, frozenset(module.names), derivative is not ONE, positional, wide)
+
+
+def _singular(derivative: Node) -> bool:
+    """Whether it may be infinite or nan for some score, as where a row of zeros stands for one that is not there."""
+    risky = {
+        UnaryOp.SQRT,
+        UnaryOp.RSQRT,
+        UnaryOp.LOG,
+        UnaryOp.LOG2,
+        UnaryOp.LOG1P,
+        UnaryOp.TAN,
+        UnaryOp.EXP,
+        UnaryOp.EXP2,
+    }
+    for node in post_order(derivative):
+        match node:
+            case Unary(op, x) if op in risky and "score" in x.depends:
+                return True
+            case Binary(BinaryOp.DIV | BinaryOp.MOD | BinaryOp.POW, _, y) if "score" in node.depends:
+                if "score" in y.depends or node.op is not BinaryOp.DIV:
+                    return True
+    return False
 
 
 def _looks_up(axis: str) -> Callable[[Node], bool]:

@@ -191,13 +191,13 @@ class _Plan:
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
             "RAGGED": _ragged(call), "POSITIONAL": text.positional,
-            "ASK": config.ask, "ORDERED": ordered, **tiles, "DV": dv,
+            "ASK": config.ask, "ORDERED": ordered, "LATE": config.late, "WIDE": text.wide, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip
         finish = {**tiles, "DIM": dim, "num_warps": 4}
         turns = {"Q_RANGES": functions["q_ranges"], "KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH,
-                 "num_warps": 1}  # fmt: skip
+                 "WIDE": text.wide, "num_warps": 1}  # fmt: skip
         return _Plan(config, kernels.uneven, (d, dv), Options(turns) if ordered else None, Options(prepare),
                      Options(options), Options(finish), {})  # fmt: skip
 
