@@ -256,7 +256,7 @@ class _Evaluation:
             case ir.Load(tensor, indices, kind):
                 data = env.tensors[tensor]
                 at = [values[i].clamp(0, max(size - 1, 0)) for i, size in zip(indices, data.shape, strict=True)]
-                return data[tuple(at)].to(self._dtype(kind))
+                return data.to(self._dtype(kind))[tuple(at)]  # gradients of half-precision tables add up in full
             case ir.Unary(op, x):
                 if op in (UnaryOp.FLOOR, UnaryOp.CEIL):
                     return _UNARY[op](values[x]).to(torch.int64)
