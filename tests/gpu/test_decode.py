@@ -139,8 +139,7 @@ def test_gradients_of_short_calls() -> None:
     out, lse = attention(
         leaves["query"], leaves["key"], leaves["value"], q_offset=329, return_lse=True, slope=bindings["slope"]
     )
-    found = torch.autograd.grad(
-        (out, lse), list(leaves.values()), [u.to(x.dtype) for u, x in zip(upstream, (out, lse))]
-    )
+    grads = [given.to(x.dtype) for given, x in zip(upstream, (out, lse), strict=True)]
+    found = torch.autograd.grad((out, lse), list(leaves.values()), grads)
     result = Result(out.detach(), lse.detach(), dict(zip(leaves, found, strict=True)))
     within_budget(result, problem.truth(upstream), problem.truth(upstream, torch.bfloat16), 1.1)
