@@ -11,6 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from attn_dsl.backend.cache_triton import compiling
+from attn_dsl.backend.hopper.backward import attention_backward as hopper_backward
+from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.forward import attention_forward as hopper_forward
 from attn_dsl.backend.portable import backward, forward
 from attn_dsl.backend.portable.run import inputs_of, variant_of
@@ -21,6 +23,10 @@ KERNELS = (
     backward.attention_keys_backward,
     backward.attention_queries_backward,
     hopper_forward,
+    hopper_backward,
+    prepare_rows,
+    count_turns,
+    finish_queries,
 )
 
 

@@ -1,0 +1,257 @@
+"""What the Hopper backward kernel is given, and which calls take it, decided without a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter has no Gluon", allow_module_level=True)
+
+from portable_support import program_of
+
+from attn_dsl.backend import gpu
+from attn_dsl.backend.execute import Program
+from attn_dsl.backend.hopper import check
+from attn_dsl.backend.hopper.backward import attention_backward
+from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
+from attn_dsl.backend.hopper.configs import SHARED_LIMIT
+from attn_dsl.backend.hopper.configs_backward import candidates
+from attn_dsl.backend.hopper.emit_backward import Emitted
+from attn_dsl.backend.hopper.launch_backward import Kernels, backward
+from attn_dsl.backend.portable.launch import Call
+
+HOPPER = (9, 0)
+GOOD = check.Build(0, (), ())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+
+
+def emitted(text: str) -> Emitted:
+    return Kernels(program_of(text).kernels).emitted(False)[0]
+
+
+def variant(score: str = "score", mask: str = "true", declared: str = "") -> str:
+    return f"attention test(cap: float = 3.0)\n{declared}\nscore = {score}\nmask = {mask}\n"
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def call(*shape: int, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Call:
+    query = tensor(*shape, dtype=dtype)
+    return Call(query, query, query, (), (), (), 0.1, **more)
+
+
+def fresh(text: str) -> Program:
+    known = program_of(text)
+    return Program(known.variant, known._proof)
+
+
+# ---------------------------------------------------------------- emission
+
+
+def test_a_bare_product_needs_no_score() -> None:
+    for name in ("noop", "causal", "alibi"):
+        assert "score" not in emitted(name).functions and not emitted(name).has_derivative
+
+
+def test_a_score_and_its_derivative_share_what_they_have_in_common() -> None:
+    text = emitted("softcap")
+    assert text.has_derivative and not text.positional
+    assert text.source.count("tanh_approx(") == 1 and "1.0 - t0 * t0" in text.source
+
+
+def test_what_is_affine_in_the_positions_is_a_slope() -> None:
+    assert "slope" in emitted("alibi").functions and not emitted("alibi").positional
+
+
+def test_a_factor_may_be_negative() -> None:
+    text = emitted(variant("-2.0 * score"))
+    assert "-2.0" in text.source.partition("def factor")[2] or "-2.8" in text.source.partition("def factor")[2]
+    assert text.has_derivative
+
+
+def test_look_ups_by_one_position_leave_the_pairs() -> None:
+    text = emitted("document")
+    assert {"keys", "columns", "mask"} <= text.functions
+    assert "element(" not in text.source.partition("def mask")[2].partition("@triton.jit")[0]
+
+
+def test_full_tiles_are_known_where_the_mask_allows_it() -> None:
+    assert "full" in emitted("causal").functions and "full" in emitted("sliding_window").functions
+    assert "full" not in emitted("document").functions and "mask" not in emitted("noop").functions
+
+
+def test_pieces_are_cut_for_what_is_empty_alone() -> None:
+    for name in ("causal", "sliding_window", "alibi"):
+        assert len(Kernels(program_of(name).kernels).schedule.q.segments) == 1
+    assert len(Kernels(program_of("prefix_lm").kernels).schedule.q.segments) == 2
+
+
+def test_keys_decide_how_many_queries_see_them() -> None:
+    assert Kernels(program_of("causal").kernels).uneven and not Kernels(program_of("noop").kernels).uneven
+
+
+@pytest.mark.parametrize(
+    ("score", "poisoned"),
+    [
+        ("score / (Q - q)", True),
+        ("cap * tanh(score / cap)", False),
+        ("score * sigmoid(score)", False),
+        ("sqrt(abs(score))", True),
+        ("score / (1.0 + abs(score))", True),
+        ("2.0 * score / cap", False),
+    ],
+)
+def test_scores_that_may_be_poisoned_where_there_is_no_pair(score: str, poisoned: bool) -> None:
+    """A row of zeros stands for a query that is not there; what comes of it must be cut off, not multiplied by 0."""
+    assert emitted(variant(score)).positional == poisoned
+
+
+def test_ranges_with_large_bounds_are_computed_in_64_bits() -> None:
+    assert emitted("natten1d").wide and not emitted("causal").wide
+
+
+# ---------------------------------------------------------------- launches
+
+
+def launches(of: Program, bound: Call, *, ordered: bool = False) -> list[tuple[Any, int, tuple[Any, ...]]]:
+    found: list[tuple[Any, int, tuple[Any, ...]]] = []
+
+    def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        found.append((kernel, programs, arguments))
+
+    batch, heads, q_len, _ = bound.query.shape
+    out, lse = tensor(*bound.query.shape), tensor(batch, heads, q_len, dtype=torch.float32)
+    config = candidates(128, 128)[0]
+    backward(of.hopper_backward, bound, out, lse, out, None, config, ordered=ordered, run=run)
+    return found
+
+
+def test_three_launches_and_a_fourth_for_an_order() -> None:
+    of, bound = program_of("causal"), call(2, 4, 1000, 128)
+    usual, ordered = launches(of, bound), launches(of, bound, ordered=True)
+    assert [kernel for kernel, *_ in usual] == [prepare_rows, attention_backward, finish_queries]
+    assert [kernel for kernel, *_ in ordered] == [prepare_rows, count_turns, attention_backward, finish_queries]
+    assert [programs for _, programs, _ in usual] == [2 * 4 * 16, 2 * 4 * 8, 2 * 4 * 16 * 2]
+
+
+def test_a_group_of_heads_is_one_programs() -> None:
+    query, key = tensor(2, 8, 256, 128), tensor(2, 2, 384, 128)
+    bound = Call(query, key, key, (), (), (), 0.1)
+    assert launches(program_of("noop"), bound)[1][1] == 2 * 2 * 3
+
+
+def test_sections_fill_the_machine_where_programs_are_uneven() -> None:
+    bound = call(2, 16, 8192, 128)
+    sections = {name: launches(program_of(name), bound)[1][2][-1] for name in ("causal", "noop")}
+    assert sections == {"causal": 5, "noop": 1}
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [tensor(1, 4, 300, 136)[..., :128], tensor(1, 4, 300, 130)[..., :128], tensor(1, 4, 1, 128).expand(1, 4, 300, 128)],
+    ids=["with room", "not aligned", "broadcast"],
+)
+def test_gradients_that_the_copy_engine_does_not_take_are_copied(spread: Tensor) -> None:
+    from attn_dsl.backend.hopper.launch_backward import _loadable
+
+    found = _loadable(spread)
+    assert all(stride % 8 == 0 and stride > 0 for stride in found.stride()[:3]) and found.stride(3) == 1
+    assert (found is spread) == (spread.stride(2) == 136)
+
+
+def test_every_configuration_fits_the_shared_memory() -> None:
+    for dim, value_dim in ((64, 64), (64, 128), (128, 64), (128, 128)):
+        assert candidates(dim, value_dim)
+        assert all(config.shared_bytes(dim, value_dim) <= SHARED_LIMIT for config in candidates(dim, value_dim))
+        assert all(config.queries == 64 for config in candidates(dim, value_dim) if max(dim, value_dim) == 128)
+    assert candidates(256, 256) == () and candidates(64, 256) == ()
+
+
+# ---------------------------------------------------------------- routes
+
+
+def compiler(*builds: check.Build) -> tuple[list[int], Callable[..., Any]]:
+    """Makes kernels of which the assembler says `builds`, one after the other; the list grows with each."""
+    made: list[int] = []
+
+    def compile(kernel: Any, arguments: tuple[Any, ...], chosen: Mapping[str, Any]) -> Any:
+        made.append(len(made))
+        return SimpleNamespace(hash=f"kernel {len(made)}", asm={"ptx": str(len(made) - 1)})
+
+    return made, compile
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def set_builds(*builds: check.Build) -> None:
+        monkeypatch.setattr(check, "inspect", lambda ptx: builds[int(ptx)])
+
+    return set_builds
+
+
+def test_calls_that_fit_take_the_hopper_kernel(says: Callable[..., None]) -> None:
+    says(GOOD)
+    bound = call(2, 4, 300, 128)
+    found = gpu.backward_route(fresh("causal"), bound, capability=HOPPER, compile=compiler()[1])
+    assert found.backend == "hopper" and found.choice is not None and found.choice.config == candidates(128, 128)[0]
+    assert gpu.describe_backward(bound, found, HOPPER).startswith(
+        f"backward   hopper: {candidates(128, 128)[0]}; 0 bytes"
+    )
+
+
+REFUSED = {
+    "element type is float32": (call(2, 4, 300, 128, dtype=torch.float32), frozenset()),
+    "head dimension is above 128": (call(2, 4, 300, 192), frozenset()),
+    "a gradient of `slope` is wanted": (call(2, 4, 300, 128), frozenset({"slope"})),
+    "positions need 64 bits": (call(2, 4, 300, 128, q_offset=2**40), frozenset()),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_calls_that_do_not_fit_take_the_portable_kernels_and_say_why(reason: str) -> None:
+    bound, wanted = REFUSED[reason]
+    found = gpu.backward_route(fresh("causal"), bound, wanted, capability=HOPPER, compile=compiler()[1])
+    assert found.backend == "portable" and reason in str(found.reason)
+    assert gpu.describe_backward(bound, found, HOPPER).startswith(
+        f"backward   portable, since {found.reason}: dK and dV"
+    )
+
+
+def test_other_devices_take_the_portable_kernels() -> None:
+    found = gpu.backward_route(fresh("noop"), call(2, 4, 300, 128), capability=(8, 0))
+    assert found.backend == "portable" and "not 9.0" in str(found.reason)
+
+
+def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., None]) -> None:
+    says(check.Build(5000, (), ()), GOOD)
+    bound = call(2, 4, 300, 128)
+    found = gpu.backward_route(fresh("causal"), bound, capability=HOPPER, compile=compiler()[1])
+    first, second, *_ = candidates(128, 128)
+    assert found.choice is not None and found.choice.config == second
+    text = gpu.describe_backward(bound, found, HOPPER)
+    assert f"hopper: {second}" in text and f"rejected   {first}: ptxas spilled 5000 bytes" in text
+
+
+def test_whole_and_ragged_keys_and_an_order_are_kernels_of_their_own(says: Callable[..., None]) -> None:
+    says(*[GOOD] * 9)
+    of, (made, compile) = fresh("causal"), compiler()
+    for length in (300, 301, 5000):
+        gpu.backward_route(of, call(2, 4, length, 128), capability=HOPPER, compile=compile)
+    assert len(made) == 1
+    gpu.backward_route(of, call(2, 4, 256, 128), capability=HOPPER, compile=compile)
+    gpu.backward_route(of, call(2, 4, 300, 128), deterministic=True, capability=HOPPER, compile=compile)
+    assert len(made) == 3
