@@ -6,8 +6,8 @@
 
 A cache is BATCHxLENGTH. The last query token sees the whole cache. Times are medians that `triton.testing.do_bench`
 finds, over rounds in which all implementations take turns; the cache of the GPU is cold. `share` is relative to the
-bytes a second that a copy reads and writes. The window's time is that of a window of 1024 over each cache. One JSON
-object a line on standard output (or in --json).
+bytes a second that a copy reads and writes. `--windows` are caches under a window of 1024; one whose length is no power
+of two tells what is due to the strides of the cache. One JSON object a line on standard output (or in --json).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -96,27 +97,17 @@ def flex(case: Case) -> Run | None:
 
 
 def flash3(case: Case) -> Run | None:
-    try:
-        from flash_attn_interface import flash_attn_with_kvcache
-    except ImportError:
+    name = next((n for n in ("flash_attn_interface", "fa3_fwd_interface") if importlib.util.find_spec(n)), None)
+    if name is None or case.variant == "alibi":
         return None
-    if case.variant == "alibi":
-        return None
+    attend = importlib.import_module(name).flash_attn_with_kvcache
     query, key, value = (x.transpose(1, 2).contiguous() for x in (case.query, case.key, case.value))
     cap = CAP if case.variant == "softcap" else 0.0
     window = (WINDOW - 1, 0) if case.variant == "sliding_window" else (-1, -1)
     causal = case.variant == "sliding_window"
     lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
-    return functools.partial(
-        flash_attn_with_kvcache,
-        query,
-        key,
-        value,
-        cache_seqlens=lengths,
-        causal=causal,
-        window_size=window,
-        softcap=cap,
-    )
+    options = {"cache_seqlens": lengths, "causal": causal, "window_size": window, "softcap": cap}
+    return functools.partial(attend, query, key, value, **options)
 
 
 RIVALS: dict[str, Callable[[Case], Run | None]] = {"attn_dsl": ours, "flash3": flash3, "flex": flex}
@@ -204,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="noop,alibi,softcap")
     parser.add_argument("--caches", default="8x16384,1x131072,64x4096,128x8192")
-    parser.add_argument("--windows", default="8x2048,8x131072", help="caches for a window of 1024")
+    parser.add_argument("--windows", default="1x2048,1x131072,8x2048,8x131072,8x130000", help="for a window of 1024")
     parser.add_argument("--tokens", default="1,8", help="query tokens of a sequence")
     parser.add_argument("--rivals", default="flash3,flex")
     parser.add_argument("--rounds", type=int, default=3)

@@ -46,7 +46,7 @@ class Layout:
     """How a call is laid over a GPU.
 
     pack: heads that share a tile. rows, keys: of a tile. splits: into how many parts the visited tiles of each tile of
-    rows are cut. resident: programs that a multiprocessor holds at a time.
+    rows are cut.
     """
 
     pack: int
@@ -56,7 +56,6 @@ class Layout:
     stages: int
     row_tiles: int
     splits: int
-    resident: int
 
     def __str__(self) -> str:
         heads = f"{self.pack} head{'s' * (self.pack > 1)} a tile"
@@ -88,7 +87,11 @@ def reason(kernels: Kernels, call: Call) -> str | None:
 
 
 def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout:
-    """The layout of a call; `splits` is worked out unless given."""
+    """The layout of a call; `splits` is worked out unless given.
+
+    Two programs of a multiprocessor hide each other's waits. Where many programs make several waves, a fourth stage
+    keeps a third program out, which would leave the last wave emptier: 10 percent on an H200 at 64 caches of 4096.
+    """
     (batch, heads, tokens, dim), (_, kv_heads, kv_len, value_dim) = call.query.shape, call.value.shape
     pack = 1 if by_head(kernels) else heads // kv_heads
     size, wide = call.query.element_size(), sum(chunks(dim)) + sum(chunks(value_dim))
@@ -96,14 +99,14 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
     rows = min(max(16, triton.next_power_of_2(pack * tokens)), most)
     width = wide * size
     keys = min(max(16, 1 << (step // width).bit_length() - 1), 128)
-    shared = _shared(_capability(call))
-    stages, warps = 3 if shared > 2**17 + 2**16 else 2, 8 if rows * wide > 2**14 else 4
-    resident = max(1, min(2, shared // ((stages - 1) * keys * width + 2**13)))
+    warps = 8 if rows * wide > 2**14 else 4
     row_tiles = triton.cdiv(pack * tokens, rows)
     programs = batch * (heads // pack) * row_tiles
     if splits is None:
-        splits = fewest_splits(programs, multiprocessors(call) * resident, triton.cdiv(kv_len, keys))
-    return Layout(pack, rows, keys, warps, stages, row_tiles, splits, resident)
+        splits = fewest_splits(programs, 2 * multiprocessors(call), triton.cdiv(kv_len, keys))
+    room = 1 + (_shared(_capability(call)) // 2 - 2**13) // (keys * width)  # stages that two programs have room for
+    stages = max(2, min(room, 4 if splits == 1 and rows == 16 else 3))
+    return Layout(pack, rows, keys, warps, stages, row_tiles, splits)
 
 
 def fewest_splits(programs: int, places: int, tiles: int) -> int:
