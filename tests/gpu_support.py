@@ -9,6 +9,7 @@ import torch
 from portable_support import Result
 from variant_cases import Case, Sizes
 
+FEW = 64
 LARGER = Sizes(B=2, H=4, HK=2, Q=333, KV=333, D=64, DV=64)
 PARAMETERS: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 100},
@@ -36,13 +37,18 @@ def larger(name: str, **sizes: int) -> Case:
 
 
 def within_budget(found: Result, truth: Result, eager: Result, factor: float) -> None:
-    """The root mean square error is at most `factor` times that of the eager computation, everywhere."""
+    """The root mean square error is at most `factor` times that of the eager computation, everywhere.
+
+    That of a few numbers is a matter of chance: the gradient of four slopes has from half to twice the eager error, by
+    the seed, and is held to three times.
+    """
     named = {"out": (found.out, truth.out, eager.out)}
     named.update({name: (found.grads[name], truth.grads[name], eager.grads[name]) for name in truth.grads})
     for name, (a, b, c) in named.items():
         assert not a.isnan().any(), name
         ours, theirs = ((x.double() - b).square().mean().sqrt().item() for x in (a, c))
         floor = 1e-6 * max(1.0, b.abs().max().item())
-        assert ours <= factor * theirs + floor, f"{name}: {ours:.3g}, eager {theirs:.3g}"
+        allowed = factor if b.numel() >= FEW else max(factor, 3.0)
+        assert ours <= allowed * theirs + floor, f"{name}: {ours:.3g}, eager {theirs:.3g}"
     error = torch.where(truth.lse.isinf(), 0.0, found.lse.double() - truth.lse).abs().max()
     assert error < 2e-2, f"lse: {error:.3g}"
