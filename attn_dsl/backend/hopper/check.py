@@ -37,7 +37,11 @@ class Build:
     @property
     def defect(self) -> str | None:
         """Why the build should not be used, or None."""
-        if self.spilled > SPILLS:
+        return self.defect_beyond(SPILLS)
+
+    def defect_beyond(self, spills: int) -> str | None:
+        """`defect`, where so many bytes may be spilled."""
+        if self.spilled > spills:
             return f"ptxas spilled {self.spilled} bytes of registers"
         if self.notes:
             return f"ptxas: {self.notes[0]}"
