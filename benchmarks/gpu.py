@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 import attn_dsl
 from attn_dsl.backend import operators
 from attn_dsl.backend.execute import Options, portable_call
-from attn_dsl.backend.portable import launch, tiles
+from attn_dsl.backend.portable import launch
 from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 
@@ -434,8 +434,7 @@ def sweep(case: Case, rep: int, stop: float) -> Iterator[dict[str, Any]]:
     )  # fmt: skip
     call = portable_call(program, bound, Options("portable"))
     out, _, shifted = launch.forward(program.kernels, call)
-    d = sum(launch.chunks(case.shape.D))
-    default = tiles.choose(torch.cuda.get_device_capability(), case.query.element_size(), d, d)
+    default = program.kernels.tiles(call, torch.cuda.get_device_capability())
     wanted = frozenset(case.tensors if case.variant.learned else ())
     trials = [
         (kernel, tile, dataclasses.replace(default, **{kernel: Tile(*tile)}))

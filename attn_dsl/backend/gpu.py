@@ -19,7 +19,6 @@ from attn_dsl.backend import execute
 from attn_dsl.backend.execute import DECODE, GPU, HOPPER, PORTABLE, Options
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable import launch_decode as decode
-from attn_dsl.backend.portable import tiles
 from attn_dsl.errors import BindingError
 
 if TYPE_CHECKING:
@@ -178,7 +177,7 @@ def explain(program: Program, call: Call) -> str:
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     capability = _capability(call.query.device)
-    return f"{describe(of, bound, route(of, bound), capability)}\n{describe_backward(bound, back, capability)}"
+    return f"{describe(of, bound, route(of, bound), capability)}\n{describe_backward(of, bound, back, capability)}"
 
 
 def _wants_gradient(x: object) -> bool:
@@ -198,7 +197,7 @@ def describe(program: execute.Program, call: portable.Call, found: Route, capabi
             f"assembler  {choice.build.spilled} bytes of registers spilled, no product serialized",
         ]
     else:
-        tile = _tiles(call, capability).forward
+        tile = program.kernels.tiles(call, capability).forward
         lines = [
             f"backend    portable, since {found.reason}; {dims}",
             f"tiles      {tile.rows} rows x {tile.keys} keys, {tile.warps} warps, {tile.stages} stages"
@@ -212,14 +211,16 @@ def describe(program: execute.Program, call: portable.Call, found: Route, capabi
     return "\n".join(lines)
 
 
-def describe_backward(call: portable.Call, found: BackwardRoute, capability: tuple[int, int] | None) -> str:
+def describe_backward(
+    program: execute.Program, call: portable.Call, found: BackwardRoute, capability: tuple[int, int] | None
+) -> str:
     """`explain` of the route of a backward pass."""
     choice = found.choice
     if choice is not None and choice.config is not None and choice.build is not None:
         spilled = choice.build.spilled
         lines = [f"backward   hopper: {choice.config}; {spilled} bytes of registers spilled, no product serialized"]
     else:
-        tiles = _tiles(call, capability)
+        tiles = program.kernels.tiles(call, capability)
         keys, queries = tiles.keys, tiles.queries
         lines = [
             f"backward   portable, since {found.reason}: dK and dV {keys.rows} x {keys.keys}, "
@@ -228,11 +229,6 @@ def describe_backward(call: portable.Call, found: BackwardRoute, capability: tup
     if choice is not None:
         lines += [f"rejected   {config}: {why}" for config, why in choice.rejected]
     return "\n".join(lines)
-
-
-def _tiles(call: portable.Call, capability: tuple[int, int] | None) -> tiles.Tiles:
-    dims = (sum(portable.chunks(x.shape[3])) for x in (call.query, call.value))
-    return call.tiles or tiles.choose(capability, call.query.element_size(), *dims)
 
 
 def source(program: Program, dtype: torch.dtype) -> str:

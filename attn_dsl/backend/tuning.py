@@ -23,7 +23,7 @@ from attn_dsl.backend import cache
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import Options, Program, portable_call
 from attn_dsl.backend.portable import launch
-from attn_dsl.backend.portable.tiles import Tile, Tiles, choose
+from attn_dsl.backend.portable.tiles import Tile, Tiles
 
 PASSES = ("forward", "keys", "queries")
 """The kernels that have tiles: forward; dK and dV; dQ."""
@@ -115,11 +115,7 @@ def _choice(
 ) -> Tiles | None:
     subject = Subject(program.variant.name, program.text, capability, str(dtype).removeprefix("torch."), dim, value_dim)
     tuned = recall(subject)
-    return None if tuned is None else tuned.tiles(_default(dtype, dim, value_dim, capability))
-
-
-def _default(dtype: torch.dtype, dim: int, value_dim: int, capability: tuple[int, int] | None) -> Tiles:
-    return choose(capability, dtype.itemsize, sum(launch.chunks(dim)), sum(launch.chunks(value_dim)))
+    return None if tuned is None else tuned.tiles(program.kernels.table(capability, dtype, dim, value_dim))
 
 
 def candidates(name: str, dtype: torch.dtype, dim: int) -> Iterator[Tile]:
@@ -146,7 +142,7 @@ def search(
     """Try every candidate for each kernel, saving after each trial. An interrupt ends the search, not the program."""
     subject = Subject.of(program, call.query, call.value, capability)
     tuned = recall(subject) or Tuned()
-    default = _default(call.query.dtype, call.query.shape[3], call.value.shape[3], capability)
+    default = program.kernels.table(capability, call.query.dtype, call.query.shape[3], call.value.shape[3])
     try:
         for name, tile in plan(call, default, backward=backward):
             if tile in tuned.trials[name]:
@@ -170,7 +166,8 @@ def run(program: Program, call: Call, options: Options, *, wanted: frozenset[str
     bound = portable_call(program, call, options)
     capability = torch.cuda.get_device_capability(call.query.device)
     known = recall(Subject.of(program, call.query, call.value, capability))
-    progress, on_trial = show(bound, capability, backward=backward, known=known)
+    default = program.kernels.table(capability, call.query.dtype, call.query.shape[3], call.value.shape[3])
+    progress, on_trial = show(bound, default, backward=backward, known=known)
     with progress, torch.no_grad():
         tuned = search(
             program, bound, capability, timer=device_timer, wanted=wanted, backward=backward, on_trial=on_trial
@@ -226,11 +223,10 @@ def device_timer(run: Callable[[], object], tiles: Tiles) -> float:
     return float(statistics.median(do_bench(run, warmup=10, rep=60, return_mode="all")))
 
 
-def show(call: launch.Call, capability: tuple[int, int], *, backward: bool, known: Tuned | None) -> Any:
+def show(call: launch.Call, default: Tiles, *, backward: bool, known: Tuned | None) -> Any:
     """A progress bar over the trials with the best so far: `(progress, on_trial)`."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    default = _default(call.query.dtype, call.query.shape[3], call.value.shape[3], capability)
     trials = plan(call, default, backward=backward)
     done = sum(known is not None and tile in known.trials[name] for name, tile in trials)
     progress = Progress(

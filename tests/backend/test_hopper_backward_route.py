@@ -208,7 +208,7 @@ def test_calls_that_fit_take_the_hopper_kernel(says: Callable[..., None]) -> Non
     bound = call(2, 4, 300, 128)
     found = gpu.backward_route(fresh("causal"), bound, capability=HOPPER, compile=compiler()[1])
     assert found.backend == "hopper" and found.choice is not None and found.choice.config == candidates(128, 128)[0]
-    assert gpu.describe_backward(bound, found, HOPPER).startswith(
+    assert gpu.describe_backward(fresh("causal"), bound, found, HOPPER).startswith(
         f"backward   hopper: {candidates(128, 128)[0]}; 0 bytes"
     )
 
@@ -226,7 +226,7 @@ def test_calls_that_do_not_fit_take_the_portable_kernels_and_say_why(reason: str
     bound, wanted = REFUSED[reason]
     found = gpu.backward_route(fresh("causal"), bound, wanted, capability=HOPPER, compile=compiler()[1])
     assert found.backend == "portable" and reason in str(found.reason)
-    assert gpu.describe_backward(bound, found, HOPPER).startswith(
+    assert gpu.describe_backward(fresh("causal"), bound, found, HOPPER).startswith(
         f"backward   portable, since {found.reason}: dK and dV"
     )
 
@@ -242,7 +242,7 @@ def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., No
     found = gpu.backward_route(fresh("causal"), bound, capability=HOPPER, compile=compiler()[1])
     first, second, *_ = candidates(128, 128)
     assert found.choice is not None and found.choice.config == second
-    text = gpu.describe_backward(bound, found, HOPPER)
+    text = gpu.describe_backward(fresh("causal"), bound, found, HOPPER)
     assert f"hopper: {second}" in text and f"rejected   {first}: ptxas spilled 5000 bytes" in text
 
 

@@ -109,7 +109,7 @@ def test_what_is_known_goes_through_text(program: Program) -> None:
 
 
 def test_progress_shows_the_best_so_far(program: Program) -> None:
-    progress, on_trial = tuning.show(call(), HOPPER, backward=False, known=None)
+    progress, on_trial = tuning.show(call(), launch.tiles.choose(HOPPER, 2, 64, 64), backward=False, known=None)
     on_trial("forward", Tile(64, 64), 2.0)
     on_trial("forward", Tile(32, 64), 3.0)
     (task,) = progress.tasks

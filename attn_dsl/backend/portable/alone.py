@@ -43,12 +43,13 @@ from attn_dsl.backend.portable.tiles import Tiles, choose
 class Functions:
     """A variant's functions, for each kernel by the names of its arguments.
 
-    targets: which captured tensors have a gradient. reach: while sizes, positions and integer parameters stay below
-    it, no integer of the variant leaves 32 bits.
+    targets: which captured tensors have a gradient. gathers: see `choose`. reach: while sizes, positions and integer
+    parameters stay below it, no integer of the variant leaves 32 bits.
     """
 
     forward: Mapping[str, Any]
     reach: int
+    gathers: bool
     delta: Mapping[str, Any] | None = None
     keys: Mapping[str, Any] | None = None
     queries: Mapping[str, Any] | None = None
@@ -70,10 +71,10 @@ def checked(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
 
 
-def tiles_of(call: Call) -> Tiles:
+def tiles_of(functions: Functions, call: Call) -> Tiles:
     capability = call.capability or capability_of(call.query.device)
-    dims = (sum(chunks(x.shape[3])) for x in (call.query, call.value))
-    return call.tiles or choose(capability, call.query.element_size(), *dims)
+    d, dv = (sum(chunks(x.shape[3])) for x in (call.query, call.value))
+    return call.tiles or choose(capability, call.query.element_size(), d, dv, functions.gathers)
 
 
 def is_wide(functions: Functions, call: Call) -> bool:
@@ -96,7 +97,7 @@ def scalars_and_tensors(call: Call) -> tuple[Any, ...]:
 
 def run_forward(functions: Functions, call: Call) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is lse without the row terms of the score."""
-    query, key, value, tile = call.query, call.key, call.value, tiles_of(call).forward
+    query, key, value, tile = call.query, call.key, call.value, tiles_of(functions, call).forward
     batch, heads, q_len = query.shape[:3]
     out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
@@ -117,7 +118,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(dQ, dK, dV, gradients of the captured tensors that have one, float32)."""
     assert functions.delta is not None and functions.keys is not None and functions.queries is not None
-    query, key, value, tiles = call.query, call.key, call.value, tiles_of(call)
+    query, key, value, tiles = call.query, call.key, call.value, tiles_of(functions, call)
     (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
     numbers = torch.empty((batch, heads, padded_rows(q_len), 2), dtype=torch.float32, device=query.device)

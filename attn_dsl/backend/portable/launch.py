@@ -42,7 +42,7 @@ from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
-from attn_dsl.ir.nodes import Node, Param, Size, post_order
+from attn_dsl.ir.nodes import Load, Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, specialize
@@ -67,6 +67,20 @@ class Kernels:
         nodes = frozenset(post_order(*self.variant.roots))
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
+
+    @functools.cached_property
+    def gathers(self) -> bool:
+        """Whether pairs look up elements of their own."""
+        nodes = post_order(*self.variant.roots)
+        return any(isinstance(node, Load) and {"q", "k"} <= node.depends for node in nodes)
+
+    def tiles(self, call: Call, capability: tuple[int, int] | None) -> Tiles:
+        """Those of the call, or of the table."""
+        return call.tiles or self.table(capability, call.query.dtype, call.query.shape[3], call.value.shape[3])
+
+    def table(self, capability: tuple[int, int] | None, dtype: torch.dtype, dim: int, value_dim: int) -> Tiles:
+        """The tiles that the table has for head dimensions."""
+        return tiles.choose(capability, dtype.itemsize, sum(chunks(dim)), sum(chunks(value_dim)), self.gathers)
 
     @functools.cached_property
     def split(self) -> tuple[Schedule, tuple[Saturation, ...]]:
@@ -150,7 +164,7 @@ class Plan:
         shared = kernels.plans.get(key)
         if shared is None:
             common = {**dimensions(call), "WIDE": key[6], "PRECISION": precision}
-            chosen = call.tiles or tiles.choose(capability, query.element_size(), *(sum(chunks(dim)) for dim in dims))
+            chosen = kernels.tiles(call, capability)
             shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {}, {})
         return Plan(call, run, *shared)
 

@@ -197,7 +197,11 @@ def _needed(parts: Sequence[Mapping[str, Definition]], roots: Iterable[str]) -> 
 
 def _own_functions(program: Program, emitted: Emitted, both: bool, capability: tuple[int, int] | None) -> str:
     variant, binder = program.variant, program.binder
-    given = [f"forward={_constants(FORWARD, emitted)}", f"reach={width.reach(variant.roots)}"]
+    given = [
+        f"forward={_constants(FORWARD, emitted)}",
+        f"reach={width.reach(variant.roots)}",
+        f"gathers={program.kernels.gathers}",
+    ]
     if both:
         names = [tensor.name for tensor in variant.tensors]
         given += [
