@@ -302,7 +302,8 @@ class Attention:
         """Compile for GPUs of an architecture, which need not be at hand; a later call on one compiles nothing.
 
         `request` has the fields of `attn_dsl.backend.build.Request`: dtype, head_dim, value_head_dim, backward,
-        gradients, offsets, precise, deterministic, float32_precision. Returns what was compiled, or found compiled.
+        gradients, offsets, decode, precise, deterministic, float32_precision. Returns what was compiled, or found
+        compiled.
         """
         from attn_dsl.backend.build import Request, build
 

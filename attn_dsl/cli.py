@@ -195,6 +195,7 @@ def build(arguments: argparse.Namespace) -> int:
         backward=not arguments.forward_only,
         gradients=None if arguments.gradients is None else (frozenset(arguments.gradients),),
         offsets=arguments.offsets,
+        decode=arguments.decode,
         precise=arguments.precise,
         deterministic=arguments.deterministic,
     )
@@ -313,6 +314,7 @@ def _parser() -> argparse.ArgumentParser:
         "--gradients", nargs="*", metavar="NAME", help="captures that want a gradient (default: none, and all tensors)"
     )
     builder.add_argument("--offsets", action="store_true", help="for calls that give q_offset as a tensor")
+    builder.add_argument("--decode", action="store_true", help="also the kernels for few queries")
     builder.add_argument("--precise", action="store_true", help="exact instead of hardware functions")
     builder.add_argument("--deterministic", action="store_true", help="for deterministic gradients of captures")
     _add_set(builder)

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from triton.backends.compiler import GPUTarget
 
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
-from attn_dsl.backend.gpu import backward_route, route
-from attn_dsl.backend.portable import launch
+from attn_dsl.backend.gpu import backward_route, route, run_backward
+from attn_dsl.backend.portable import launch, launch_decode
 from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.tuning import chosen
 from attn_dsl.errors import BindingError
@@ -44,7 +44,7 @@ class Request:
     """What to compile for.
 
     gradients: sets of names, the captured tensors and float parameters that want a gradient together; parameters that
-    want one are taken to be tensors. offsets: whether `q_offset` is a tensor.
+    want one are taken to be tensors. offsets: whether `q_offset` is a tensor. decode: also what few queries take.
     """
 
     target: str
@@ -54,6 +54,7 @@ class Request:
     backward: bool = True
     gradients: tuple[frozenset[str], ...] | None = None
     offsets: bool = False
+    decode: bool = False
     precise: bool = False
     deterministic: bool = False
     float32_precision: str = "ieee"
@@ -151,6 +152,11 @@ def _steps(program: Program, request: Request, call: launch.Call, wanted: frozen
         out, lse, shifted = outputs[0]
         for grad_lse in (None, lse):
             yield lambda run, grad_lse=grad_lse: _backward(program, request, call, out, shifted, grad_lse, wanted, run)
+    if request.decode:
+        for tokens, splits in itertools.product((1, 32, 64), (1, 2)):  # tiles of 16, 32 and 64 rows
+            few = replace(call, query=call.query.new_empty((1, 1, tokens, call.query.shape[3])))
+            layout = launch_decode.layout_of(program.kernels, few, splits)
+            yield lambda run, few=few, layout=layout: launch_decode.forward(program.kernels, few, run, layout)
 
 
 def _forward(program: Program, call: launch.Call, run: Compiler) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,13 +181,7 @@ def _backward(
 ) -> None:
     found = backward_route(program, call, wanted, request.deterministic, call.capability, _ahead)
     given = (call, out, shifted, torch.empty_like(out), grad_lse)
-    if found.choice is not None and found.choice.config is not None:
-        from attn_dsl.backend.hopper import launch_backward as hopper
-
-        config, ordered = found.choice.config, request.deterministic
-        hopper.backward(program.hopper_backward, *given, config, ordered=ordered, run=run)
-    else:
-        launch.backward(program.kernels, *given, wanted, deterministic=request.deterministic, run=run)
+    run_backward(program, found, *given, deterministic=request.deterministic, run=run)
 
 
 def _ahead(kernel: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> Any:

@@ -14,11 +14,13 @@ from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.hopper.backward import attention_backward as hopper_backward
 from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.forward import attention_forward as hopper_forward
-from attn_dsl.backend.portable import backward, forward
+from attn_dsl.backend.portable import backward, decode, forward
 from attn_dsl.backend.portable.run import inputs_of, variant_of
 
 KERNELS = (
     forward.attention_forward,
+    decode.attention_decode,
+    decode.merge_splits,
     backward.attention_delta,
     backward.attention_keys_backward,
     backward.attention_queries_backward,

@@ -12,10 +12,12 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
+from fake_gpu import ask, compilations, fake_gpu
 from portable_support import program_of
 from test_portable_aot import spilled
 from triton.backends.compiler import GPUTarget
 
+from attn_dsl.backend.build import Request, build
 from attn_dsl.backend.portable import launch_decode
 from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.portable.run import Compiler
@@ -63,3 +65,18 @@ def test_the_merge_begins_while_the_splits_run() -> None:
     decode, merge = compiled("noop", 90)
     assert "griddepcontrol.launch_dependents" in decode.asm["ptx"] and "griddepcontrol.wait" in merge.asm["ptx"]
     assert all("griddepcontrol" not in kernel.asm["ptx"] for kernel in compiled("noop", 80))
+
+
+def test_what_is_built_ahead_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+    of = program_of("sliding_window")
+    request = Request("sm_80", head_dim=64, backward=False, decode=True)
+    names = [kernel.name for kernel in build(of, request)]
+    assert names.count("attention_decode") == 6 and names.count("merge_splits") == 1
+    for tokens, batch, length in ((1, 1, 5000), (3, 9, 777), (7, 300, 100), (40, 2, 64), (64, 1, 9000)):
+        query = torch.empty(batch, 4, tokens, 64, dtype=torch.bfloat16)
+        key = torch.empty(batch, 2, length, 64, dtype=torch.bfloat16)
+        call = Call(query, key, key, (33,), (), (), 0.1, 7, capability=(8, 0))
+        with fake_gpu(80), compilations() as cached:
+            launch_decode.forward(of.kernels, call, ask)
+        assert cached and all(cached), (tokens, batch, length)
