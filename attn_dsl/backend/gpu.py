@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from attn_dsl.backend import execute
 from attn_dsl.backend.execute import DECODE, GPU, HOPPER, PORTABLE, Options
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable import launch_decode as decode
+from attn_dsl.backend.portable.run import Runner, launch
 from attn_dsl.errors import BindingError
 
 if TYPE_CHECKING:
@@ -91,11 +92,15 @@ def route(
 
 @dataclass(frozen=True)
 class BackwardRoute:
-    """`Route` of a backward pass."""
+    """`Route` of a backward pass.
+
+    wanted: what has a gradient beside query, key and value; from Hopper's kernels, those take a pass of their own.
+    """
 
     backend: str
     reason: str | None
     choice: BackwardChoice | None = None
+    wanted: frozenset[str] = frozenset()
 
 
 def backward(
@@ -112,18 +117,39 @@ def backward(
 
     Where the Hopper kernels do not take a backward pass, the portable ones do, also where `hopper` is asked for.
     """
+    found = BackwardRoute(PORTABLE, None, None, wanted)
     if options.backend != PORTABLE:
         found = backward_route(program, call, wanted, options.deterministic)
-        if found.choice is not None and found.choice.config is not None:
-            from attn_dsl.backend.hopper import launch_backward
+    given = (call, out, shifted, grad_out, grad_lse)
+    return run_backward(program, found, *given, deterministic=options.deterministic)
 
-            return launch_backward.backward(
-                program.hopper_backward, call, out, shifted, grad_out, grad_lse, found.choice.config,
-                ordered=options.deterministic,
-            )  # fmt: skip
-    return portable.backward(
-        program.kernels, call, out, shifted, grad_out, grad_lse, wanted, deterministic=options.deterministic
-    )
+
+def run_backward(
+    program: execute.Program,
+    found: BackwardRoute,
+    call: portable.Call,
+    out: Tensor,
+    shifted: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    *,
+    deterministic: bool,
+    run: Runner = launch,
+) -> portable.Gradients:
+    """`backward` by a route."""
+    given = (call, out, shifted, grad_out, grad_lse)
+    if found.choice is None or found.choice.config is None:
+        return portable.backward(program.kernels, *given, found.wanted, deterministic=deterministic, run=run)
+    from attn_dsl.backend.hopper import launch_backward
+
+    config = found.choice.config
+    grads = launch_backward.backward(program.hopper_backward, *given, config, ordered=deterministic, run=run)
+    if not found.wanted:
+        return grads
+    captured = portable.captured_gradients(
+        program.kernels, *given, found.wanted, deterministic=deterministic, run=run
+    )  # fmt: skip
+    return replace(grads, captured=captured)
 
 
 def backward_route(
@@ -137,15 +163,16 @@ def backward_route(
     """Which kernels the backward pass of a call takes, as `route`; `wanted` are its gradients of what is captured."""
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
-        return BackwardRoute(PORTABLE, reason)
+        return BackwardRoute(PORTABLE, reason, None, wanted)
     from attn_dsl.backend.hopper import launch_backward
 
     if reason := launch_backward.refusal(program.hopper_backward, call, wanted):
-        return BackwardRoute(PORTABLE, reason)
+        return BackwardRoute(PORTABLE, reason, None, wanted)
     choice = program.hopper_backward.choice(call, deterministic, compile)
     if choice.config is None:
-        return BackwardRoute(PORTABLE, f"no configuration is good, the last since {choice.rejected[-1][1]}", choice)
-    return BackwardRoute(HOPPER, None, choice)
+        reason = f"no configuration is good, the last since {choice.rejected[-1][1]}"
+        return BackwardRoute(PORTABLE, reason, choice, wanted)
+    return BackwardRoute(HOPPER, None, choice, wanted)
 
 
 @functools.cache
@@ -219,6 +246,9 @@ def describe_backward(
     if choice is not None and choice.config is not None and choice.build is not None:
         spilled = choice.build.spilled
         lines = [f"backward   hopper: {choice.config}; {spilled} bytes of registers spilled, no product serialized"]
+        if found.wanted:
+            names = ", ".join(f"`{name}`" for name in sorted(found.wanted))
+            lines.append(f"captured   portable: a pass of its own for the gradient of {names}")
     else:
         tiles = program.kernels.tiles(call, capability)
         keys, queries = tiles.keys, tiles.queries

@@ -216,7 +216,6 @@ def test_calls_that_fit_take_the_hopper_kernel(says: Callable[..., None]) -> Non
 REFUSED = {
     "element type is float32": (call(2, 4, 300, 128, dtype=torch.float32), frozenset()),
     "head dimension is above 128": (call(2, 4, 300, 192), frozenset()),
-    "a gradient of `slope` is wanted": (call(2, 4, 300, 128), frozenset({"slope"})),
     "positions need 64 bits": (call(2, 4, 300, 128, q_offset=2**40), frozenset()),
 }
 
@@ -229,6 +228,44 @@ def test_calls_that_do_not_fit_take_the_portable_kernels_and_say_why(reason: str
     assert gpu.describe_backward(fresh("causal"), bound, found, HOPPER).startswith(
         f"backward   portable, since {found.reason}: dK and dV"
     )
+
+
+KEY_BIAS = variant("score + bias[h, k]", "q >= k", "tensor bias: float32[H, KV]")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "beside"),
+    [
+        ("alibi", "slope", ["attention_delta", "attention_queries_backward"]),
+        ("gpt_oss", "sinks", ["attention_delta"]),
+        (KEY_BIAS, "bias", None),
+    ],
+    ids=["slope", "sink", "bias"],
+)
+def test_gradients_of_what_is_captured_take_a_pass_of_their_own(
+    text: str, name: str, beside: list[str] | None, says: Callable[..., None]
+) -> None:
+    """Unless that pass would be all of the portable kernels."""
+    says(GOOD)
+    of, query = fresh(text), tensor(2, 4, 300, 128)
+    captured = tensor(4, 300, dtype=torch.float32) if beside is None else tensor(4, dtype=torch.float32)
+    parameters = tuple({"window": 100, "cap": 3.0}[p.name] for p in of.variant.parameters)
+    bound = Call(query, query, query, parameters, (captured,), (), 0.1, capability=HOPPER)
+    found = gpu.backward_route(of, bound, frozenset({name}), capability=HOPPER, compile=compiler()[1])
+    launched: list[str] = []
+
+    def run(kernel: Any, *rest: Any) -> None:
+        launched.append(kernel.__name__)
+
+    out, lse = tensor(2, 4, 300, 128), tensor(2, 4, 300, dtype=torch.float32)
+    grads = gpu.run_backward(of, found, bound, out, lse, out, None, deterministic=False, run=run)
+    assert set(grads.captured) == {name}
+    described = gpu.describe_backward(of, bound, found, HOPPER)
+    if beside is None:
+        assert found.backend == "portable" and f"the gradient of `{name}` is a sum over queries" in described
+    else:
+        assert launched == ["prepare_rows", "attention_backward", "finish_queries", *beside]
+        assert f"captured   portable: a pass of its own for the gradient of `{name}`" in described
 
 
 def test_other_devices_take_the_portable_kernels() -> None:

@@ -245,3 +245,29 @@ def test_random_variants_agree(data: st.DataObject) -> None:
     truth = problem.truth(problem.upstream())
     if all(grad.isfinite().all() and grad.abs().max() < 1e4 for grad in truth.grads.values()):
         assert_close(problem.portable(problem.upstream()), truth, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "kernels"), [("t5_bias", "table", 2), ("alibi", "slope", 2), ("gpt_oss", "sinks", 1)]
+)
+def test_gradients_of_what_is_captured_can_be_had_alone(name: str, wanted: str, kernels: int) -> None:
+    """By the kernels that add to them and no other: here all but that of dK and dV, for a sink the one of the rows."""
+    from attn_dsl.backend.execute import Options, portable_call
+    from attn_dsl.backend.portable import launch
+    from attn_dsl.backend.portable.run import launch as run
+
+    problem = Problem.of(next(case for case in one_of_each() if case.name == name))
+    bindings = problem.all_bindings
+    call = problem.program.binder.bind(problem.query, problem.key, problem.value, None, problem.q_offset, bindings)
+    bound = portable_call(problem.program, call, Options("portable"))
+    out, _, shifted = launch.forward(problem.program.kernels, bound)
+    given = (problem.program.kernels, bound, out, shifted, torch.randn_like(out), None, frozenset({wanted}))
+    launched: list[object] = []
+
+    def counted(*arguments: object) -> None:
+        launched.append(arguments[0])
+        run(*arguments)  # type: ignore[arg-type]
+
+    found = launch.captured_gradients(*given, run=counted)
+    assert torch.allclose(found[wanted], launch.backward(*given).captured[wanted], rtol=1e-5, atol=1e-6)
+    assert len(launched) == kernels

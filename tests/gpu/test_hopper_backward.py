@@ -130,17 +130,28 @@ def test_gradients_with_room_between_their_rows() -> None:
         assert (found.grads["query"] - truth.grads["query"]).abs().max() < 1e-2
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["t5_bias", "alibi", "gpt_oss", "softcap"])
+def test_gradients_of_what_is_captured_come_from_a_pass_of_their_own(name: str, deterministic: bool) -> None:
+    problem = Problem.of(larger(name, D=128, DV=128), torch.bfloat16, "cuda")
+    upstream, (leaves, bindings) = problem.upstream(), problem.leaves()
+    truth, eager = problem.truth(upstream), problem.truth(upstream, torch.bfloat16)
+    attention, inputs = attn_dsl.compile(name), [leaves[x] for x in INPUTS]
+    assert "captured   portable" in attention.explain(*inputs, **bindings)
+    out, lse = attention(*inputs, return_lse=True, deterministic=deterministic, **bindings)
+    grads = upstream[0].to(out.dtype), torch.where(lse.isinf(), 0.0, upstream[1]).to(lse.dtype)
+    found = torch.autograd.grad((out, lse), list(leaves.values()), grads)
+    result = Result(out.detach(), lse.detach(), dict(zip(leaves, found, strict=True)))
+    within_budget(result, truth, eager, 1.1)
+
+
 def test_what_does_not_fit_runs_on_portable_kernels_and_says_why() -> None:
-    attention = attn_dsl.compile("alibi")
+    attention = attn_dsl.compile("causal")
     query, key, value = (torch.randn(2, 4, 130, 256, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    slope = torch.rand(4, device="cuda", requires_grad=True)
-    narrow = [x[..., :64].contiguous() for x in (query, key, value)]
-    assert "\nbackward   portable, since the head dimension is above 128" in attention.explain(
-        query, key, value, slope=slope.detach()
-    )
-    assert "\nbackward   portable, since a gradient of `slope` is wanted" in attention.explain(*narrow, slope=slope)
-    leaves = [x.requires_grad_() for x in narrow]
-    assert all(grad.isfinite().all() for grad in torch.autograd.grad(attention(*leaves, slope=slope).sum(), leaves))
+    reason = "\nbackward   portable, since the head dimension is above 128"
+    assert reason in attention.explain(query, key, value)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(attention(*leaves).sum(), leaves))
 
 
 @pytest.mark.parametrize("name", ["causal", "noop", "sliding_window", "prefix_lm"])

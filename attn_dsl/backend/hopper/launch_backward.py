@@ -41,7 +41,7 @@ ROWS = 64
 WIDTH = 128
 """Query tiles of a program that counts turns."""
 ORDERED_SPILLS = 576
-"""Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without one by 7 %."""
+"""Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
 _NUMBERS = gl.NVMMASharedLayout(0, 32, rank=2)
 _SUMS = gl.NVMMASharedLayout(128, 32, rank=2)
 _lock = threading.Lock()
@@ -139,14 +139,18 @@ def _ragged(call: Call) -> bool:
 
 
 def refusal(kernels: Kernels, call: Call, wanted: frozenset[str]) -> str | None:
-    """Why the gradients of a call are not for these kernels, or None."""
+    """Why the gradients of a call are not for these kernels, or None; those of what `wanted` names are apart."""
     if reason := forward_refusal(kernels.portable, call):
         return reason
     if max(call.query.shape[3], call.value.shape[3]) > 128:
         return "the head dimension is above 128: dK and dV do not fit the registers"
-    if names := ", ".join(f"`{name}`" for name in sorted(wanted)):
-        return f"a gradient of {names} is wanted"
+    if wanted and kernels.portable.emitted(wanted, not call.precise)[0].sums_queries:
+        return f"the gradient of {names_of(wanted)} is a sum over queries, made beside dK and dV"
     return None
+
+
+def names_of(wanted: frozenset[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(wanted))
 
 
 @dataclass(frozen=True)

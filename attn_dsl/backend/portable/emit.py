@@ -91,6 +91,16 @@ class Emitted:
     query_totals: int
     key_totals: int
 
+    @property
+    def sums_queries(self) -> bool:
+        """Whether the dK and dV kernel adds to a gradient."""
+        return "add_key_sums" in self.functions
+
+    @property
+    def sums_keys(self) -> bool:
+        """Whether the dQ kernel adds to a gradient."""
+        return not self.functions.isdisjoint({"add_query_sums", "add_pairs"})
+
     def function(self, name: str) -> str | None:
         """The function that serves as `name`: on full tiles the one for any tile does where there is no special one."""
         found = name if name in self.functions else name.replace("full_", "")

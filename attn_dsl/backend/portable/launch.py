@@ -301,17 +301,47 @@ def backward(
     price where there are any: a first pass finds the largest share of each target, the second adds in fixed point.
     """
     plan = Plan.of(kernels, call, wanted, run)
+    return _backward(plan, kernels.variant, out, shifted, grad_out, grad_lse, deterministic, True)
+
+
+def captured_gradients(
+    kernels: Kernels,
+    call: Call,
+    out: Tensor,
+    shifted: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+    *,
+    deterministic: bool = False,
+    run: Runner = launch,
+) -> Mapping[str, Tensor]:
+    """`backward(...).captured`, where the other gradients come from elsewhere: only kernels that add to it run."""
+    plan = Plan.of(kernels, call, wanted, run)
+    return _backward(plan, kernels.variant, out, shifted, grad_out, grad_lse, deterministic, False).captured
+
+
+def _backward(
+    plan: Plan,
+    variant: Variant,
+    out: Tensor,
+    shifted: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    deterministic: bool,
+    everything: bool,
+) -> Gradients:
     names = plan.emitted.targets
     dtype = torch.int64 if deterministic else torch.float32
-    sums = [torch.zeros(_shape(kernels.variant, call, name), dtype=dtype, device=out.device) for name in names]
+    sums = [torch.zeros(_shape(variant, plan.call, name), dtype=dtype, device=out.device) for name in names]
     given = (out, shifted, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), sums)
     if not (deterministic and sums):
-        dq, dk, dv = _gradients(plan, *given, None, None, device.ADD.value)
+        dq, dk, dv = _gradients(plan, *given, None, None, device.ADD.value, everything)
         return Gradients(dq, dk, dv, dict(zip(names, sums, strict=True)))
     peaks = torch.zeros(len(sums), dtype=torch.int32, device=out.device)
-    _gradients(plan, *given, peaks, peaks, device.PEAK.value)
-    factors = _fixed_point(peaks, call)
-    dq, dk, dv = _gradients(plan, *given, peaks, factors, device.FIXED.value)
+    _gradients(plan, *given, peaks, peaks, device.PEAK.value, everything)
+    factors = _fixed_point(peaks, plan.call)
+    dq, dk, dv = _gradients(plan, *given, peaks, factors, device.FIXED.value, everything)
     floats = [(total.double() / factor.double()).float() for total, factor in zip(sums, factors, strict=True)]
     return Gradients(dq, dk, dv, dict(zip(names, floats, strict=True)))
 
@@ -403,8 +433,12 @@ def _gradients(
     peaks: Tensor | None,
     factors: Tensor | None,
     mode: int,
+    everything: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One run of the kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`."""
+    """One run of the kernels: (dQ, dK, dV), and what is added to `sums` or, in the mode PEAK, to `peaks`.
+
+    Unless `everything` is wanted, a kernel that adds nothing to them does not run, and dQ, dK, dV are not to be used.
+    """
     call = plan.call
     query, key, value = call.query, call.key, call.value
     shapes = (
@@ -430,8 +464,10 @@ def _gradients(
     inputs = (query, key, value, grad_out, numbers)
     programs, strides, section, options = layout.keys
     of_keys = (*inputs, dk, dv, call.q_offset, *strides, *end, section)
-    plan.run(backward_kernels.attention_keys_backward, programs, of_keys, options)
+    if everything or plan.emitted.sums_queries:
+        plan.run(backward_kernels.attention_keys_backward, programs, of_keys, options)
     programs, strides, section, options = layout.queries
     of_queries = (*inputs, dq, call.q_offset, *strides, *end, section)
-    plan.run(backward_kernels.attention_queries_backward, programs, of_queries, options)
+    if everything or plan.emitted.sums_keys:
+        plan.run(backward_kernels.attention_queries_backward, programs, of_queries, options)
     return dq, dk, dv
