@@ -166,7 +166,7 @@ def backward_route(
         return BackwardRoute(PORTABLE, reason, None, wanted)
     from attn_dsl.backend.hopper import launch_backward
 
-    if reason := launch_backward.refusal(program.hopper_backward, call, wanted):
+    if reason := launch_backward.refusal(program.hopper_backward, call, wanted, deterministic):
         return BackwardRoute(PORTABLE, reason, None, wanted)
     choice = program.hopper_backward.choice(call, deterministic, compile)
     if choice.config is None:

@@ -25,7 +25,7 @@ from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, p
 from attn_dsl.backend.hopper.configs import SHARED_LIMIT
 from attn_dsl.backend.hopper.configs_backward import candidates
 from attn_dsl.backend.hopper.emit_backward import Emitted
-from attn_dsl.backend.hopper.launch_backward import Kernels, backward
+from attn_dsl.backend.hopper.launch_backward import Kernels, backward, refusal
 from attn_dsl.backend.portable.launch import Call
 
 HOPPER = (9, 0)
@@ -266,6 +266,12 @@ def test_gradients_of_what_is_captured_take_a_pass_of_their_own(
     else:
         assert launched == ["prepare_rows", "attention_backward", "finish_queries", *beside]
         assert f"captured   portable: a pass of its own for the gradient of `{name}`" in described
+
+
+def test_the_table_of_an_order_does_not_outgrow_the_gradient() -> None:
+    of, bound = fresh("noop"), call(1, 1, 2**17 + 1, 128)
+    assert refusal(of.hopper_backward, bound, frozenset(), False) is None
+    assert "more than 131072 keys" in str(refusal(of.hopper_backward, bound, frozenset(), True))
 
 
 def test_other_devices_take_the_portable_kernels() -> None:

@@ -42,6 +42,9 @@ WIDTH = 128
 """Query tiles of a program that counts turns."""
 ORDERED_SPILLS = 576
 """Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
+ORDERED_KEYS = 2**17
+"""For so many keys the table that orders programs, 4 bytes for each pair of tiles, takes an eighth of what dQ takes in
+float32; for more it would outgrow that."""
 _NUMBERS = gl.NVMMASharedLayout(0, 32, rank=2)
 _SUMS = gl.NVMMASharedLayout(128, 32, rank=2)
 _lock = threading.Lock()
@@ -138,12 +141,14 @@ def _ragged(call: Call) -> bool:
     return call.key.shape[2] % KEYS != 0
 
 
-def refusal(kernels: Kernels, call: Call, wanted: frozenset[str]) -> str | None:
+def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool = False) -> str | None:
     """Why the gradients of a call are not for these kernels, or None; those of what `wanted` names are apart."""
     if reason := forward_refusal(kernels.portable, call):
         return reason
     if max(call.query.shape[3], call.value.shape[3]) > 128:
         return "the head dimension is above 128: dK and dV do not fit the registers"
+    if ordered and call.key.shape[2] > ORDERED_KEYS:
+        return f"`deterministic` is asked for with more than {ORDERED_KEYS} keys"
     if wanted and kernels.portable.emitted(wanted, not call.precise)[0].sums_queries:
         return f"the gradient of {names_of(wanted)} is a sum over queries, made beside dK and dV"
     return None
