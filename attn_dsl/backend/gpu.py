@@ -270,4 +270,5 @@ def source(program: Program, dtype: torch.dtype) -> str:
     text = emit_module(of.variant, of.kernels.schedule, fast_tanh=narrow).source
     if not narrow or unavailable((9, 0)) is not None:
         return text
-    return f"# portable kernels\n{text}\n\n# Hopper kernels\n{of.hopper.source()}"
+    forward, backward = of.hopper.source(), of.hopper_backward.source()
+    return f"# portable kernels\n{text}\n\n# Hopper kernels\n{forward}\n\n# Hopper backward\n{backward}"

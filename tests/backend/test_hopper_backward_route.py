@@ -289,6 +289,20 @@ def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., No
     assert f"hopper: {second}" in text and f"rejected   {first}: ptxas spilled 5000 bytes" in text
 
 
+def test_no_kernel_is_compiled_twice_where_no_mask_can_be_left_out(says: Callable[..., None]) -> None:
+    says(*[check.Build(5000, (), ())] * 9)
+    for text, length, tried in (("noop", 256, 2), ("noop", 300, 4), ("causal", 256, 4)):
+        made, compile = compiler()
+        found = gpu.backward_route(fresh(text), call(2, 4, length, 128), capability=HOPPER, compile=compile)
+        assert found.backend == "portable" and len(made) == tried
+
+
+def test_the_source_for_a_gpu_shows_what_the_backward_calls() -> None:
+    import attn_dsl
+
+    assert "# Hopper backward" in attn_dsl.compile("softcap").source("cuda", torch.bfloat16)
+
+
 def test_whole_and_ragged_keys_and_an_order_are_kernels_of_their_own(says: Callable[..., None]) -> None:
     says(*[GOOD] * 9)
     of, (made, compile) = fresh("causal"), compiler()

@@ -92,6 +92,17 @@ class Kernels:
             self._modules[precise] = text, load(text.source, f"hopper_backward_{self.portable.variant.name}")
         return self._modules[precise]
 
+    def source(self, *, precise: bool = False) -> str:
+        """The emitted text."""
+        return self.emitted(precise)[0].source
+
+    def candidates(self, call: Call) -> tuple[Config, ...]:
+        """The configurations for a call, without those that differ in nothing but a question that is not asked."""
+        text = self.emitted(call.precise)[0]
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
+        asks = "full" in text.functions or ("mask" not in text.functions and (text.positional or _ragged(call)))
+        return found if asks else tuple(config for config in found if config.ask)
+
     def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect.
 
@@ -122,7 +133,7 @@ class Kernels:
 
     def _settle(self, call: Call, ordered: bool, compile: Compile) -> Choice:
         rejected: list[tuple[Config, str]] = []
-        for config in candidates(padded(call.query.shape[3]), padded(call.value.shape[3])):
+        for config in self.candidates(call):
             try:
                 compiled = _compiled(self, call, ordered, config, compile)
             except (CompilationError, PTXASError) as error:
