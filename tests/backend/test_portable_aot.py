@@ -31,8 +31,9 @@ mask = q >= k
 def compiled(
     text: str, capability: int, dim: int, length: int = 4096, window: tuple[Any, ...] = (), table: bool = False
 ) -> list[Any]:
-    """All kernels of a call with B=2, H=16, bf16; where there is a table, with its gradient."""
-    query = torch.empty(2, 16, length, dim, dtype=torch.bfloat16, device="meta")
+    """All kernels of a call with B=2, H=16, in 16 bits; where there is a table, with its gradient."""
+    dtype = torch.bfloat16 if capability >= 80 else torch.float16
+    query = torch.empty(2, 16, length, dim, dtype=dtype, device="meta")
     tensors = (torch.empty(16, 257, device="meta"),) if table else ()
     call = Call(query, query, query, window, tensors, (), 0.1, capability=divmod(capability, 10))
     run, kernels = Compiler(GPUTarget("cuda", capability, 32)), program_of(text).kernels
@@ -70,6 +71,17 @@ def test_gradients_of_a_table_compile(capability: int) -> None:
     *_, keys, queries = compiled(TABLE, capability, 64, table=True)
     added = [re.search(r"(atom|red)\.global\S*add", kernel.asm["ptx"]) for kernel in (keys, queries)]
     assert added[0] is None and added[1] is not None
+
+
+SHARED = {75: 64, 80: 163, 86: 99, 90: 227}
+"""KiB of shared memory that a program may have."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "dim"), [(75, 128), (80, 64), (86, 64), (86, 256), (90, 128)])
+def test_look_ups_of_pairs_leave_room_in_shared_memory(capability: int, dim: int) -> None:
+    for kernel in compiled(TABLE, capability, dim, table=True):
+        assert kernel.metadata.shared <= SHARED[capability] * 1024, kernel.metadata.name
 
 
 def test_lengths_and_windows_do_not_specialize_kernels() -> None:

@@ -38,13 +38,15 @@ def choose(capability: tuple[int, int] | None, itemsize: int, dim: int, value_di
     if capability is None:
         return INTERPRETED
     widest = max(dim, value_dim)
-    if itemsize == 4:
-        return _float32(widest)
-    return _hopper(widest, gathers) if capability[0] == 9 else _ampere(widest)
+    if itemsize == 4 or capability < (8, 0):
+        return _ordinary(widest)
+    if capability[0] == 9:
+        return _hopper(widest, gathers)
+    return _ampere(widest) if capability[0] == 10 or capability in ((8, 0), (8, 7)) else _narrow(widest)
 
 
-def _float32(widest: int) -> Tiles:
-    """IEEE products run on the ordinary units: registers are what is short."""
+def _ordinary(widest: int) -> Tiles:
+    """Where products run on the ordinary units, as those of float32 in IEEE arithmetic: registers are what is short."""
     if widest <= 64:
         return Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if widest <= 128:
@@ -64,8 +66,18 @@ def _hopper(widest: int, gathers: bool) -> Tiles:
 
 
 def _ampere(widest: int) -> Tiles:
+    """For GPUs of 160 KiB of shared memory and more."""
     if widest <= 64:
         return Tiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
     if widest <= 128:
         return Tiles(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 32, 4, 2))
     return Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+
+
+def _narrow(widest: int) -> Tiles:
+    """For GPUs of 100 KiB of shared memory (sm_86, sm_89, sm_120)."""
+    if widest <= 64:
+        return Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
+    if widest <= 128:
+        return Tiles(Tile(64, 32, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1))
+    return Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1))
