@@ -22,11 +22,12 @@ from attn_dsl.backend.operators import autocast
 from attn_dsl.backend.replay import Replays
 from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
+from attn_dsl.backend.varlen import Packing, check_packed
 from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
-from attn_dsl.passes.lengths import KV_LEN, check_name, with_lengths
+from attn_dsl.passes.lengths import KV_LEN, Q_END, check_name, with_ends, with_lengths
 from attn_dsl.passes.prove import Proof
 from attn_dsl.report import Report, report
 
@@ -65,6 +66,7 @@ class Attention:
         self._binder = self._executable.binder
         self._replays = Replays(self._executable)
         self._lengths: Attention | None = None
+        self._ends: Attention | None = None
 
     @property
     def variant(self) -> Variant:
@@ -188,6 +190,57 @@ class Attention:
         if known is not None:
             self._replays.remember(known, call, chosen)
         return (out, lse) if return_lse else out
+
+    def varlen(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        query_ends: Tensor,
+        key_ends: Tensor | None = None,
+        *,
+        longest_query: int | None = None,
+        longest_key: int | None = None,
+        scale: float | None = None,
+        return_lse: bool = False,
+        deterministic: bool | None = None,
+        precise: bool = False,
+        float32_precision: Precision = "ieee",
+        **bindings: Value,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of packed sequences, each to itself: `query [T, H, D]`, `key [TK, HK, D]`, `value [TK, HK, DV]`.
+
+        query_ends, key_ends        cumulative lengths, int [B + 1], from 0 to T and TK; `key_ends` are those of the
+                                    queries unless given
+        longest_query, longest_key  the longest sequences, or more; unless given they are read, and waited for on a GPU
+
+        Positions are local to the sequence, `b` is its number, and `Q` and `KV` are the longest, also in the extents of
+        captured tensors. Returns `out [T, H, DV]` and, if asked for, `lse [T, H]`; differentiable. Sequences are laid
+        out as a batch, which takes memory for B times the longest. The other arguments are those of a call.
+        """
+        check_packed(query, key, value)
+        queries = Packing.of("query", query, query_ends, longest_query)
+        keys = queries
+        if key_ends is not None or key.shape[0] != query.shape[0] or longest_key is not None:
+            keys = Packing.of("key", key, query_ends if key_ends is None else key_ends, longest_key)
+        if queries.lengths.shape != keys.lengths.shape:
+            got = f"{queries.lengths.shape[0]} and {keys.lengths.shape[0]}"
+            raise BindingError(f"the ends of `key`: expected as many sequences as those of `query`, got {got}")
+        self._take_ends()
+        assert self._ends is not None
+        bindings |= {KV_LEN: keys.lengths, Q_END: queries.lengths}
+        choice = (deterministic, precise, float32_precision)
+        inputs = queries.batch(query), keys.batch(key), keys.batch(value)
+        out, lse = self._ends._run(*inputs, scale, 0, True, False, choice, bindings)
+        return (queries.pack(out), queries.pack(lse)) if return_lse else queries.pack(out)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _take_ends(self) -> bool:
+        """As `_take_lengths`, for packed sequences."""
+        if self._ends is None:
+            check_name(self._written, Q_END)
+            self._ends = Attention(with_ends(self._written), self._constants)
+        return True
 
     def ir(self, after: str | None = None) -> str:
         """The typed expression graph as written, or what the pass `after` made of it."""

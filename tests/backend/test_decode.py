@@ -71,16 +71,16 @@ def cache(name: str = "causal", tokens: int = 1, length: int = 75, **sizes: int)
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16, 33, 64])
 def test_one_to_64_query_tokens(tokens: int) -> None:
-    check(Problem.of(cache(tokens=tokens)))
+    check(Problem.of(cache(tokens=tokens, B=1, H=3, HK=1)))
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (5, 1), (8, 8), (7, 1), (16, 1), (40, 2)], ids=str)
 def test_groups_of_any_size(heads: tuple[int, int]) -> None:
-    check(Problem.of(cache("alibi", tokens=3, H=heads[0], HK=heads[1])))
+    check(Problem.of(cache("alibi", tokens=3, B=1, H=heads[0], HK=heads[1])))
 
 
 def test_rows_that_fill_several_tiles() -> None:
-    problem = Problem.of(cache("alibi", tokens=30))
+    problem = Problem.of(cache("alibi", tokens=30, B=1, H=3, HK=1))
     assert layout(problem, 2, rows=16).rows == 16
     for splits in (1, 2):
         found = decoded(problem, splits, rows=16, row_tiles=-(-90 // 16))
