@@ -40,11 +40,15 @@ _OWN_EXTENT = {"b": "B", "h": "H", "hk": "HK"}
 
 
 class TritonDialect(Dialect):
-    """`fast_tanh` takes the hardware's tanh; `tiles` is false for functions of scalars, which have no `inside`."""
+    """`fast_tanh` takes the hardware's tanh; `tiles` is false for functions of scalars, which have no `inside`.
 
-    def __init__(self, *, fast_tanh: bool = False, tiles: bool = True) -> None:
+    `wide` makes integers int64, for a schedule whose bounds may lie beyond every number of 32 bits.
+    """
+
+    def __init__(self, *, fast_tanh: bool = False, tiles: bool = True, wide: bool = False) -> None:
         self.fast_tanh = fast_tanh
         self.tiles = tiles
+        self.integer = "int64" if wide else "int32"
         self.intervals: dict[Node, Interval] = {}
 
     def unary(self, node: Unary, x: Operand) -> Text:
@@ -54,7 +58,7 @@ class TritonDialect(Dialect):
             case UnaryOp.NOT:
                 return Text(f"{x.at(Level.BIT_OR)} == 0", Level.COMPARE)
             case UnaryOp.FLOOR | UnaryOp.CEIL:
-                return Text(f"tl.{node.op.value}({x.at()}).to(tl.int32)")
+                return Text(f"tl.{node.op.value}({x.at()}).to(tl.{self.integer})")
             case UnaryOp.RELU:
                 return Text(f"tl.maximum({x.at()}, 0.0)")
             case UnaryOp.TANH if self.fast_tanh:
@@ -92,10 +96,13 @@ class TritonDialect(Dialect):
         return super().logical(node, x, y)
 
     def select(self, node: Select, condition: Operand, x: Operand, y: Operand) -> Text:
+        if node.type is Type.BOOL and node.depends & _TILE:
+            branches = ", ".join(_truth(branch) for branch in (x, y))
+            return Text(f"tl.where({condition.at()}, {branches})")
         return call("tl.where", condition, x, y)
 
     def cast(self, node: Cast, x: Operand) -> Text:
-        return Text(f"{x.at(Level.ATOM)}.to(tl.{'float32' if node.type is Type.FLOAT else 'int32'})")
+        return Text(f"{x.at(Level.ATOM)}.to(tl.{'float32' if node.type is Type.FLOAT else self.integer})")
 
     def loop(self, variable: str, low: Operand, high: Operand) -> str:
         """Unrolled, since what it accumulates grows from a literal to a tile."""
@@ -109,7 +116,7 @@ class TritonDialect(Dialect):
             case Type.FLOAT:
                 return Text(f"{text}.to(tl.float32)")
             case Type.INT if declared.dtype.value != "int64":
-                return Text(f"{text}.to(tl.int32)")
+                return Text(f"{text}.to(tl.{self.integer})")
             case _:
                 return Text(text)
 
@@ -128,6 +135,12 @@ class TritonDialect(Dialect):
 def varying(node: Load) -> int:
     """The axes whose index is not the same for a whole tile, one bit each."""
     return sum(1 << axis for axis, index in enumerate(node.indices) if index.depends & _TILE)
+
+
+def _truth(x: Operand) -> str:
+    """A branch of a choice by tiles: the interpreter takes a scalar comparison for a number, but not a choice."""
+    scalar = not x.node.depends & _TILE and not isinstance(x.node, Const)
+    return f"tl.where({x.at()}, True, False)" if scalar else x.at()
 
 
 def _own(index: Node, extent: Node) -> bool:

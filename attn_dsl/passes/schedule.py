@@ -258,9 +258,11 @@ class Bound:
         if divisor.integer == 1:
             poly = -rest if is_lower else rest
             return cls(space.node(poly), poly)
-        quotient = Binary(BinaryOp.FLOORDIV, space.node(rest), space.node(divisor))
+        positive = bool(space.nonnegative(divisor - 1))
+        safe = space.node(divisor) if positive else maximum(space.node(divisor), ONE)  # 0 must not be divided by
+        quotient = Binary(BinaryOp.FLOORDIV, space.node(rest), safe)
         bound: Node = Unary(UnaryOp.NEG, quotient) if is_lower else quotient
-        if not space.nonnegative(divisor - 1):
+        if not positive:
             everything, nothing = (Const(-FAR), Const(FAR)) if is_lower else (Const(FAR), Const(-FAR))
             holds = space.nonnegative(rest)
             either = Select(space.holds(Form({}, rest)), everything, nothing)

@@ -72,11 +72,19 @@ class Module:
         bindings = dict[Node, str](TILE_VARS.items())
         bindings |= {node: text for node, text in self.bindings.items() if text.split("[")[0] in arguments}
         text = emit(
-            name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=inside),
+            name, arguments, results, self.signature,
+            TritonDialect(fast_tanh=self.fast_tanh, tiles=inside, wide="block" in arguments and needs_64_bits(results)),
             locations=self.variant.locations, bindings=bindings, decorator="@triton.jit",
         )  # fmt: skip
         self.names.append(name)
         self.texts.append(text)
+
+
+def needs_64_bits(results: Results) -> bool:
+    """Whether bounds of a schedule hold a number that 32 bits do not."""
+    if not isinstance(results, Node):
+        return any(map(needs_64_bits, results))
+    return any(isinstance(node, Const) and abs(node.value) >= 2**31 for node in post_order(results))
 
 
 def emit_module(

@@ -9,15 +9,14 @@ head (`keys`), those by query once for each tile (`columns`).
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, outermost
+from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, needs_64_bits, outermost
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
 from attn_dsl.backend.printer import Signature, lower
-from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Const, Load, Node, Q, Unary, UnaryOp, post_order
+from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Load, Node, Q, Unary, UnaryOp, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import gradient
 from attn_dsl.passes.schedule import Schedule
@@ -81,10 +80,9 @@ def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: 
             module.add("full", TILE, full)
     ranges = tuple((s.begin, s.end) for s in schedule.q.segments)
     module.add("q_ranges", RANGES, ranges)
-    wide = any(isinstance(node, Const) and abs(node.value) >= 2**31 for node in post_order(*itertools.chain(*ranges)))
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
     positional = bool((residue.depends | derivative.depends) & {"q", "k"}) or _singular(derivative)
-    return Emitted(source, frozenset(module.names), derivative is not ONE, positional, wide)
+    return Emitted(source, frozenset(module.names), derivative is not ONE, positional, needs_64_bits(ranges))
 
 
 def _singular(derivative: Node) -> bool:

@@ -151,6 +151,15 @@ def _add_sums(totals, shares, keep):
     return result
 
 
+@triton.jit
+def _kept(shares, keep):
+    """The shares where `keep`, else 0."""
+    result = ()
+    for i in tl.static_range(len(shares)):
+        result = result + (tl.where(keep, shares[i], 0.0),)
+    return result
+
+
 # ---------------------------------------------------------------- dK and dV
 
 
@@ -343,6 +352,8 @@ def _visit_keys(
     )  # fmt: skip
     dq = weighted_sum(dq, grad.to(key.dtype.element_ty), keys, PRECISION)
     if SCATTER_PAIRS is not None:
+        if not MASKED:  # a row past Q has no probability, but a derivative that may be anything
+            shares = _kept(shares, inside[:, None])
         SCATTER_PAIRS(
             shares, b, h, q, k, q0.to(q.dtype), first.to(q.dtype), keep, not MASKED, scalars, tensors, grads, peaks,
             factors, MODE
@@ -442,7 +453,8 @@ def attention_queries_backward(
     dq, totals = state
     if SCATTER is not None:
         SCATTER(
-            totals, b, h, q[:, None], 0, 0, 0, inside[:, None], False, scalars, tensors, grads, peaks, factors, MODE
-        )
+            _kept(totals, inside[:, None]), b, h, q[:, None], 0, 0, 0, inside[:, None], False, scalars, tensors,
+            grads, peaks, factors, MODE
+        )  # fmt: skip
     dq_out += b64 * dq_strides[0] + h64 * dq_strides[1] + first * dq_strides[2]
     store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), True, D, D0, D1)

@@ -118,7 +118,8 @@ class _Module:
 
     def add(self, name: str, arguments: Sequence[str], results: Results, *, tiles: bool = True) -> None:
         text = emit(
-            name, arguments, results, self.signature, TritonDialect(fast_tanh=self.fast_tanh, tiles=tiles),
+            name, arguments, results, self.signature,
+            TritonDialect(fast_tanh=self.fast_tanh, tiles=tiles, wide="block" in arguments),
             locations=self.locations, bindings=BINDINGS, decorator="@triton.jit",
         )  # fmt: skip
         self.write(name, text)
