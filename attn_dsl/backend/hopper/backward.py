@@ -273,7 +273,8 @@ def _place(shape, problem):
     """(key tile, batch, key head) of this program.
 
     Pairs of batch and head run in sections, in which the first tile of keys comes first: under a causal mask it has the
-    most queries. ORDERED: the last, which then is the first to reach each tile of queries.
+    most queries. ORDERED: the last, which then is the first to reach each tile of queries; a program waits only for
+    those of lower numbers, and the machine starts programs in the order of their numbers.
     """
     sizes, section = problem.sizes, problem.section
     tiles = gl.cdiv(sizes[4], 2 * KEYS)
