@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attn_dsl.backend.portable import backward as backward_kernels
 from attn_dsl.backend.portable import device, tiles
+from attn_dsl.backend.portable.algebra import conjuncts
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
@@ -90,6 +91,14 @@ class Kernels:
             return self.schedule, ()
         found = uniform.saturations
         return derive_schedule(self.variant, padded=True, saturations=found), found
+
+    @functools.cached_property
+    def by_head(self) -> bool:
+        """Whether heads see different tiles, or load different keys: they cannot share a tile then."""
+        ranges = self.split[0].kv
+        nodes = [ranges.skip, *(bound for s in ranges.segments for bound in (s.begin, s.end))]
+        own = (part.depends for part in conjuncts(self.variant.mask) if "q" not in part.depends)
+        return any("h" in node.depends for node in nodes) or any(depends >= {"h", "k"} for depends in own)
 
     def text(self, wanted: frozenset[str] = frozenset(), *, fast_tanh: bool = False) -> Emitted:
         """The functions for gradients of the captured tensors and parameters that are `wanted`."""

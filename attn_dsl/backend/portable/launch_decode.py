@@ -7,7 +7,6 @@ replays of a CUDA graph.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ import torch
 import triton
 from torch import Tensor
 
-from attn_dsl.backend.portable.algebra import conjuncts
 from attn_dsl.backend.portable.decode import attention_decode, merge_splits
 from attn_dsl.backend.portable.host import (
     Call,
@@ -65,14 +63,6 @@ class Layout:
         )
 
 
-def by_head(kernels: Kernels) -> bool:
-    """Whether heads see different tiles, or load different keys; they do not share a tile then."""
-    ranges = kernels.split[0].kv
-    nodes = [ranges.skip, *itertools.chain.from_iterable((s.begin, s.end) for s in ranges.segments)]
-    own = (part.depends for part in conjuncts(kernels.variant.mask) if "q" not in part.depends)
-    return any("h" in node.depends for node in nodes) or any(depends >= {"h", "k"} for depends in own)
-
-
 def reason(kernels: Kernels, call: Call) -> str | None:
     """Why the decode kernel takes a call, or None where it does not."""
     (batch, heads, tokens, _), kv_heads = call.query.shape, call.key.shape[1]
@@ -93,7 +83,7 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
     keeps a third program out, which would leave the last wave emptier: 10 percent on an H200 at 64 caches of 4096.
     """
     (batch, heads, tokens, dim), (_, kv_heads, kv_len, value_dim) = call.query.shape, call.value.shape
-    pack = 1 if by_head(kernels) else heads // kv_heads
+    pack = 1 if kernels.by_head else heads // kv_heads
     size, wide = call.query.element_size(), sum(chunks(dim)) + sum(chunks(value_dim))
     most, step = (FEW_ROWS, STAGE_BYTES) if size == 2 else (FEW_ROWS // 2, STAGE_BYTES // 2)
     rows = min(max(16, triton.next_power_of_2(pack * tokens)), most)
@@ -109,6 +99,7 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
     return Layout(pack, rows, keys, warps, stages, row_tiles, splits)
 
 
+@functools.lru_cache(maxsize=4096)
 def fewest_splits(programs: int, places: int, tiles: int) -> int:
     """The fewest splits whose waves of programs fill the machine's `places` to 85 percent of what the best number does.
 
