@@ -86,3 +86,21 @@ def test_building_for_hopper_builds_what_calls_will_take(tmp_path: Path, monkeyp
         query = torch.empty(1, 2, 77, 64, dtype=torch.bfloat16)
         launch.forward(of.hopper, Call(query, query, query, (), (), (), 0.1), ask, config)
     assert cached == [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "expected"),
+    [
+        ("20.0 * tanh(score / 20.0)", torch.bfloat16, True),
+        ("cap * tanh(score / cap)", torch.bfloat16, True),
+        ("cap * tanh(score / cap)", torch.float16, False),  # weights of 2 ** -58 are none there
+        ("50.0 * tanh(score / 50.0)", torch.bfloat16, False),  # weights of 2 ** -144 are none anywhere
+        ("20.0 * tanh(score / 20.0) + 0.1 * k", torch.bfloat16, False),
+        ("score", torch.bfloat16, False),
+    ],
+)
+def test_logits_that_are_known_to_be_small_need_no_maximum(text: str, dtype: torch.dtype, expected: bool) -> None:
+    of = program_of(f"attention a(cap: float = 20.0)\nscore = {text}\n")
+    query = torch.empty(1, 2, 256, 64, dtype=dtype, device="meta")
+    bound = Call(query, query, query, (20.0,), (), (), 0.1)
+    assert (launch.Kernels(of.kernels).functions(bound)["PEAK"] is not None) == expected

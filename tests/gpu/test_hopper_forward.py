@@ -218,3 +218,11 @@ def test_streams_and_graphs_side_by_side_take_no_tile_from_each_other() -> None:
 @pytest.mark.parametrize("dim", [64, 256])
 def test_bounds_of_rows_and_saturated_tiles_over_many_tiles(text: str, dim: int) -> None:
     check(larger(text, Q=900, KV=900, D=dim, DV=dim))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cap", [0.5, 20.0, 33.0, 50.0])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_soft_caps_with_and_without_a_maximum_of_rows(dim: int, cap: float, dtype: torch.dtype) -> None:
+    case = larger("softcap", Q=700, KV=700, D=dim, DV=dim)
+    check(replace(case, parameters={"cap": cap}), dtype)

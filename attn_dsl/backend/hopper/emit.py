@@ -5,13 +5,15 @@ largest residue and `factor` costs nothing: it is the multiplier of the exponent
 depend on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed on.
 
 Full tiles have `plain + shift` for the residue: where a clamped distance saturates, what it looks up is one number of
-the tile, `shift`, which costs nothing for an element. The mask is `low <= k <= high and mask` (`bounds.py`).
+the tile, `shift`, which costs nothing for an element. The mask is `low <= k <= high and mask` (`bounds.py`). Where the
+residue is at most `peak` and the exponents of all logits fit a float, softmax needs no maximum.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attn_dsl.backend.hopper.bounds import bounds
@@ -30,6 +32,7 @@ from attn_dsl.ir.nodes import (
     Load,
     Node,
     Q,
+    Select,
     Unary,
     UnaryOp,
     post_order,
@@ -94,10 +97,12 @@ def emit_module(
     *,
     fast_tanh: bool = True,
     saturations: Sequence[Saturation] = (),
+    bounded: bool = False,
 ) -> Emitted:
     """The functions of a variant; `positive` are the parameters (and the softmax scale) known to be > 0 in the call.
 
-    `saturations` are those that the schedule was derived with.
+    `saturations` are those that the schedule was derived with. `bounded` says that the `reach` of the logits may stand
+    in for the maximum of each row: the function `peak` is then there.
     """
     plain_signature = Signature.of(variant)
     signature = Signature((*plain_signature.scalars, SCALE), plain_signature.tensors)
@@ -125,6 +130,8 @@ def emit_module(
         module.add("plain", ("s", *PAIR), plain)
     if shift is not ZERO:
         module.add("shift", TILE, shift)
+    if bounded and (span := reach(variant, positive)) is not None:
+        module.add("peak", PROGRAM, Const(span.residue))
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
     if row is not ZERO:
@@ -141,6 +148,60 @@ def emit_module(
     module.add("kv_ranges", RANGES, (masked, tuple((s.begin, s.end) for s in segments if not s.masked)))
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
     return Emitted(source, frozenset(module.names))
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Logits, in base 2, are at most factor * residue away from zero."""
+
+    factor: Node
+    residue: float
+
+
+def reach(variant: Variant, positive: frozenset[Node]) -> Reach | None:
+    """How far logits may be from zero, where that does not depend on the products: a soft cap knows it."""
+    terms = separate(variant.score)
+    factor, residue = _logit(terms, positive)
+    largest = _magnitude(residue)
+    if largest is None or not math.isfinite(largest) or terms_slope(terms) is not ZERO:
+        return None
+    return Reach(factor, largest)
+
+
+def _magnitude(node: Node) -> float | None:
+    """No value of the node is farther from zero; None for "don't know"."""
+    match node:
+        case Const(value):
+            return abs(float(value))
+        case Unary(UnaryOp.TANH | UnaryOp.SIGMOID | UnaryOp.ERF | UnaryOp.SIN | UnaryOp.COS | UnaryOp.SIGN):
+            return 1.0
+        case Unary(UnaryOp.NEG | UnaryOp.ABS, x):
+            return _magnitude(x)
+        case Binary(BinaryOp.ADD | BinaryOp.SUB | BinaryOp.MUL | BinaryOp.MIN | BinaryOp.MAX as op, x, y):
+            a, b = _magnitude(x), _magnitude(y)
+            if a is None or b is None:
+                return None
+            return a * b if op is BinaryOp.MUL else a + b if op in (BinaryOp.ADD, BinaryOp.SUB) else max(a, b)
+        case Select(_, x, y):
+            a, b = _magnitude(x), _magnitude(y)
+            return None if a is None or b is None else max(a, b)
+        case _:
+            return None
+
+
+def value(node: Node, known: Mapping[Node, float]) -> float | None:
+    """The number that products and quotients of known parameters are; None for anything else."""
+    match node:
+        case Const(number):
+            return float(number)
+        case Binary(BinaryOp.MUL, x, y):
+            a, b = value(x, known), value(y, known)
+            return None if a is None or b is None else a * b
+        case Binary(BinaryOp.DIV, x, y):
+            a, b = value(x, known), value(y, known)
+            return None if a is None or not b else a / b
+        case _:
+            return known.get(node)
 
 
 def _logit(terms: Terms, positive: frozenset[Node]) -> tuple[Node, Node]:

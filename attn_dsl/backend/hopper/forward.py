@@ -93,6 +93,7 @@ class Functions:
     RESIDUE: gl.constexpr
     PLAIN: gl.constexpr
     SHIFT: gl.constexpr
+    PEAK: gl.constexpr
     SLOPE: gl.constexpr
     LOW: gl.constexpr
     HIGH: gl.constexpr
@@ -102,13 +103,16 @@ class Functions:
     KV_RANGES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES):
+    def __init__(
+        self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES
+    ):
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
         self.ROWS = gl.constexpr(ROWS)
         self.RESIDUE = gl.constexpr(RESIDUE)
         self.PLAIN = gl.constexpr(PLAIN)
         self.SHIFT = gl.constexpr(SHIFT)
+        self.PEAK = gl.constexpr(PEAK)
         self.SLOPE = gl.constexpr(SLOPE)
         self.LOW = gl.constexpr(LOW)
         self.HIGH = gl.constexpr(HIGH)
@@ -371,23 +375,30 @@ def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constex
             shift = tile.factor * f.SHIFT(
                 tile.b, tile.h, tile.q0, j * shape.KEYS, tile.uniform, tile.scalars, tile.tensors
             )
-    peak = row_max(x, shape.LOGITS) * tile.factor + shift
-    if not FIRST:
-        peak = gl.maximum(m, peak)
-    base = peak
-    if MASKED or f.RESIDUE is not None:
-        base = gl.where(peak == NEVER, 0.0, peak)
-    p = gl.exp2(x * tile.factor - gl.expand_dims(base - shift, 1))
-    sums = thread_sums(p)
-    if FIRST:
-        decay = base
+    if f.PEAK is not None:  # logits are bounded: one number is the maximum of every row, and nothing ever decays
+        peak = f.PEAK(tile.b, tile.h, tile.scalars, tile.tensors) * tile.factor
+        p = gl.exp2(x * tile.factor - (peak - shift))
+        sums = thread_sums(p)
+        if not FIRST:
+            sums += l
+        decay, m = m, gl.full([shape.ROWS], peak, gl.float32, gl.SliceLayout(1, shape.LOGITS))
     else:
+        peak = row_max(x, shape.LOGITS) * tile.factor + shift
+        if not FIRST:
+            peak = gl.maximum(m, peak)
+        base = peak
+        if MASKED or f.RESIDUE is not None:
+            base = gl.where(peak == NEVER, 0.0, peak)
+        p = gl.exp2(x * tile.factor - gl.expand_dims(base - shift, 1))
+        sums = thread_sums(p)
         decay = gl.exp2(m - base)
-        spread: gl.constexpr = sums.type.layout
-        sums += l * per_row(decay, spread)
+        if not FIRST:
+            spread: gl.constexpr = sums.type.layout
+            sums += l * per_row(decay, spread)
+        m = peak
     if shape.PIN:
         sums = pin(sums)
-    return p, decay, peak, sums
+    return p, decay, m, sums
 
 
 @gluon.jit
@@ -444,7 +455,7 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
         logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, GROUP)
     else:
         logits = _issue_logits(shape, f, f.PLAIN, memory, tile, at, j, GROUP)
-    if shape.RESCALE_LATE:
+    if shape.RESCALE_LATE and f.PEAK is None:
         acc = acc * per_row(late, shape.OUTPUT)
     output = _issue_output(shape, memory, narrow, acc, at - 1)
     if shape.PING_PONG:
@@ -456,10 +467,9 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
     acc, p = warpgroup_mma_wait(0, deps=[output, p])
     p = _carried(shape, p, memory.keys.tiles.dtype)
     memory.values.release((at - 1) % shape.STAGES)
-    if not shape.RESCALE_LATE:
+    if not shape.RESCALE_LATE and f.PEAK is None:
         acc = acc * per_row(decay, shape.OUTPUT)
-        decay = late
-    return p, acc, m, l, decay
+    return p, acc, m, l, decay if shape.RESCALE_LATE else late
 
 
 @gluon.jit
@@ -494,7 +504,7 @@ def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
             p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, False, GROUP)
     if shape.OWN_OUTPUT:
         memory.queries.release(GROUP)
-    if shape.RESCALE_LATE:
+    if shape.RESCALE_LATE and f.PEAK is None:
         acc = acc * per_row(late, shape.OUTPUT)
     output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, passed + visits.tiles - 1)
     return output, m, row_sums(l, shape.LOGITS)
@@ -608,12 +618,12 @@ def _store(shape, memory, acc, turn, GROUP: gl.constexpr):
 def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, parameters, B, H, HK, Q, KV, DIM,
                       extents, tensors, scale, section,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
-                      PLAIN: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, LOW: gl.constexpr,
-                      HIGH: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr,
-                      KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr,
-                      KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr,
-                      CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr,
-                      RESCALE_LATE: gl.constexpr):  # fmt: skip
+                      PLAIN: gl.constexpr, SHIFT: gl.constexpr, PEAK: gl.constexpr, SLOPE: gl.constexpr,
+                      LOW: gl.constexpr, HIGH: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr,
+                      SINK: gl.constexpr, KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                      GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+                      PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
+                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
@@ -621,7 +631,7 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     pointer to [B], `section` how many heads run side by side, `counter` a zero (see `Board`). Positions are 32-bit.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE)
-    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES)
+    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES)
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = ring(query, GROUPS, 1)
     keys = ring(key, STAGES, GROUPS)

@@ -25,7 +25,7 @@ from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.hopper import check
 from attn_dsl.backend.hopper.bounds import bounds
 from attn_dsl.backend.hopper.configs import Config, candidates
-from attn_dsl.backend.hopper.emit import Emitted, emit_module
+from attn_dsl.backend.hopper.emit import Emitted, Reach, emit_module, reach, value
 from attn_dsl.backend.hopper.forward import attention_forward
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.algebra import SCALE
@@ -44,12 +44,14 @@ ROWS = 64
 CACHE = 32 * 2**20
 """Bytes of keys and values that stay in the second level cache. Where tiles are uneven, heads with so many run side by
 side, so that there are short tiles enough to even out the long ones; else only the heads that share keys."""
+EXPONENTS = 96
+"""Weights may be as small as 2 ** -this: they and their sums are then normal numbers of float32 and bfloat16."""
 SMALL = 1e-12
 """A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = (
-    "factor", "uniform", "rows", "residue", "plain", "shift", "slope", "low", "high", "mask", "row_term", "sink",
-    "kv_ranges",
+    "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "mask", "row_term",
+    "sink", "kv_ranges",
 )  # fmt: skip
 _lock = threading.Lock()
 
@@ -77,7 +79,8 @@ class Kernels:
     choices: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._modules: dict[tuple[frozenset[Node], bool], tuple[Emitted, ModuleType]] = {}
+        self._modules: dict[tuple[frozenset[Node], bool, bool], tuple[Emitted, ModuleType]] = {}
+        self._reaches: dict[frozenset[Node], Reach | None] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         parameters = enumerate(self.portable.variant.parameters)
         self._floats = tuple(i for i, parameter in parameters if parameter.type is Type.FLOAT)
@@ -93,7 +96,7 @@ class Kernels:
 
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
-        key = (_positive(self.portable, call), not call.precise)
+        key = (_positive(self.portable, call), not call.precise, self._is_bounded(call))
         if key not in self._modules:
             text = self._emit(*key)
             self._modules[key] = text, load(text.source, f"hopper_{self.portable.variant.name}")
@@ -103,12 +106,26 @@ class Kernels:
     def source(self, *, precise: bool = False) -> str:
         """The emitted text, for parameters of which nothing is known and a positive softmax scale."""
         positive = frozenset((SCALE,))
-        return self._emit(positive, not precise).source
+        return self._emit(positive, not precise, False).source
 
-    def _emit(self, positive: frozenset[Node], fast_tanh: bool) -> Emitted:
+    def _emit(self, positive: frozenset[Node], fast_tanh: bool, bounded: bool) -> Emitted:
         return emit_module(
-            self.portable.variant, self.schedule, positive, fast_tanh=fast_tanh, saturations=self.saturations
-        )
+            self.portable.variant, self.schedule, positive,
+            fast_tanh=fast_tanh, saturations=self.saturations, bounded=bounded,
+        )  # fmt: skip
+
+    def _is_bounded(self, call: Call) -> bool:
+        """Whether the exponents of all logits fit a float, and with it the weights as the second product takes them."""
+        positive = _positive(self.portable, call)
+        if positive not in self._reaches:
+            self._reaches[positive] = reach(self.portable.variant, positive)
+        found = self._reaches[positive]
+        if found is None or call.query.dtype != torch.bfloat16:
+            return False
+        declared = zip(self.portable.variant.parameters, call.parameters, strict=True)
+        known: dict[Node, float] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, (int, float))}
+        factor = value(found.factor, known | {SCALE: call.scale})
+        return factor is not None and 2 * factor * found.residue <= EXPONENTS
 
     def choice(self, call: Call, compile: Compile | None = None) -> Choice:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect."""
@@ -132,7 +149,16 @@ class Kernels:
         query, parameters = call.query, call.parameters
         signs = [not isinstance(x := parameters[i], Tensor) and x > SMALL for i in self._floats]
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *parameters)]
-        return (query.dtype, query.shape[3], call.value.shape[3], call.scale > SMALL, call.precise, *signs, *numbers)
+        return (
+            query.dtype,
+            query.shape[3],
+            call.value.shape[3],
+            call.scale > SMALL,
+            call.precise,
+            self._is_bounded(call),
+            *signs,
+            *numbers,
+        )
 
     def _settle(self, call: Call, compile: Compile) -> Choice:
         rejected: list[tuple[Config, str]] = []
