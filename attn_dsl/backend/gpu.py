@@ -75,7 +75,7 @@ def route(
     The decode kernel is considered if `decodes`; shapes alone decide about it. For Hopper's kernels, the first call of
     a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
     """
-    if decodes and (reason := decode.reason(program.kernels, call)):
+    if decodes and (reason := decode.reason(call)):
         return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:

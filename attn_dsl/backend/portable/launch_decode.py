@@ -63,7 +63,7 @@ class Layout:
         )
 
 
-def reason(kernels: Kernels, call: Call) -> str | None:
+def reason(call: Call) -> str | None:
     """Why the decode kernel takes a call, or None where it does not."""
     (batch, heads, tokens, _), kv_heads = call.query.shape, call.key.shape[1]
     rows = heads // kv_heads * tokens
