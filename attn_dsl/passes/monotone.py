@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from attn_dsl.ir.nodes import (
     Binary,
     BinaryOp,
@@ -33,8 +35,11 @@ def varies(node: Node) -> bool:
 
 CORNERS: dict[Index, tuple[Node, Node]] = {Q: (Q0, Q1), K: (K0, K1)}
 Interval = tuple[Node, Node]
+KNOWN = 4096
+"""So many answers are kept: what a node says of its parts is asked once, however often they are shared."""
 
 
+@functools.lru_cache(maxsize=KNOWN)
 def interval(node: Node) -> Interval | None:
     """The least and greatest value of an INT node of one position over a tile, in closed form; None for "don't know".
 
@@ -76,6 +81,7 @@ def corner_values(node: Node, moved: int) -> Interval:
 UP, DOWN, FLAT, EITHER = 1, -1, 0, 2
 
 
+@functools.lru_cache(maxsize=KNOWN)
 def direction(node: Node) -> int | None:
     """How an INT node moves with the tile: UP, DOWN, FLAT, EITHER of UP and DOWN, or None for "don't know".
 

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from attn_dsl.frontend import load
+from attn_dsl.passes.monotone import direction
 from attn_dsl.passes.prove import prove
 from attn_dsl.passes.schedule import derive_schedule
 from tests.passes.random_masks import RandomMask
@@ -118,3 +119,12 @@ def test_nested_comparisons_of_conditions_end() -> None:
     lets = "".join(f"let x{i + 1} = x{i} == (q > k + {i})\n" for i in range(40))
     proof = prove(load(f"attention nested\nlet x0 = q > k\n{lets}mask = x40\n"))
     assert any("too many cases" in reason for claim in proof.claims for reason in claim.reasons) or not proof.exact
+
+
+@pytest.mark.parametrize("step", ["max({0}, {0} - 1)", "max({0} % 3, {0} % 3 - 1)"])
+def test_what_is_shared_is_asked_once(step: str) -> None:
+    lets = "".join(f"let x{i + 1} = {step.format(f'x{i}')}\n" for i in range(16))
+    variant = load(f"attention doubled\nlet x0 = q\n{lets}mask = x16 >= k\n")
+    asked = direction.cache_info().misses
+    prove(variant)
+    assert direction.cache_info().misses - asked < 500
