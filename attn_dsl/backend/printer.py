@@ -555,12 +555,16 @@ TOTAL = {
 class TorchDialect(Dialect):
     """Torch operations over tiles of axes `[b, h, q, k]`, broadcast against each other; `number` marks Python numbers.
 
-    The emitted text refers to `torch`, to `FLOAT` (the dtype in which floats are computed) and to `clip`, `nonzero`,
-    `tanh` and `tanh_` of `cpu/elementary.py`. A load moves its indices into range: it must not fail under the mask,
-    where its value is never used. Values that depend on sizes and parameters alone are Python numbers for as long as
-    Python computes them as IEEE 754 does. An operation overwrites an operand that no one else needs, of its own shape:
+    The emitted text refers to `torch`, to `FLOAT` (the dtype of the call's arithmetic) and to `clip`, `nonzero`, `tanh`
+    and `tanh_` of `cpu/elementary.py`. `real` is the dtype in which floats are computed. A load moves its indices into
+    range: it must not fail under the mask, where its value is never used. Values that depend on sizes and parameters
+    alone are Python numbers for as long as Python computes them as IEEE 754 does. An operation overwrites an operand
+    that no one else needs, of its own shape:
     `tanh_(s.div_(p_cap)).mul_(p_cap)`.
     """
+
+    def __init__(self, real: str = "FLOAT") -> None:
+        self.real = real
 
     def number(self, node: Node) -> bool:
         """Whether the value is a Python number rather than a tensor."""
@@ -599,7 +603,7 @@ class TorchDialect(Dialect):
         """The operand as a tensor, whatever it is, as the object of a method call."""
         if not self.number(x.node):
             return x.at(Level.ATOM)
-        kind = {Type.FLOAT: "FLOAT", Type.INT: "torch.int64", Type.BOOL: "torch.bool"}[x.node.type]
+        kind = {Type.FLOAT: self.real, Type.INT: "torch.int64", Type.BOOL: "torch.bool"}[x.node.type]
         return f"torch.tensor({x.at()}, dtype={kind})"
 
     def unary(self, node: Unary, x: Operand) -> Text:
@@ -655,14 +659,14 @@ class TorchDialect(Dialect):
     def cast(self, node: Cast, x: Operand) -> Text:
         if self.number(node):
             return PythonDialect().cast(node, x)
-        return Text(f"{x.at(Level.ATOM)}.to({'FLOAT' if node.type is Type.FLOAT else 'torch.int64'})")
+        return Text(f"{x.at(Level.ATOM)}.to({self.real if node.type is Type.FLOAT else 'torch.int64'})")
 
     def load(self, node: Load, tensor: str, declared: Tensor, indices: Sequence[Operand]) -> Text:
         inside = (
             index.at() if _within(index.node, extent) else f"clip({index.at()}, {tensor}.shape[{axis}])"
             for axis, (index, extent) in enumerate(zip(indices, declared.extents, strict=True))
         )
-        kind = {Type.FLOAT: ".to(FLOAT)", Type.INT: ".to(torch.int64)", Type.BOOL: ""}[node.type]
+        kind = {Type.FLOAT: f".to({self.real})", Type.INT: ".to(torch.int64)", Type.BOOL: ""}[node.type]
         return Text(f"{tensor}[{', '.join(inside)}]{kind}")
 
 

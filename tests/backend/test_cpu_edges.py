@@ -225,6 +225,23 @@ def test_a_schedule_may_look_up_out_of_range_where_the_mask_is_false() -> None:
     assert (attn(query, key, value, n=11, count=torch.full((5,), 20, dtype=torch.int32)) == 0).all()
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "table[h] * 3.0 > bound and q >= k",
+        "k <= q + floor(table[h] * 10.0)",
+        "k <= q + floor(bound / 0.1)",
+        "q * bound < k",
+    ],
+)
+def test_full_tiles_and_masked_tiles_agree_on_a_tie_of_float32(mask: str) -> None:
+    query, key, value = inputs(1, 2, 150, 4, dtype=torch.float32)
+    bindings = {"table": torch.tensor([0.1, 0.7]), "bound": 0.3}
+    attn = attn_dsl.compile(f"attention a(bound: float)\ntensor table: float32[H]\nmask = {mask}\n")
+    expected = dense(attn.variant, query, key, value, bindings=bindings)[0]
+    torch.testing.assert_close(attn(query, key, value, **bindings).double(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("element", ["0, 0", "H // 100, 0", "h // 100, 0", "0, 1 if flag else 1"])
 def test_a_sink_read_at_one_place_by_all_heads_has_a_gradient(element: str) -> None:
     query, key, value = inputs(2, 2, 20, 4)

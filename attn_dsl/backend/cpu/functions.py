@@ -37,6 +37,8 @@ Emitted = Callable[..., Any]
 PLACE = ("b", "h", "q", "k", "scalars", "tensors", "relative")
 TILE: Mapping[Node, str] = {Var(name): name for name in ("q0", "q1", "k0", "k1", "q_offset", "block")}
 ONE = Const(1.0)
+EXACT = TorchDialect("torch.float64")
+"""A mask compares in double precision, as the schedule does: they must agree on which side of a tie a pair lies."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,8 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
     module.add("score", ("s", *PLACE), core, _bound(score_parts), frozenset({SCORE}))
     module.add("before", ("scalars",), before)
     module.add("after", ("scalars",), after)
-    module.add("mask_relative", distance, mask_parts, {RELATIVE: "rel"})
-    module.add("mask", PLACE, mask, _bound(mask_parts))
+    module.add("mask_relative", distance, mask_parts, {RELATIVE: "rel"}, dialect=EXACT)
+    module.add("mask", PLACE, mask, _bound(mask_parts), dialect=EXACT)
     module.add("grad_relative", distance, grad_parts, {RELATIVE: "rel"})
     score_loads = module.add_gradient("score_grad", slope, ("s", *PLACE), score, _bound(grad_parts))
     sink_loads: tuple[Target, ...] = ()
@@ -267,13 +269,14 @@ class _Module:
         results: Results,
         bindings: Mapping[Node, str] | None = None,
         owned: frozenset[Node] = frozenset(),
+        dialect: Dialect | None = None,
     ) -> None:
         text = emit(
             name,
             arguments,
             results,
             self.signature,
-            self.dialect,
+            dialect or self.dialect,
             locations=self.locations,
             bindings=bindings or {},
             owned=owned,
