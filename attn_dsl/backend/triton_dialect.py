@@ -1,8 +1,9 @@
 """IR in the spelling of `triton.language`, for tiles in which `q` and `k` are vectors along different axes.
 
-Emitted text refers to `tl` and to the functions of `portable/device.py`. Floats are float32; integers are int32, or
-int64 where positions, scalars or a captured tensor are. A load is masked unless its index is known to lie in the
-tensor: what is under the mask of the variant may point anywhere, and is never used.
+Emitted text refers to `tl` and to the functions of `portable/device.py`. Floats are float32, in masks as in schedules,
+so that both find a tie on the same side; integers are int32, or int64 where positions, scalars or a captured tensor
+are. A load is masked unless its index is known to lie in the tensor: what is under the mask of the variant may point
+anywhere, and is never used.
 """
 
 from __future__ import annotations

@@ -105,8 +105,15 @@ def test_a_factor_of_a_position_may_be_zero(mask: str) -> None:
 
 
 def test_bounds_of_more_than_32_bits_beside_narrow_integers() -> None:
-    check(problem("attention a\ntensor small: int16[B]\nmask = b * k == abs(small[b]) + floor(1.5)\n",
-                  small=torch.tensor([-1, 6], dtype=torch.int16)))  # fmt: skip
+    text = "attention a(n: int)\ntensor small: int16[B]\nmask = max(b * k, n) - sign(HK) == abs(small[b])\n"
+    check(problem(text, n=2, small=torch.tensor([-1, 6], dtype=torch.int16)))
+
+
+@pytest.mark.parametrize("mask", ["table[h] * 3.0 > bound and q >= k", "k <= q + floor(table[h] * 10.0)"])
+def test_full_tiles_and_masked_tiles_agree_on_a_tie_of_float32(mask: str) -> None:
+    text = f"attention a(bound: float)\ntensor table: float32[H]\nmask = {mask}\n"
+    tie = problem(text, 40, 70, table=torch.tensor([0.1, 0.7]), bound=0.3)
+    assert_close(tie.portable(), tie.truth(dtype=torch.float32), FLOAT32)
 
 
 @pytest.mark.parametrize("flag", [False, True])
