@@ -50,7 +50,8 @@ test: $(READY)
 	@echo "== Tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
 	@echo "== Kernels, interpreted"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not gpu" tests/backend/test_portable.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not gpu" tests/backend/test_portable.py \
+		tests/backend/test_portable_edges.py tests/backend/test_odd_variants.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
