@@ -39,16 +39,18 @@ def larger(name: str, **sizes: int) -> Case:
 def within_budget(found: Result, truth: Result, eager: Result, factor: float) -> None:
     """The root mean square error is at most `factor` times that of the eager computation, everywhere.
 
-    That of a few numbers is a matter of chance: the gradient of four slopes has from half to twice the eager error, by
-    the seed, and is held to three times.
+    That of a few numbers is a matter of chance: the gradient of four slopes, or of a cap, has from a twentieth of the
+    usual eager error to several times it, by the seed. It is held to three times, or to what the dtype rounds away.
     """
     named = {"out": (found.out, truth.out, eager.out)}
     named.update({name: (found.grads[name], truth.grads[name], eager.grads[name]) for name in truth.grads})
     for name, (a, b, c) in named.items():
         assert not a.isnan().any(), name
         ours, theirs = ((x.double() - b).square().mean().sqrt().item() for x in (a, c))
-        floor = 1e-6 * max(1.0, b.abs().max().item())
-        allowed = factor if b.numel() >= FEW else max(factor, 3.0)
-        assert ours <= allowed * theirs + floor, f"{name}: {ours:.3g}, eager {theirs:.3g}"
+        largest = b.abs().max().item()
+        allowed = factor * theirs + 1e-6 * max(1.0, largest)
+        if b.numel() < FEW:
+            allowed = max(3 * theirs, torch.finfo(found.out.dtype).eps / 2 * largest) + 1e-6 * max(1.0, largest)
+        assert ours <= allowed, f"{name}: {ours:.3g}, eager {theirs:.3g}"
     error = torch.where(truth.lse.isinf(), 0.0, found.lse.double() - truth.lse).abs().max()
     assert error < 2e-2, f"lse: {error:.3g}"
