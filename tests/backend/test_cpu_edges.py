@@ -174,6 +174,19 @@ def test_a_score_that_is_only_a_multiple_has_gradients(score: str) -> None:
         torch.testing.assert_close(*(torch.zeros_like(leaf) if x is None else x for x in (mine, theirs)))
 
 
+@pytest.mark.parametrize("factor", [3.25, 1e4])
+def test_a_row_that_sees_nothing_beside_others_under_a_large_factor(factor: float) -> None:
+    query, key, value = inputs(1, 2, 40, 4, dtype=torch.float32)
+    attn = attn_dsl.compile(
+        "attention f(cap: float)\nscore = cap * tanh(score / cap)\nmask = k < 3 * q - 30\nsink = 1.0\n"
+    )
+    out, lse = attn(query, key, value, cap=factor, return_lse=True)
+    expected = dense(attn.variant, query, key, value, bindings={"cap": factor})
+    torch.testing.assert_close(out.double(), expected[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(lse.double(), expected[1], rtol=0, atol=1e-4)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), (query, key, value)))
+
+
 @pytest.mark.parametrize("score", ["exp(score)", "gain * exp(score)", "sigmoid(score)", "exp2(score) * exp(score)"])
 def test_a_score_that_is_its_own_derivative(score: str) -> None:
     query, key, value = inputs(1, 2, 9, 4)

@@ -82,7 +82,7 @@ def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, 
             highest = s.amax(2, keepdim=True)
             if state is not None:
                 highest = torch.maximum(state[0], highest, out=highest)
-            shift = highest.clamp(min=LOWEST).mul_(-LOG2E * factor)
+            shift = highest.mul(-LOG2E * factor).clamp_(max=-LOWEST)
         torch.add(shift, s, alpha=LOG2E * factor, out=s).exp2_()
         if state is None:
             weighted = scratch("weighted", (matrices, height, v.shape[2]), rows.dtype)
