@@ -89,6 +89,8 @@ class TileFunctions:
     """The mask is a function of `q - k` alone."""
     mask_by_distance: bool
     """The mask is a function of `q - k` (and of b and h)."""
+    mask_by_head: bool
+    """The mask differs between heads."""
     mask_reads_positions: bool
     """The mask reads tensors at positions: what the schedule cannot know."""
     score_grad: Derivative
@@ -160,6 +162,7 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
         or any(load.relative for load in score_loads),
         mask_alike=mask in mask_parts and mask.depends <= PAIR,
         mask_by_distance=mask in mask_parts,
+        mask_by_head="h" in mask.depends,
         mask_reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
         score_grad=derivative("score_grad", slope, score_loads),
         scored=score is not SCORE,

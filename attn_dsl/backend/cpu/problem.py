@@ -21,12 +21,14 @@ T = TypeVar("T")
 
 BLOCK = 64
 """Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
-MANY_KEYS = 512
-"""Keys of a tile of the most rows; it has more where it has fewer rows."""
+KEYS = 640
+"""Keys of a tile, where so many are seen."""
 CACHE = 5 << 19
 """Bytes of logits in a tile: more leave the cache between operations, fewer pay for more operations."""
-ROWS = (512, 256, 128, 64)
+ROWS = (512, 256, 128)
 """Query rows of a tile, of all heads that share its keys."""
+SCATTERED = 128
+"""The same, where only the mask itself knows which keys are seen."""
 HALVING = 1.08
 """What half as many rows cost for each pair. Measured on two Zen cores."""
 TALL = (2048, 1024)
@@ -51,10 +53,10 @@ class TileShape:
     def of(problem: Problem, rows: int, visited: int) -> TileShape:
         """The shape for so many rows of a head; `visited` keys are what a row of tiles sees.
 
-        Fewer rows go with longer runs of keys, and with several heads, so long as every thread gets some tiles.
+        Fewer rows go with several heads, so long as every thread gets some tiles: a mask is made once for them.
         """
         group, threads = problem.group, problem.threads
-        keys = min(max(MANY_KEYS * ROWS[0] // (rows * group), MANY_KEYS), 4096, math.ceil(visited / BLOCK) * BLOCK)
+        keys = min(KEYS, math.ceil(visited / BLOCK) * BLOCK)
         heads = CACHE // (rows * group * keys * problem.dtype.itemsize)
         tiles = problem.batch * problem.kv_heads * math.ceil(problem.q_len / rows)
         return TileShape(rows, keys, max(min(heads, tiles // (4 * threads)), 1))
@@ -130,9 +132,10 @@ class Problem:
             tall = TileShape.tall(self)
             if tall is not None:
                 return replace(self, shape=tall)
-        search = self.threads > 1 and not self.functions.mask_reads_positions
+        if self.functions.mask_reads_positions:
+            return replace(self, shape=TileShape.of(self, min(max(SCATTERED // self.group, 1), self.q_len), KEYS))
         costs: dict[int, float] = {}
-        for halvings, height in enumerate(ROWS if search else ROWS[:1]):
+        for halvings, height in enumerate(ROWS if self.threads > 1 else ROWS[:1]):
             rows = min(max(height // self.group, 1), self.q_len)
             costs.setdefault(rows, self._visited(rows) * HALVING**halvings)
         rows = min(costs, key=lambda rows: costs[rows])
@@ -161,6 +164,11 @@ class Problem:
     @cached_property
     def masks(self) -> dict[tuple[int, int, int], tuple[Tensor, Tensor]]:
         """Masks over `q - k` that have been evaluated, by what they depend on."""
+        return {}
+
+    @cached_property
+    def visits(self) -> dict[tuple[Any, ...], Any]:
+        """Runs in pieces with their masks, by run, rows and batches: those of the last tiles."""
         return {}
 
     @cached_property

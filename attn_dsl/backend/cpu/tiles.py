@@ -20,6 +20,8 @@ from attn_dsl.backend.cpu.problem import BLOCK, Part, Problem, Run, joined, piec
 from attn_dsl.backend.cpu.relative import antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
 
+RECENT = 4
+"""Masks over rows and keys that are kept for the other heads."""
 KNOWN = 64
 """Masks over `q - k` that are kept for the next tile."""
 
@@ -133,9 +135,12 @@ class Tile:
         return tuple(antidiagonals(v, self.rows, end - begin) for v in self.by_distance(function, begin, end))
 
     def visits(self) -> Iterator[Visit]:
-        """The runs with their masks, cut to the tile shape; what the mask leaves empty is left out."""
+        """The runs with their masks, cut to the tile shape, the last first; what the mask leaves empty is left out.
+
+        The last keys that rows see tend to be the nearest, which biases favour: a maximum that is found there stays.
+        """
         functions = self.problem.functions
-        for run in self.runs:
+        for run in reversed(self.runs):
             if not run.masked or functions.mask is None:
                 yield Visit(run.begin, run.end)
             elif functions.mask_by_distance:
@@ -157,7 +162,19 @@ class Tile:
             known[place] = keep, limit
         return keep, limit
 
-    def _visits(self, run: Run, mask: Emitted) -> Iterator[Visit]:
+    def _visits(self, run: Run, mask: Emitted) -> Sequence[Visit]:
+        """The run in pieces with their masks. Tiles of other heads ask again, at once: the last answers are kept."""
+        if self.problem.functions.mask_by_head:
+            return list(self._masked(run, mask))
+        known, place = self.problem.visits, (run, self.start, self.b0, self.b1)
+        found = known.get(place)
+        if found is None:
+            found = known[place] = list(self._masked(run, mask))
+            for old in list(known)[:-RECENT]:
+                known.pop(old, None)
+        return found
+
+    def _masked(self, run: Run, mask: Emitted) -> Iterator[Visit]:
         relative = self.relative(self.problem.functions.mask_relative, run.begin, run.end)
         keep = mask(*self.arguments(run.begin, run.end), relative)
         if not isinstance(keep, Tensor):
@@ -166,7 +183,7 @@ class Tile:
         runs: Sequence[Run] = (run,)
         if self.problem.functions.mask_reads_positions:
             runs = self._seen(run, keep)
-        for begin, end, masked in runs:
+        for begin, end, masked in reversed(runs):
             if masked:
                 piece = keep[..., begin - run.begin : end - run.begin]
                 yield Visit(begin, end, piece, self.limit(piece))
