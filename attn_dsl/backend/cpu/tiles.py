@@ -175,7 +175,8 @@ class Tile:
         return found
 
     def _masked(self, run: Run, mask: Emitted) -> Iterator[Visit]:
-        relative = self.relative(self.problem.functions.mask_relative, run.begin, run.end)
+        # Copied, since torch lays out what it makes of antidiagonals alone by columns.
+        relative = [x.contiguous() for x in self.relative(self.problem.functions.mask_relative, run.begin, run.end)]
         keep = mask(*self.arguments(run.begin, run.end), relative)
         if not isinstance(keep, Tensor):
             keep = torch.tensor(keep).view(1, 1, 1, 1)
