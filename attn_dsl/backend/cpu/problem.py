@@ -134,12 +134,14 @@ class Problem:
                 return replace(self, shape=tall)
         if self.functions.mask_reads_positions:
             return replace(self, shape=TileShape.of(self, min(max(SCATTERED // self.group, 1), self.q_len), KEYS))
-        costs: dict[int, float] = {}
+        found: list[tuple[float, int, int]] = []
         for halvings, height in enumerate(ROWS if self.threads > 1 else ROWS[:1]):
             rows = min(max(height // self.group, 1), self.q_len)
-            costs.setdefault(rows, self._visited(rows) * HALVING**halvings)
-        rows = min(costs, key=lambda rows: costs[rows])
-        return replace(self, shape=TileShape.of(self, rows, max(self._visited(rows), BLOCK)))
+            if not found or rows < found[-1][1]:
+                visited = self._visited(rows)
+                found.append((visited * HALVING**halvings, rows, visited))
+        _, rows, visited = min(found, key=lambda item: item[0])
+        return replace(self, shape=TileShape.of(self, rows, max(visited, BLOCK)))
 
     def _visited(self, rows: int) -> int:
         """How many keys a tile of so many rows sees, on average over four places."""
