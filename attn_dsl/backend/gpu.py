@@ -24,8 +24,9 @@ from attn_dsl.errors import BindingError
 
 if TYPE_CHECKING:
     from attn_dsl.backend.binding import Call
+    from attn_dsl.backend.hopper.configs import Config
+    from attn_dsl.backend.hopper.configs_backward import Config as BackwardConfig
     from attn_dsl.backend.hopper.launch import Choice, Compile
-    from attn_dsl.backend.hopper.launch_backward import Choice as BackwardChoice
     from attn_dsl.passes.pipeline import Program
 
 name = GPU
@@ -38,7 +39,7 @@ class Route:
 
     backend: str
     reason: str | None
-    choice: Choice | None = None
+    choice: Choice[Config] | None = None
     layout: decode.Layout | None = None
 
 
@@ -85,9 +86,7 @@ def route(
     if reason := launch.refusal(program.kernels, call):
         return Route(PORTABLE, reason)
     choice = program.hopper.choice(call, compile)
-    if choice.config is None:
-        return Route(PORTABLE, f"no configuration is good, the last since {choice.rejected[-1][1]}", choice)
-    return Route(HOPPER, None, choice)
+    return Route(PORTABLE if choice.config is None else HOPPER, choice.reason, choice)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class BackwardRoute:
 
     backend: str
     reason: str | None
-    choice: BackwardChoice | None = None
+    choice: Choice[BackwardConfig] | None = None
     wanted: frozenset[str] = frozenset()
 
 
@@ -169,10 +168,7 @@ def backward_route(
     if reason := launch_backward.refusal(program.hopper_backward, call, wanted, deterministic):
         return BackwardRoute(PORTABLE, reason, None, wanted)
     choice = program.hopper_backward.choice(call, deterministic, compile)
-    if choice.config is None:
-        reason = f"no configuration is good, the last since {choice.rejected[-1][1]}"
-        return BackwardRoute(PORTABLE, reason, choice, wanted)
-    return BackwardRoute(HOPPER, None, choice, wanted)
+    return BackwardRoute(PORTABLE if choice.config is None else HOPPER, choice.reason, choice, wanted)
 
 
 @functools.cache

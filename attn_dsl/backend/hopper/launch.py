@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from attn_dsl.backend.hopper.forward import attention_forward
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.algebra import SCALE
 from attn_dsl.backend.portable.device import plain
+from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
@@ -55,20 +56,27 @@ _FUNCTIONS = (
 )  # fmt: skip
 _lock = threading.Lock()
 
+C = TypeVar("C")
+"""A configuration, of the forward or the backward kernel."""
 Compile = Callable[[Any, tuple[Any, ...], Mapping[str, Any]], Any]
 """From a kernel, its arguments and options to what Triton compiles for them."""
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Generic[C]):
     """The configuration that calls of a kind run with, and what the assembler said of it; None where none is good.
 
     `rejected` are the configurations that were to come first, each with the reason.
     """
 
-    config: Config | None
+    config: C | None
     build: check.Build | None
-    rejected: tuple[tuple[Config, str], ...] = ()
+    rejected: tuple[tuple[C, str], ...] = ()
+
+    @property
+    def reason(self) -> str | None:
+        """Why no configuration is good, or None where one is."""
+        return None if self.config else f"no configuration is good, the last since {self.rejected[-1][1]}"
 
 
 @dataclass
@@ -76,11 +84,11 @@ class Kernels:
     """The Hopper kernels of a variant: emitted functions, and what was decided for each kind of call."""
 
     portable: portable.Kernels
-    choices: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
+    choices: dict[tuple[Any, ...], Choice[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._modules: dict[tuple[frozenset[Node], bool, bool], tuple[Emitted, ModuleType]] = {}
-        self._reaches: dict[frozenset[Node], Reach | None] = {}
+        self._reaches: dict[tuple[bool, ...], Reach | None] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
         parameters = enumerate(self.portable.variant.parameters)
         self._floats = tuple(i for i, parameter in parameters if parameter.type is Type.FLOAT)
@@ -116,18 +124,20 @@ class Kernels:
 
     def _is_bounded(self, call: Call) -> bool:
         """Whether the exponents of all logits fit a float, and with it the weights as the second product takes them."""
-        positive = _positive(self.portable, call)
-        if positive not in self._reaches:
-            self._reaches[positive] = reach(self.portable.variant, positive)
-        found = self._reaches[positive]
-        if found is None or call.query.dtype != torch.bfloat16:
+        if call.query.dtype != torch.bfloat16:
+            return False
+        signs = self._signs(call)
+        if signs not in self._reaches:
+            self._reaches[signs] = reach(self.portable.variant, _positive(self.portable, call))
+        found = self._reaches[signs]
+        if found is None:
             return False
         declared = zip(self.portable.variant.parameters, call.parameters, strict=True)
         known: dict[Node, float] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, (int, float))}
         factor = value(found.factor, known | {SCALE: call.scale})
         return factor is not None and 2 * factor * found.residue <= EXPONENTS
 
-    def choice(self, call: Call, compile: Compile | None = None) -> Choice:
+    def choice(self, call: Call, compile: Compile | None = None) -> Choice[Config]:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect."""
         kind = self._kind(call)
         found = self.choices.get(kind)
@@ -147,35 +157,42 @@ class Kernels:
     def _kind(self, call: Call) -> tuple[Any, ...]:
         """What of a call decides the kernel that Triton compiles for a configuration."""
         query, parameters = call.query, call.parameters
-        signs = [not isinstance(x := parameters[i], Tensor) and x > SMALL for i in self._floats]
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *parameters)]
         return (
             query.dtype,
             query.shape[3],
             call.value.shape[3],
-            call.scale > SMALL,
             call.precise,
             self._is_bounded(call),
-            *signs,
+            *self._signs(call),
             *numbers,
         )
 
-    def _settle(self, call: Call, compile: Compile) -> Choice:
-        rejected: list[tuple[Config, str]] = []
-        name = self.portable.variant.name
-        dims = padded(call.query.shape[3]), padded(call.value.shape[3])
-        for config in candidates(*dims):
-            try:
-                compiled = _compiled(self, call, config, compile)
-            except (CompilationError, PTXASError) as error:
-                defect: str | None = f"it does not compile ({type(error).__name__})"
-            else:
-                build = check.inspected(name, compiled)
-                defect = build.defect
-                if defect is None:
-                    return Choice(config, build, tuple(rejected))
-            rejected.append((config, str(defect)))
-        return Choice(None, None, tuple(rejected))
+    def _signs(self, call: Call) -> tuple[bool, ...]:
+        """Whether the softmax scale and each float parameter are known to be > 0."""
+        found = [not isinstance(x := call.parameters[i], Tensor) and x > SMALL for i in self._floats]
+        return (call.scale > SMALL, *found)
+
+    def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
+        return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
+
+
+def settle(found: Sequence[C], name: str, compiled: Callable[[C], Any], spills: int = check.SPILLS) -> Choice[C]:
+    """The first configuration whose kernel, of the variant of that name, has no defect."""
+    rejected: list[tuple[C, str]] = []
+    for config in found:
+        try:
+            kernel = compiled(config)
+        except (CompilationError, PTXASError) as error:
+            defect: str | None = f"it does not compile ({type(error).__name__})"
+        else:
+            build = check.inspected(name, kernel)
+            defect = build.defect_beyond(spills)
+            if defect is None:
+                return Choice(config, build, tuple(rejected))
+        rejected.append((config, str(defect)))
+    return Choice(None, None, tuple(rejected))
 
 
 def _positive(kernels: portable.Kernels, call: Call) -> frozenset[Node]:
@@ -241,7 +258,7 @@ class Block(TensorDescriptor):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class _Shape:
+class BlockShape:
     """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim].
 
     What a block has beyond the tensor is read as 0 and not written.
@@ -253,12 +270,12 @@ class _Shape:
     layout: Any
 
     @staticmethod
-    def of(tensor: Tensor, rows: int, dim: int) -> _Shape:
+    def of(tensor: Tensor, rows: int, dim: int) -> BlockShape:
         # The stride of an axis of one element is never used, but must be one that the copy engine takes.
         strides = [t if n > 1 else 8 for n, t in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
         block = [1, 1, rows, dim]
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
-        return _Shape(list(tensor.shape), [*strides, 1], block, layout)
+        return BlockShape(list(tensor.shape), [*strides, 1], block, layout)
 
     def __call__(self, tensor: Tensor) -> Block:
         return Block(tensor, self.sizes, self.strides, self.block, self.layout)
@@ -269,7 +286,7 @@ class _Layout:
     """What of a launch follows from shapes and strides. `shapes`: of query, key, value and output."""
 
     programs: int
-    shapes: tuple[_Shape, _Shape, _Shape, _Shape]
+    shapes: tuple[BlockShape, BlockShape, BlockShape, BlockShape]
     sizes: tuple[int, ...]
     extents: tuple[int, ...]
     section: int
@@ -317,22 +334,16 @@ class _Plan:
         batch, heads, q_len, _ = call.query.shape
         out = torch.empty(batch, heads, q_len, call.value.shape[3], dtype=call.query.dtype, device="meta")
         tiles = batch * heads * -(-q_len // config.rows)
-        index = call.query.device.index if call.query.is_cuda else None
         section = heads // call.key.shape[1]
         if self.uneven:
             bytes = call.key.element_size() * (d + dv) * call.key.shape[2]
             section *= max(1, CACHE // bytes)
         return _Layout(
-            min(tiles, _multiprocessors(index)),
-            (_Shape.of(call.query, ROWS, d), _Shape.of(call.key, config.keys, d),
-             _Shape.of(call.value, config.keys, dv), _Shape.of(out, ROWS, dv)),
+            min(tiles, multiprocessors(call.query.device)),
+            (BlockShape.of(call.query, ROWS, d), BlockShape.of(call.key, config.keys, d),
+             BlockShape.of(call.value, config.keys, dv), BlockShape.of(out, ROWS, dv)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
         )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return 132 if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def forward(
@@ -364,9 +375,8 @@ class _Launch:
     @staticmethod
     def of(plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
         out = (*call.query.shape[:3], call.value.shape[3])
-        parameters = tuple(plain(p) if isinstance(p, int) and not isinstance(p, bool) else p for p in call.parameters)
-        captured = tuple((tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in call.tensors)
-        numbers = (parameters, *layout.sizes, layout.extents)
+        captured = tuple(rest for _, *rest in described(call.tensors))
+        numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section))
 
     def __call__(

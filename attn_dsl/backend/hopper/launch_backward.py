@@ -14,21 +14,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler.errors import CompilationError
 from triton.experimental.gluon import language as gl
-from triton.runtime.errors import PTXASError
 
 from attn_dsl.backend.hopper import check
 from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS, Config, candidates
 from attn_dsl.backend.hopper.emit_backward import FUNCTIONS, Emitted, emit_module
-from attn_dsl.backend.hopper.launch import Block, Compile, compile_ahead, compile_here, padded
-from attn_dsl.backend.hopper.launch import _multiprocessors as multiprocessors
-from attn_dsl.backend.hopper.launch import _Shape as BlockShape
+from attn_dsl.backend.hopper.launch import (
+    Block,
+    BlockShape,
+    Choice,
+    Compile,
+    compile_ahead,
+    compile_here,
+    padded,
+    settle,
+)
 from attn_dsl.backend.hopper.launch import refusal as forward_refusal
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.device import plain
+from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
@@ -50,25 +56,13 @@ _SUMS = gl.NVMMASharedLayout(128, 32, rank=2)
 _lock = threading.Lock()
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The configuration that calls of a kind run with, and what the assembler said of it; None where none is good.
-
-    `rejected` are the configurations that were to come first, each with the reason.
-    """
-
-    config: Config | None
-    build: check.Build | None
-    rejected: tuple[tuple[Config, str], ...] = ()
-
-
 @dataclass
 class Kernels:
     """The Hopper backward kernels of a variant: emitted functions, and what was decided for each kind of call."""
 
     portable: portable.Kernels
     given: Proof | None = None
-    choices: dict[tuple[Any, ...], Choice] = field(default_factory=dict)
+    choices: dict[tuple[Any, ...], Choice[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.proof = self.given or prove(self.portable.variant)
@@ -103,7 +97,7 @@ class Kernels:
         asks = "full" in text.functions or ("mask" not in text.functions and (text.positional or _ragged(call)))
         return found if asks else tuple(config for config in found if config.ask)
 
-    def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice:
+    def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice[Config]:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect.
 
         ordered: programs add to dQ in an order of their own, and so to the same bits in every run.
@@ -131,20 +125,13 @@ class Kernels:
         dims = (query.shape[3], call.value.shape[3])
         return (query.dtype, *dims, call.precise, _ragged(call), *numbers)
 
-    def _settle(self, call: Call, ordered: bool, compile: Compile) -> Choice:
-        rejected: list[tuple[Config, str]] = []
-        for config in self.candidates(call):
-            try:
-                compiled = _compiled(self, call, ordered, config, compile)
-            except (CompilationError, PTXASError) as error:
-                defect: str | None = f"it does not compile ({type(error).__name__})"
-            else:
-                build = check.inspected(self.portable.variant.name, compiled)
-                defect = build.defect_beyond(ORDERED_SPILLS if ordered else check.SPILLS)
-                if defect is None:
-                    return Choice(config, build, tuple(rejected))
-            rejected.append((config, str(defect)))
-        return Choice(None, None, tuple(rejected))
+    def _settle(self, call: Call, ordered: bool, compile: Compile) -> Choice[Config]:
+        return settle(
+            self.candidates(call),
+            self.portable.variant.name,
+            lambda config: _compiled(self, call, ordered, config, compile),
+            ORDERED_SPILLS if ordered else check.SPILLS,
+        )
 
 
 def _ragged(call: Call) -> bool:
@@ -239,8 +226,7 @@ class _Plan:
         batch, kv_heads, kv_len, _ = call.key.shape
         tiles = -(-kv_len // KEYS)
         # Uneven: so many heads together that the longest tiles of some rounds come first. Even: one, for the cache.
-        index = call.query.device.index if call.query.is_cuda else None
-        section = -(-2 * multiprocessors(index) // tiles) if self.uneven else 1
+        section = -(-2 * multiprocessors(call.query.device) // tiles) if self.uneven else 1
         return _Layout(
             batch * kv_heads * tiles,
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
@@ -276,8 +262,7 @@ def backward(
     dq = torch.empty(query.shape, dtype=query.dtype, device=device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.key, call.value))
 
-    parameters = tuple(plain(p) if isinstance(p, int) and not isinstance(p, bool) else p for p in call.parameters)
-    captured = tuple((t, tuple(map(plain, t.shape)), tuple(map(plain, t.stride()))) for t in call.tensors)
+    parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
     sizes, scale = tuple(map(plain, layout.sizes)), float(call.scale)
     of_call = (parameters, (*sizes, *layout.extents), captured, scale)
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()

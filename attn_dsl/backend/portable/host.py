@@ -84,6 +84,14 @@ def section(key: Tensor, value: Tensor, group: int) -> int:
 
 
 @functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at a time, one on each; where no GPU is at hand, as many as one of the kind has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 4 if interpreted() else 132
+
+
+@functools.cache
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a GPU; None in the interpreter."""
     return None if interpreted() else torch.cuda.get_device_capability(device)

@@ -24,6 +24,7 @@ from attn_dsl.backend.portable.host import (
     described,
     in_units,
     interpreted,
+    multiprocessors,
     number,
     unit_of,
 )
@@ -72,7 +73,7 @@ def reason(call: Call) -> str | None:
     what = f"{tokens} query token{'s' * (tokens > 1)} of {heads // kv_heads} head{'s' * (heads > kv_heads)}"
     if rows <= FEW_ROWS:
         return f"{what} a key head are {rows} rows"
-    tiles, machine = batch * heads, multiprocessors(call)
+    tiles, machine = batch * heads, multiprocessors(call.query.device)
     return f"{what} a key head are {tiles} tiles for {machine} multiprocessors" if tiles < machine else None
 
 
@@ -93,7 +94,7 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
     row_tiles = triton.cdiv(pack * tokens, rows)
     programs = batch * (heads // pack) * row_tiles
     if splits is None:
-        splits = fewest_splits(programs, 2 * multiprocessors(call), triton.cdiv(kv_len, keys))
+        splits = fewest_splits(programs, 2 * multiprocessors(call.query.device), triton.cdiv(kv_len, keys))
     room = 1 + (_shared(_capability(call)) // 2 - 2**13) // (keys * width)  # stages that two programs have room for
     stages = max(2, min(room, 4 if splits == 1 and rows == 16 else 3))
     return Layout(pack, rows, keys, warps, stages, row_tiles, splits)
@@ -135,18 +136,6 @@ def _capability(call: Call) -> tuple[int, int] | None:
     if call.capability is not None or call.query.is_cuda or interpreted():
         return call.capability or capability_of(call.query.device)
     return 9, 0
-
-
-def multiprocessors(call: Call) -> int:
-    """How many programs run at a time, one on each; where no GPU is at hand, as many as one of the kind has."""
-    if call.query.is_cuda:
-        return _multiprocessors(call.query.device)
-    return 4 if interpreted() else 132
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def forward(
