@@ -4,12 +4,10 @@ Before: delta and lse as the kernel wants them, and zeros where dQ will be summe
 in the order of the tensor cores' registers.
 """
 
-# ruff: noqa: SIM108 (static conditions as Triton knows them)
-
 import triton
 import triton.language as tl
 
-from attn_dsl.backend.portable.device import LOG2E, captured, scalar, scalars_of, strides_of
+from attn_dsl.backend.portable.device import LOG2E, captured, first_position, scalar, scalars_of, strides_of
 
 
 @triton.jit
@@ -102,10 +100,7 @@ def count_turns(
     part, pair = tl.program_id(0) % parts, tl.program_id(0) // parts
     b, h = pair // heads, pair % heads
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
-    if q_offset.dtype.is_ptr():
-        start = tl.load(q_offset + b).to(tl.int32)
-    else:
-        start = q_offset.to(tl.int32)
+    start = first_position(q_offset, b, tl.int32)
     if WIDE:
         b, h, start = b.to(tl.int64), h.to(tl.int64), start.to(tl.int64)
     i = part * WIDTH + tl.arange(0, WIDTH)

@@ -41,7 +41,7 @@ from attn_dsl.backend.hopper.device import (
     up_to,
     wait_turn,
 )
-from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, nth, scalars_of
+from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, first_position, nth, scalars_of
 
 NEVER = gl.constexpr(float("-inf"))
 
@@ -190,10 +190,7 @@ class Problem:
     @gluon.jit
     def start(self, b):
         """The position of the first query."""
-        if self.q_offset.dtype.is_ptr():
-            return gl.load(self.q_offset + b).to(gl.int32)
-        else:
-            return self.q_offset.to(gl.int32)
+        return first_position(self.q_offset, b, gl.int32)
 
 
 @aggregate

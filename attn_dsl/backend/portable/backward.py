@@ -17,9 +17,11 @@ from attn_dsl.backend.portable.device import (
     LOG2E,
     captured,
     count,
+    first_position,
     inner_products,
     load_rows,
     nth,
+    own_mask,
     program,
     scalar,
     scalars_of,
@@ -76,10 +78,7 @@ def attention_delta(
     if SINK_GRAD is not None:
         scalars, tensors = scalars_of(parameters + sizes + (scalar(scale, False),), WIDE), captured(tensors, WIDE)
         grads = captured(grads, WIDE)
-        if q_offset.dtype.is_ptr():
-            start = tl.load(q_offset + b).to(tl.int64)
-        else:
-            start = q_offset.to(tl.int64)
+        start = first_position(q_offset, b, tl.int64)
         q = start + first + lines
         if not WIDE:
             b, h, q = b.to(tl.int32), h.to(tl.int32), q.to(tl.int32)
@@ -179,9 +178,8 @@ def _visit_queries(
     q = (start + first + lines).to(k.dtype)[None, :]
     keep = None
     if MASKED:
-        keep = lines < q_len - first
-        if QUERY_MASK is not None:
-            keep = keep & QUERY_MASK(b, h, (start + first + lines).to(k.dtype), False, scalars, tensors)
+        positions = (start + first + lines).to(k.dtype)
+        keep = own_mask(lines, q_len - first, positions, b, h, QUERY_MASK, scalars, tensors)
     queries = load_rows(query + wide * query_strides[2], lines, query_strides, keep, CONTIGUOUS, D, D0, D1)
     products = inner_products(keys, queries, PRECISION)
     l, row_delta = _row_numbers(numbers + first * 2, BM)
@@ -231,10 +229,7 @@ def attention_keys_backward(
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 
-    if q_offset.dtype.is_ptr():
-        start = tl.load(q_offset + b).to(tl.int64)
-    else:
-        start = q_offset.to(tl.int64)
+    start = first_position(q_offset, b, tl.int64)
     columns = tl.arange(0, BN)
     inside = columns < kv_len - tile * BN
     k0 = (tile * BN).to(tl.int64)
@@ -327,9 +322,8 @@ def _visit_keys(
     k = (first + columns)[None, :].to(q.dtype)
     loaded = None
     if MASKED:
-        loaded = columns < kv_len - first
-        if KEY_MASK is not None:
-            loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
+        positions = (first + columns).to(q.dtype)
+        loaded = own_mask(columns, kv_len - first, positions, b, h, KEY_MASK, scalars, tensors)
     wide = first.to(tl.int64)
     keys = load_rows(key + wide * key_strides[2], columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
     rows = load_rows(
@@ -388,10 +382,7 @@ def attention_queries_backward(
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 
-    if q_offset.dtype.is_ptr():
-        start = tl.load(q_offset + b).to(tl.int64)
-    else:
-        start = q_offset.to(tl.int64)
+    start = first_position(q_offset, b, tl.int64)
     lines = tl.arange(0, BM)
     first = (tile * BM).to(tl.int64)
     inside = lines < q_len - tile * BM

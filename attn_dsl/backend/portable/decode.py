@@ -7,7 +7,7 @@ what it sees, and each batch entry finds its own on the device. Softmax is that 
 the first split. Splits are merged in their order: the same bits in every run.
 """
 
-# ruff: noqa: E741, SIM108 (l is the row sum; static conditions as Triton knows them)
+# ruff: noqa: E741 (l is the row sum; static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -18,9 +18,11 @@ from attn_dsl.backend.portable.device import (
     LOG2E,
     captured,
     count,
+    first_position,
     inner_products,
     load_rows,
     nth,
+    own_mask,
     round_rows,
     scalar,
     scalars_of,
@@ -52,9 +54,8 @@ def _visit(
     k = (first + columns)[None, :].to(q.dtype)
     loaded = None
     if MASKED:
-        loaded = columns < kv_len - first
-        if KEY_MASK is not None:
-            loaded = loaded & KEY_MASK(b, head, (first + columns).to(q.dtype), False, scalars, tensors)
+        positions = (first + columns).to(q.dtype)
+        loaded = own_mask(columns, kv_len - first, positions, b, head, KEY_MASK, scalars, tensors)
     key_base = key + first.to(tl.int64) * key_strides[2]
     value_base = value + first.to(tl.int64) * value_strides[2]
     keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
@@ -118,10 +119,7 @@ def attention_decode(
     scalars = scalars_of(parameters + sizes + (scale,), WIDE)
     tensors = captured(tensors, WIDE)
 
-    if q_offset.dtype.is_ptr():
-        start = tl.load(q_offset + b).to(tl.int64)
-    else:
-        start = q_offset.to(tl.int64)
+    start = first_position(q_offset, b, tl.int64)
     inside = first_row + tl.arange(0, BM) < pack * q_len
     row = tl.minimum(first_row + tl.arange(0, BM), pack * q_len - 1)  # the last row stands in for those past it
     token, h_row = row // pack, head + row % pack

@@ -424,3 +424,21 @@ def program(tiles, pairs, section):
     width = tl.minimum(section, pairs - first)
     rest = number - first * tiles
     return tiles - 1 - rest // width, first + rest % width
+
+
+@triton.jit
+def first_position(q_offset, b, TYPE: tl.constexpr):
+    """The position of the first query, from a number or a pointer to [B]."""
+    if q_offset.dtype.is_ptr():
+        return tl.load(q_offset + b).to(TYPE)
+    else:
+        return q_offset.to(TYPE)
+
+
+@triton.jit
+def own_mask(lines, length, positions, b, h, MASK: tl.constexpr, scalars, tensors):
+    """Which lines of a tile there are, `length` of them, that MASK, a part of the mask over one axis, keeps."""
+    keep = lines < length
+    if MASK is not None:
+        keep = keep & MASK(b, h, positions, False, scalars, tensors)
+    return keep

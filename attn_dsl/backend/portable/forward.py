@@ -4,7 +4,7 @@ Softmax runs online, in base 2: with x the logit times log2(e), m the running ro
 p = 2 ** (x - m). A sink is a logit without a value: m starts at it, and l at 1.
 """
 
-# ruff: noqa: E741, SIM108 (l is the row sum; static conditions as Triton knows them)
+# ruff: noqa: E741 (l is the row sum; static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -14,9 +14,11 @@ from attn_dsl.backend.portable.device import (
     LOG2E,
     captured,
     count,
+    first_position,
     inner_products,
     load_rows,
     nth,
+    own_mask,
     program,
     round_rows,
     scalar,
@@ -43,9 +45,8 @@ def _visit(
     k = (first + columns)[None, :].to(q.dtype)
     loaded = None
     if MASKED:
-        loaded = columns < kv_len - first
-        if KEY_MASK is not None:
-            loaded = loaded & KEY_MASK(b, h, (first + columns).to(q.dtype), False, scalars, tensors)
+        positions = (first + columns).to(q.dtype)
+        loaded = own_mask(columns, kv_len - first, positions, b, h, KEY_MASK, scalars, tensors)
     key_base = key + first.to(tl.int64) * key_strides[2]
     value_base = value + first.to(tl.int64) * value_strides[2]
     keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
@@ -106,10 +107,7 @@ def attention_forward(
     scalars = scalars_of(parameters + sizes + (scale,), WIDE)
     tensors = captured(tensors, WIDE)
 
-    if q_offset.dtype.is_ptr():
-        start = tl.load(q_offset + b).to(tl.int64)
-    else:
-        start = q_offset.to(tl.int64)
+    start = first_position(q_offset, b, tl.int64)
     rows = tl.arange(0, BM)
     inside = rows < q_len - tile * BM
     q0 = start + tile * BM
