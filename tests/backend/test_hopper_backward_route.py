@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has no Gluon", allow_module_level=True)
 
+from hopper_support import GOOD, HOPPER, compiler, fresh, tensor
 from portable_support import program_of
 
 from attn_dsl.backend import gpu
@@ -28,13 +27,7 @@ from attn_dsl.backend.hopper.emit_backward import Emitted
 from attn_dsl.backend.hopper.launch_backward import Kernels, backward, refusal
 from attn_dsl.backend.portable.launch import Call
 
-HOPPER = (9, 0)
-GOOD = check.Build(0, (), ())
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def emitted(text: str) -> Emitted:
@@ -45,18 +38,9 @@ def variant(score: str = "score", mask: str = "true", declared: str = "") -> str
     return f"attention test(cap: float = 3.0)\n{declared}\nscore = {score}\nmask = {mask}\n"
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
 def call(*shape: int, dtype: torch.dtype = torch.bfloat16, **more: Any) -> Call:
     query = tensor(*shape, dtype=dtype)
     return Call(query, query, query, (), (), (), 0.1, **more)
-
-
-def fresh(text: str) -> Program:
-    known = program_of(text)
-    return Program(known.variant, known._proof)
 
 
 # ---------------------------------------------------------------- emission
@@ -182,25 +166,6 @@ def test_every_configuration_fits_the_shared_memory() -> None:
 
 
 # ---------------------------------------------------------------- routes
-
-
-def compiler(*builds: check.Build) -> tuple[list[int], Callable[..., Any]]:
-    """Makes kernels of which the assembler says `builds`, one after the other; the list grows with each."""
-    made: list[int] = []
-
-    def compile(kernel: Any, arguments: tuple[Any, ...], chosen: Mapping[str, Any]) -> Any:
-        made.append(len(made))
-        return SimpleNamespace(hash=f"kernel {len(made)}", asm={"ptx": str(len(made) - 1)})
-
-    return made, compile
-
-
-@pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def set_builds(*builds: check.Build) -> None:
-        monkeypatch.setattr(check, "inspect", lambda ptx: builds[int(ptx)])
-
-    return set_builds
 
 
 def test_calls_that_fit_take_the_hopper_kernel(says: Callable[..., None]) -> None:

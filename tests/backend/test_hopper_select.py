@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter has no Gluon", allow_module_level=True)
 
+from hopper_support import GOOD, HOPPER, compiler, fresh, tensor
 from portable_support import program_of
 
 from attn_dsl.backend import gpu, operators
@@ -25,23 +25,7 @@ from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.select import options, select
 from attn_dsl.errors import BindingError
 
-HOPPER = (9, 0)
-GOOD = check.Build(0, (), ())
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ATTN_DSL_CACHE_DIR", str(tmp_path))
-
-
-def fresh(text: str) -> Program:
-    """A program for which nothing was decided yet."""
-    known = program_of(text)
-    return Program(known.variant, known._proof)
-
-
-def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def call(query: Tensor, key: Tensor | None = None, value: Tensor | None = None, **more: Any) -> Call:
@@ -50,27 +34,6 @@ def call(query: Tensor, key: Tensor | None = None, value: Tensor | None = None, 
 
 
 PLAIN = call(tensor(2, 4, 300, 128))
-
-
-def compiler(*builds: check.Build) -> tuple[list[int], Callable[..., Any]]:
-    """Makes kernels of which the assembler says `builds`, one after the other; the list grows with each."""
-    made: list[int] = []
-
-    def compile(kernel: Any, arguments: tuple[Any, ...], chosen: Mapping[str, Any]) -> Any:
-        made.append(len(made))
-        return SimpleNamespace(hash=f"kernel {len(made)}", asm={"ptx": str(len(made) - 1)})
-
-    return made, compile
-
-
-@pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets what the assembler says of the kernels that `compiler` makes, in order."""
-
-    def set_builds(*builds: check.Build) -> None:
-        monkeypatch.setattr(check, "inspect", lambda ptx: builds[int(ptx)])
-
-    return set_builds
 
 
 def route(of: Program, bound: Call, capability: tuple[int, int] | None = HOPPER) -> gpu.Route:
