@@ -12,6 +12,11 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter_support import replace_once_for_each_launch
+
+    replace_once_for_each_launch()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
