@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import operators
-from attn_dsl.backend.binding import Call, lengths
+from attn_dsl.backend.binding import Call, lengths, page_table, slab_scales
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for
@@ -27,7 +27,17 @@ from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
-from attn_dsl.passes.lengths import KV_LEN, Q_END, check_name, with_ends, with_lengths
+from attn_dsl.passes.lengths import (
+    KV_LEN,
+    PAGE_TABLE,
+    Q_END,
+    check_name,
+    check_names,
+    with_ends,
+    with_lengths,
+    with_pages,
+    with_scales,
+)
 from attn_dsl.passes.prove import Proof
 from attn_dsl.report import Report, report
 
@@ -48,7 +58,7 @@ def compile(source: str | Path, **constants: bool | int | float) -> Attention:
     Raises CompileError with every error of the text, BindingError where the constants do not fit.
     """
     variant = load(source)
-    check_name(variant)
+    check_names(variant)
     return Attention(variant, constants)
 
 
@@ -65,7 +75,7 @@ class Attention:
         self._executable = program_for(self._program.variant, self._program.proof)
         self._binder = self._executable.binder
         self._replays = Replays(self._executable)
-        self._lengths: Attention | None = None
+        self._of_caches: dict[tuple[bool, bool, bool], Attention] = {}
         self._ends: Attention | None = None
 
     @property
@@ -83,6 +93,9 @@ class Attention:
         scale: float | None = ...,
         q_offset: int | Tensor = ...,
         kv_len: int | Tensor | None = ...,
+        page_table: Tensor | None = ...,
+        key_scale: Tensor | None = ...,
+        value_scale: Tensor | None = ...,
         return_lse: Literal[False] = ...,
         validate: bool = ...,
         deterministic: bool | None = ...,
@@ -101,6 +114,9 @@ class Attention:
         scale: float | None = ...,
         q_offset: int | Tensor = ...,
         kv_len: int | Tensor | None = ...,
+        page_table: Tensor | None = ...,
+        key_scale: Tensor | None = ...,
+        value_scale: Tensor | None = ...,
         return_lse: Literal[True],
         validate: bool = ...,
         deterministic: bool | None = ...,
@@ -118,6 +134,9 @@ class Attention:
         scale: float | None = None,
         q_offset: int | Tensor = 0,
         kv_len: int | Tensor | None = None,
+        page_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         return_lse: bool = False,
         validate: bool = False,
         deterministic: bool | None = None,
@@ -134,6 +153,10 @@ class Attention:
         q_offset    absolute position of the first query: an int, or an int tensor [B]
         kv_len      how many keys there are, where key and value are a cache with room for more: an int, or an int
                     tensor [B]; none from there on is seen or read, and `KV` is still the room. All unless given
+        page_table  key and value are a cache in pages, `[pages, HK, page, D]`, a page of 16, 32, 64, 128 or 256 keys:
+                    int32 [B, pages of a sequence], whose row `b` names the pages of entry `b` in order
+        key_scale, value_scale  key and value are float8_e4m3fn, and stand for so many times what they hold: float32
+                    [HK], or [slabs, HK], a slab being a page or, without pages, a batch entry
         return_lse  return also the log-sum-exp of the logits [B, H, Q] (natural logarithm; float32, or float64 for
                     float64 inputs; minus infinity where a row sees nothing, and its output is 0)
         validate    check promises of tensors and index ranges first, and name the first offender
@@ -146,18 +169,41 @@ class Attention:
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
         """
         choice = (deterministic, precise, float32_precision)
-        if kv_len is None:
-            return self._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
-        bindings[KV_LEN] = lengths(kv_len, query, key)
-        self._take_lengths()
-        assert self._lengths is not None
-        return self._lengths._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
+        runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
+        return runs._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
+
+    def _of_cache(
+        self,
+        query: Tensor,
+        key: Tensor,
+        kv_len: int | Tensor | None,
+        table: Tensor | None,
+        key_scale: Tensor | None,
+        value_scale: Tensor | None,
+        bindings: dict[str, Value],
+    ) -> Attention:
+        """What runs a call on such a cache; what it captures for that goes to `bindings`."""
+        scaled = key_scale is not None or value_scale is not None
+        kind = (kv_len is not None, table is not None, scaled)
+        if kind == (False, False, False):
+            return self
+        if table is not None:
+            bindings[PAGE_TABLE] = page_table(table, query)
+        if kv_len is not None:
+            bindings[KV_LEN] = lengths(kv_len, query, key, table)
+        if scaled:
+            bindings.update(slab_scales(key_scale, value_scale, key))
+        self._take(kind)
+        return self._of_caches[kind]
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _take_lengths(self) -> bool:
-        """Make what runs calls with a `kv_len`, which it captures; a graph that is traced does not look inside."""
-        if self._lengths is None:
-            self._lengths = Attention(with_lengths(self._written), self._constants)
+    def _take(self, kind: tuple[bool, bool, bool]) -> bool:
+        """Make what runs calls with lengths, pages, scales, which it captures; a trace does not look inside."""
+        if kind not in self._of_caches:
+            variant = self._written
+            for wanted, extend in zip(kind, (with_lengths, with_pages, with_scales), strict=True):
+                variant = extend(variant) if wanted else variant
+            self._of_caches[kind] = Attention(variant, self._constants)
         return True
 
     def _run(
@@ -283,14 +329,13 @@ class Attention:
         scale: float | None = None,
         q_offset: int | Tensor = 0,
         kv_len: int | Tensor | None = None,
+        page_table: Tensor | None = None,
+        key_scale: Tensor | None = None,
+        value_scale: Tensor | None = None,
         **bindings: Value,
     ) -> str:
         """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
-        runs = self
-        if kv_len is not None:
-            bindings[KV_LEN] = lengths(kv_len, query, key)
-            self._take_lengths()
-            runs = self._lengths or self
+        runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
         call = runs._binder.bind(query, key, value, scale, q_offset, bindings)
         return select(call.query.device).explain(runs._program, call)
 

@@ -22,14 +22,18 @@ from attn_dsl.ir.nodes import Binary, BinaryOp, Const, Load, Node, Param, Size, 
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant
 from attn_dsl.passes.bake import coerce
+from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE, is_paged, is_scaled
 
 RESERVED = (
     "query", "key", "value", "scale", "q_offset", "return_lse", "validate", "deterministic", "precise",
     "float32_precision", "backward",
 )  # fmt: skip
 _CPU = torch.device("cpu")
+EIGHT_BITS = torch.float8_e4m3fn
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUT = {"query": "[B, H, Q, D]", "key": "[B, HK, KV, D]", "value": "[B, HK, KV, DV]"}
+PAGED_LAYOUT = {"query": "[B, H, Q, D]", "key": "[pages, HK, page, D]", "value": "[pages, HK, page, DV]"}
+PAGE_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Binder:
             if name in RESERVED:
                 raise BindingError(f"`{variant.name}` declares `{name}`, which is an argument of every call: rename it")
         self.variant = variant
+        self.paged, self.scaled = is_paged(variant), is_scaled(variant)
         self.names = frozenset(names)
         self.dtypes = {t.name: cast(torch.dtype, getattr(torch, t.dtype.value)) for t in variant.tensors}
         self.signature = Signature.of(variant)
@@ -91,9 +96,11 @@ class Binder:
         bindings: Mapping[str, Any],
     ) -> Call:
         """The checked call. Raises BindingError."""
-        key, value = _inputs(query, key, value)
+        key, value = _inputs(query, key, value, self.paged, self.scaled)
         batch, heads, q_len, dim = query.shape
         sizes = {"B": batch, "H": heads, "HK": key.shape[1], "Q": q_len, "KV": key.shape[2], "D": dim}
+        if self.paged:
+            sizes["KV"] *= bindings[PAGE_TABLE].shape[1]
         if bindings.keys() - self.names:
             raise BindingError(self._unknown(next(name for name in bindings if name not in self.names)))
         parameters = {p.name: self._parameter(p, bindings, query.device) for p in self.variant.parameters}
@@ -125,7 +132,7 @@ class Binder:
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise BindingError(f"`{name}`: expected a tensor, got {type(tensor).__name__}")
-        if key.shape[0] != query.shape[0]:
+        if key.shape[0] != query.shape[0] and not self.paged:
             key, value = key.expand(query.shape[0], -1, -1, -1), value.expand(query.shape[0], -1, -1, -1)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         return Call(query, key, value, scale, q_offset, {}, parameters, cast("dict[str, Tensor]", tensors))
@@ -239,32 +246,42 @@ def _divisors(variant: Variant) -> tuple[Node, ...]:
     return tuple(found)
 
 
-def _inputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, paged: bool = False, scaled: bool = False
+) -> tuple[Tensor, Tensor]:
     """Key and value, a batch of 1 broadcast to that of the query, once all three fit."""
+    layout = PAGED_LAYOUT if paged else LAYOUT
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
-            raise _error(name, f"a tensor {LAYOUT[name]}", type(x).__name__)
+            raise _error(name, f"a tensor {layout[name]}", type(x).__name__)
         if x.dim() != 4:
-            raise _error(name, f"4 axes {LAYOUT[name]}", f"{x.dim()}, shape {list(x.shape)}")
+            raise _error(name, f"4 axes {layout[name]}", f"{x.dim()}, shape {list(x.shape)}")
         if 0 in x.shape:
             raise _error(name, "no empty axis", f"shape {list(x.shape)}")
-        if x.dtype not in FLOATS:
+        if scaled and name != "query":
+            if x.dtype is not EIGHT_BITS:
+                raise _error(name, f"dtype {_name(EIGHT_BITS)}, since there are scales", _name(x.dtype))
+        elif x.dtype is EIGHT_BITS and name != "query":
+            raise _error(name, f"`{name}_scale` with dtype {_name(EIGHT_BITS)}", "nothing")
+        elif x.dtype not in FLOATS:
             raise _error(name, "dtype float32, bfloat16, float16 or float64", _name(x.dtype))
-        if x.dtype is not query.dtype:
+        elif x.dtype is not query.dtype:
             raise _error(name, f"dtype {_name(query.dtype)}, that of `query`", _name(x.dtype))
         if x.device != query.device:
             raise _error(name, f"device {query.device}, that of `query`", x.device)
     batch, heads, _, dim = query.shape
-    if key.shape[0] not in (1, batch):
+    if key.shape[0] not in (1, batch) and not paged:
         raise _error("key", f"batch {batch}, that of `query`, or 1", key.shape[0])
+    if paged and key.shape[2] not in PAGE_SIZES:
+        raise _error("key", f"pages of {', '.join(map(str, PAGE_SIZES))} keys", key.shape[2])
     if heads % key.shape[1]:
         raise _error("key", f"a number of heads that divides the {heads} of `query`", key.shape[1])
     if key.shape[3] != dim:
         raise _error("key", f"head dimension {dim}, that of `query`", key.shape[3])
-    for axis, what in enumerate(("batch", "heads", "length")):
+    for axis, what in enumerate(("pages" if paged else "batch", "heads", "length")):
         if value.shape[axis] != key.shape[axis]:
             raise _error("value", f"{what} {key.shape[axis]}, that of `key`", value.shape[axis])
-    if key.shape[0] != batch:
+    if key.shape[0] != batch and not paged:
         return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
     return key, value
 
@@ -294,11 +311,44 @@ def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int |
     return q_offset
 
 
-def lengths(kv_len: int | Tensor, query: Tensor, key: Tensor) -> Tensor:
+def page_table(table: Tensor, query: Tensor) -> Tensor:
+    """A call's page table, checked but for its numbers. Raises BindingError."""
+    if not isinstance(query, Tensor) or query.dim() != 4:
+        _inputs(query, query, query, paged=True)
+    batch, expected = query.shape[0], f"an int32 tensor [{query.shape[0]}, pages of a sequence]"
+    if not isinstance(table, Tensor):
+        raise _error(PAGE_TABLE, expected, type(table).__name__)
+    if table.dtype is not torch.int32:
+        raise _error(PAGE_TABLE, expected, f"dtype {_name(table.dtype)}")
+    if table.dim() != 2 or table.shape[0] != batch or table.shape[1] == 0:
+        raise _error(PAGE_TABLE, expected, f"shape {list(table.shape)}")
+    return table
+
+
+def slab_scales(key_scale: Tensor | None, value_scale: Tensor | None, key: Tensor) -> dict[str, Tensor]:
+    """A call's scales, those of heads `[HK]` as scales of each slab (a page, else a batch entry) and head
+    `[slabs, HK]`. Raises BindingError."""
+    slabs, heads = key.shape[:2]
+    found: dict[str, Tensor] = {}
+    for name, scale in ((KEY_SCALE, key_scale), (VALUE_SCALE, value_scale)):
+        expected = f"a float32 tensor [{heads}], of heads, or [{slabs}, {heads}]"
+        if not isinstance(scale, Tensor):
+            raise _error(name, expected, "nothing" if scale is None else type(scale).__name__)
+        if scale.dtype is not torch.float32:
+            raise _error(name, expected, f"dtype {_name(scale.dtype)}")
+        if tuple(scale.shape) not in ((heads,), (slabs, heads)):
+            raise _error(name, expected, f"shape {list(scale.shape)}")
+        found[name] = scale if scale.dim() == 2 else scale.expand(slabs, -1)
+    return found
+
+
+def lengths(kv_len: int | Tensor, query: Tensor, key: Tensor, table: Tensor | None = None) -> Tensor:
     """A call's `kv_len` as int32 [B] on the device of `query`. Raises BindingError; nothing on a GPU is waited for."""
     if not isinstance(query, Tensor) or not isinstance(key, Tensor) or query.dim() != 4 or key.dim() != 4:
-        _inputs(query, key, key)
+        _inputs(query, key, key, table is not None)
     batch, room, device = query.shape[0], key.shape[2], query.device
+    if table is not None:
+        room *= table.shape[1]
     expected = f"an int from 0 to {room}, the keys that there is room for, or an int tensor [{batch}] of such"
     if not isinstance(kv_len, Tensor):
         if isinstance(kv_len, bool) or not isinstance(kv_len, int | torch.SymInt) or not 0 <= kv_len <= room:

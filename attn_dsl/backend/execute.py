@@ -162,6 +162,8 @@ def backward(
 def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    if program.binder.paged or program.binder.scaled:
+        raise BindingError("a call on a cache in pages, or in 8 bits, has no backward pass")
     return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
 
 
@@ -171,7 +173,12 @@ def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
 def _cpu_forward(program: Program, call: Call) -> Outputs:
     from attn_dsl.backend.cpu import attention as cpu
 
-    out, lse = cpu.forward(cpu.problem_of(program.variant, program.schedule, call), call)
+    problem = cpu.problem_of(program.variant, program.schedule, call)
+    if program.binder.paged or program.binder.scaled:
+        from attn_dsl.backend.cpu.pages import gathered
+
+        call = gathered(problem, call)
+    out, lse = cpu.forward(problem, call)
     return out, lse, lse.new_empty(0)
 
 
@@ -226,7 +233,7 @@ def portable_call(program: Program, call: Call, options: Options) -> PortableCal
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.tuning import chosen
 
-    query, value = call.query, call.value
+    query, value, sizes = call.query, call.value, call.sizes
     return PortableCall(
         call.query,
         call.key,
@@ -250,3 +257,4 @@ def _placed(x: Any, device: torch.device) -> Any:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+        dims=(sizes["B"], sizes["H"], sizes["HK"], sizes["Q"], sizes["KV"], sizes["D"]),

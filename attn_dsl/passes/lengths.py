@@ -1,7 +1,13 @@
-"""Keys and queries that are there: variants for caches and sequences with a length of their own in each batch entry.
+"""Where keys and queries stand: variants for caches, pages and packed sequences, each batch entry with its own lengths.
 
 A length is a conjunct of the mask like any other, `k < kv_len[b]`, so the proofs find the tiles that end there, on
-the device, and each backend runs it as it is. `KV` stays the capacity of the cache.
+the device, and each backend runs it as it is. `KV` stays the capacity of the cache. What else the kernels must know is
+declared last, as captured tensors that no expression reads:
+
+    page_table: int32[B, pages]                  the keys stand in pages; `KV` is what the table has room for
+    key_scale, value_scale: float32[slabs, HK]   what keys and values in 8 bits are multiplied by, for each page (or
+                                                 batch entry, where there are none) and head
+    query_ends, key_ends: int32[B + 1]           sequences are packed, one behind the other; `Q` and `KV` are parameters
 """
 
 from __future__ import annotations
@@ -9,31 +15,88 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_dsl.errors import BindingError
-from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Index, K, Load, Node, Q, Size
+from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Const, Index, K, Load, Node, Q, Size
 from attn_dsl.ir.types import DType, Type
-from attn_dsl.ir.variant import Tensor, Variant
+from attn_dsl.ir.variant import Parameter, Tensor, Variant
 
-KV_LEN, Q_END = "kv_len", "q_end"
+KV_LEN, PAGE_TABLE, KEY_SCALE, VALUE_SCALE = "kv_len", "page_table", "key_scale", "value_scale"
+QUERY_ENDS, KEY_ENDS, LONGEST_QUERY, LONGEST_KEY = "query_ends", "key_ends", "longest_query", "longest_key"
+OF_CALLS = (KV_LEN, PAGE_TABLE, KEY_SCALE, VALUE_SCALE)
+OF_PACKED = (QUERY_ENDS, KEY_ENDS, LONGEST_QUERY, LONGEST_KEY)
+
+
+Q_END = "q_end"
 
 
 def check_name(variant: Variant, name: str = KV_LEN) -> None:
-    """Raises BindingError where the variant declares `name` itself."""
-    if name in (*(p.name for p in variant.parameters), *(t.name for t in variant.tensors)):
-        raise BindingError(f"`{variant.name}` declares `{name}`, which is an argument of every call: rename it")
-
-
-def with_lengths(variant: Variant) -> Variant:
-    """The variant with `tensor kv_len: int32[B]`, in which keys from `kv_len[b]` on are not seen."""
-    return _ending(variant, K, KV_LEN)
+    check_names(variant, (name,))
 
 
 def with_ends(variant: Variant) -> Variant:
     """`with_lengths`, with `tensor q_end: int32[B]` besides: queries from position `q_end[b]` on see nothing."""
-    return _ending(with_lengths(variant), Q, Q_END)
+    variant = with_lengths(variant)
+    tensors = (*variant.tensors, Tensor(Q_END, DType.INT32, (Size("B"),)))
+    return replace(variant, tensors=tensors, mask=_before(variant.mask, Q, Load(Q_END, (Index("b"),), Type.INT)))
 
 
-def _ending(variant: Variant, position: Node, name: str) -> Variant:
-    is_there = Compare(CompareOp.LT, position, Load(name, (Index("b"),), Type.INT))
-    ends = Tensor(name, DType.INT32, (Size("B"),))
-    mask = Binary(BinaryOp.AND, variant.mask, is_there)
-    return replace(variant, tensors=(*variant.tensors, ends), mask=mask)
+def check_names(variant: Variant, names: tuple[str, ...] = OF_CALLS) -> None:
+    """Raises BindingError where the variant declares one of the names itself."""
+    for name in names:
+        if name in (*(p.name for p in variant.parameters), *(t.name for t in variant.tensors)):
+            raise BindingError(f"`{variant.name}` declares `{name}`, which is an argument of every call: rename it")
+
+
+def with_lengths(variant: Variant) -> Variant:
+    """The variant with `tensor kv_len: int32[B]`, in which keys from `kv_len[b]` on are not seen."""
+    tensors = (*variant.tensors, Tensor(KV_LEN, DType.INT32, (Size("B"),)))
+    return replace(variant, tensors=tensors, mask=_before(variant.mask, K, Load(KV_LEN, (Index("b"),), Type.INT)))
+
+
+def with_pages(variant: Variant) -> Variant:
+    """The variant with `tensor page_table: int32[B, pages]`."""
+    table = Tensor(PAGE_TABLE, DType.INT32, (Size("B"), Size("pages_of_a_sequence")))
+    return replace(variant, tensors=(*variant.tensors, table))
+
+
+def with_scales(variant: Variant) -> Variant:
+    """The variant with `tensor key_scale, value_scale: float32[slabs, HK]`."""
+    scales = (
+        Tensor(name, DType.FLOAT32, (Size("slabs_of_the_cache"), Size("HK"))) for name in (KEY_SCALE, VALUE_SCALE)
+    )
+    return replace(variant, tensors=(*variant.tensors, *scales))
+
+
+def with_packing(variant: Variant) -> Variant:
+    """The variant of packed sequences: `tensor query_ends, key_ends: int32[B + 1]`, cumulative lengths, and
+    `longest_query, longest_key: int`. Rows and keys past those of a sequence see nothing and are not seen."""
+    one_more = Binary(BinaryOp.ADD, Size("B"), Const(1))
+    mask = variant.mask
+    for name, position in ((KEY_ENDS, K), (QUERY_ENDS, Q)):
+        mask = _before(mask, position, sequence_length(name))
+    ends = (Tensor(name, DType.INT32, (one_more,)) for name in (QUERY_ENDS, KEY_ENDS))
+    longest = (Parameter(name, Type.INT) for name in (LONGEST_QUERY, LONGEST_KEY))
+    return replace(
+        variant, parameters=(*variant.parameters, *longest), tensors=(*variant.tensors, *ends), mask=mask
+    )  # fmt: skip
+
+
+def sequence_length(ends: str) -> Node:
+    """How many rows the packed sequence `b` has."""
+    begin, end = (Load(ends, (index,), Type.INT) for index in (Index("b"), Binary(BinaryOp.ADD, Index("b"), Const(1))))
+    return Binary(BinaryOp.SUB, end, begin)
+
+
+def _before(mask: Node, position: Node, end: Node) -> Node:
+    return Binary(BinaryOp.AND, mask, Compare(CompareOp.LT, position, end))
+
+
+def is_paged(variant: Variant) -> bool:
+    return any(tensor.name == PAGE_TABLE for tensor in variant.tensors)
+
+
+def is_scaled(variant: Variant) -> bool:
+    return any(tensor.name == KEY_SCALE for tensor in variant.tensors)
+
+
+def is_packed(variant: Variant) -> bool:
+    return any(tensor.name == QUERY_ENDS for tensor in variant.tensors)

@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from attn_dsl.backend.portable.device import (
     LN2,
     LOG2E,
+    along_keys,
     captured,
     count,
     first_position,
@@ -23,13 +24,16 @@ from attn_dsl.backend.portable.device import (
     load_rows,
     nth,
     own_mask,
+    place_rows,
     round_rows,
     scalar,
     scalars_of,
     scale_rows,
+    slab,
     store_rows,
     strides_of,
     weighted_sum,
+    widened,
     zero_rows,
 )
 
@@ -42,12 +46,13 @@ def _by_row(x, BM: tl.constexpr):
 
 @triton.jit
 def _visit(
-        tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h, q, q0, scalars,
-        tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
+        tile, at, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h, q, q0,
+        scalars, tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
         CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-        DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+        DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr
 ):  # fmt: skip
-    """Take one key tile into the state (accumulator, m, l). `factor` and `slope` are [BM], or None."""
+    """Take one key tile, which stands `at` its slab, into the state (accumulator, m, l). `factor` and `slope` are [BM],
+    or None."""
     acc, m, l = state
     columns = tl.arange(0, BN)
     first = tile * BN
@@ -56,11 +61,11 @@ def _visit(
     if MASKED:
         positions = (first + columns).to(q.dtype)
         loaded = own_mask(columns, kv_len - first, positions, b, head, KEY_MASK, scalars, tensors)
-    key_base = key + first.to(tl.int64) * key_strides[2]
-    value_base = value + first.to(tl.int64) * value_strides[2]
-    keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
-    rows = load_rows(value_base, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
-    x = inner_products(query, keys, PRECISION)
+    key_base, lines = place_rows(key, first, columns, key_strides, at, BN, PAGE)
+    value_base, lines = place_rows(value, first, columns, value_strides, at, BN, PAGE)
+    keys = widened(load_rows(key_base, lines, key_strides, loaded, CONTIGUOUS, D, D0, D1), query[0].dtype)
+    rows = widened(load_rows(value_base, lines, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1), query[0].dtype)
+    x = along_keys(inner_products(query, keys, PRECISION), at, 2)
     if SCORE is not None:
         x = SCORE(x, b, h, q, k, q0.to(q.dtype), first.to(q.dtype), not MASKED, scalars, tensors)
     if factor is not None:
@@ -80,7 +85,8 @@ def _visit(
     p = tl.exp2(x - (base - ahead)[:, None])
     decay = tl.exp2(m - base)
     l = l * decay + tl.sum(p, 1)
-    acc = weighted_sum(scale_rows(acc, decay[:, None]), p.to(value.dtype.element_ty), rows, PRECISION)
+    acc = scale_rows(acc, decay[:, None])
+    acc = weighted_sum(acc, along_keys(p, at, 1).to(rows[0].dtype), rows, PRECISION)
     return acc, peak, l
 
 
@@ -94,12 +100,13 @@ def attention_decode(
         SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
         D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
         BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-        OVERLAP: tl.constexpr
+        OVERLAP: tl.constexpr, PAGE: tl.constexpr = 0, SCALED: tl.constexpr = False
 ):  # fmt: skip
     """out [splits, B, H, Q, DV], lse and, where ROW is given, `shifted` [splits, B, H, Q], each of one split.
 
     `pack` heads share a tile; it divides H // HK. Tile ranges and KEY_MASK do not depend on the head unless it is 1.
-    The other arguments are those of `attention_forward`. OVERLAP lets the kernel that merges begin early.
+    The other arguments are those of `attention_forward`, with PAGE and SCALED. OVERLAP lets the kernel that merges
+    begin early.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -135,8 +142,12 @@ def attention_decode(
     else:
         q = q.to(tl.int32)
 
-    key += b64 * key_strides[0] + hk64 * key_strides[1]
-    value += b64 * value_strides[0] + hk64 * value_strides[1]
+    if PAGE == 0:
+        key += b64 * key_strides[0] + hk64 * key_strides[1]
+        value += b64 * value_strides[0] + hk64 * value_strides[1]
+    else:
+        key += hk64 * key_strides[1]
+        value += hk64 * value_strides[1]
     place = h_row64 * query_strides[1] + token64 * query_strides[2]
     block = load_rows(
         query + b64 * query_strides[0], place, (0, 0, 1, query_strides[3]), None, CONTIGUOUS, D, D0, D1
@@ -168,28 +179,36 @@ def attention_decode(
     begin = (split.to(tl.int64) * tiles // splits).to(tl.int32)
     end = ((split + 1).to(tl.int64) * tiles // splits).to(tl.int32)
     if len(partial) > 0:
+        at = slab(nth(partial, begin), b, hk, wide, BN, PAGE, SCALED)
         for n in range(begin, tl.minimum(end, partial_count)):
             j = nth(partial, n)
+            following = slab(nth(partial, n + 1), b, hk, wide, BN, PAGE, SCALED)
             if SKIP is None:
                 state = _visit(
-                    j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h, q, q0,
-                    scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN, PRECISION
+                    j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h, q,
+                    q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                    PRECISION, PAGE
                 )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b64, head64, q0, q1, k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit(
-                        j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h,
-                        q, q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                        PRECISION
+                        j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head,
+                        h, q, q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
+                        BN, PRECISION, PAGE
                     )  # fmt: skip
+            at = following
     if len(full) > 0:
-        for n in range(tl.maximum(begin - partial_count, 0), end - partial_count):
+        first = tl.maximum(begin - partial_count, 0)
+        at = slab(nth(full, first), b, hk, wide, BN, PAGE, SCALED)
+        for n in range(first, end - partial_count):
+            following = slab(nth(full, n + 1), b, hk, wide, BN, PAGE, SCALED)
             state = _visit(
-                nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head, h,
-                q, q0, scalars, tensors, FULL_SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                PRECISION
+                nth(full, n), at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, head,
+                h, q, q0, scalars, tensors, FULL_SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
+                PRECISION, PAGE
             )  # fmt: skip
+            at = following
 
     acc, m, l = state
     empty = (l == 0.0) | (term == float("-inf"))

@@ -5,7 +5,7 @@ Positions are int32, or int64 where the caller found that int32 could overflow. 
 two chunks of columns (192 = 128 + 64), so a tile of rows is a tuple of one or two blocks.
 """
 
-# ruff: noqa: RET505, RUF005
+# ruff: noqa: RET505, RUF005, SIM108
 # Triton compiles what follows a `return` under a static condition unless it stands in an `else`, and it knows tuples
 # by concatenation only.
 
@@ -393,22 +393,33 @@ def weighted_sum(total, weight, tile, PRECISION: tl.constexpr):
 
 @triton.jit
 def count(segments):
-    """How many tiles the segments hold together; `end < begin` is an empty one."""
+    """How many tiles the segments hold together. A segment is (begin, end), empty where end < begin, or it is part of a
+    list (`classify.py`): (entries, first, step, count)."""
     total = 0
     for i in tl.static_range(len(segments)):
-        total += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
+        if len(segments[i]) == 4:
+            total += segments[i][3]
+        else:
+            total += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
     return total
 
 
 @triton.jit
 def nth(segments, n):
-    """The n-th tile of the segments, one after the other."""
+    """The n-th tile of the segments, one after the other; some tile of the axis where lists hold none."""
     tile = n
     passed = 0
     for i in tl.static_range(len(segments)):
-        begin = tl.maximum(segments[i][0], 0).to(tl.int32)
-        tile = tl.where(n >= passed, begin + n - passed, tile)
-        passed += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
+        if len(segments[i]) == 4:
+            at = n - passed
+            held = (at >= 0) & (at < segments[i][3])
+            entry = tl.load(segments[i][0] + (segments[i][1] + at * segments[i][2]), mask=held, other=0)
+            tile = entry if i == 0 else tl.where(held, entry, tile)
+            passed += segments[i][3]
+        else:
+            begin = tl.maximum(segments[i][0], 0).to(tl.int32)
+            tile = tl.where(n >= passed, begin + n - passed, tile)
+            passed += tl.maximum(segments[i][1] - segments[i][0], 0).to(tl.int32)
     return tile
 
 
@@ -433,6 +444,71 @@ def first_position(q_offset, b, TYPE: tl.constexpr):
         return tl.load(q_offset + b).to(TYPE)
     else:
         return q_offset.to(TYPE)
+
+
+# ---------------------------------------------------------------- pages and scales
+#
+# A cache in pages is [pages, HK, PAGE, D]; row b of the page table, int32 [B, pages of a sequence], names the pages of
+# a batch entry in order. What a table or a scale says of a tile is loaded one tile ahead, since addresses wait for it.
+
+
+@triton.jit
+def slab(tile, b, hk, tensors, BN: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.constexpr):
+    """Where a tile of BN keys stands: ([page], [key scale, value scale]), the page if PAGE is not 0, and the scales if
+    SCALED. Each is a number where a page holds whole tiles, else [BN].
+
+    The table and the scales stand last in `tensors`. A tile past the end of the table has the last page.
+    """
+    result = ()
+    place = b.to(tl.int64)
+    if PAGE > 0:
+        table = tensors[len(tensors) - (3 if SCALED else 1)]
+        if PAGE >= BN:
+            number = tile // (PAGE // BN)
+        else:
+            number = tile * (BN // PAGE) + tl.arange(0, BN) // PAGE
+        number = tl.minimum(number, (table[1][1] - 1).to(tl.int32))
+        place = tl.load(table[0] + place * table[2][0] + number * table[2][1]).to(tl.int64)
+        result = (place,)
+    if SCALED:
+        for i in tl.static_range(len(tensors) - 2, len(tensors)):
+            scale = tensors[i]
+            result = result + (tl.load(scale[0] + place * scale[2][0] + hk * scale[2][1]),)
+    return result
+
+
+@triton.jit
+def place_rows(base, first, lines, strides, at, BN: tl.constexpr, PAGE: tl.constexpr):
+    """(base, rows) with which `load_rows` finds the keys first + lines, a tile of BN keys that stands `at` its slab.
+
+    base: pointer to the first row of the batch entry, where there are pages to that of the first page.
+    """
+    if PAGE == 0:
+        return base + first.to(tl.int64) * strides[2], lines
+    elif PAGE >= BN:
+        return base + at[0] * strides[0] + (first % PAGE).to(tl.int64) * strides[2], lines
+    else:
+        return base + (at[0] * strides[0])[:, None], lines % PAGE
+
+
+@triton.jit
+def widened(tile, DTYPE: tl.constexpr):
+    """A tile of 8 bits as the products take it."""
+    if tile[0].dtype.primitive_bitwidth == 8:
+        return round_rows(tile, DTYPE)
+    else:
+        return tile
+
+
+@triton.jit
+def along_keys(x, at, LAST: tl.constexpr):
+    """x [rows, keys] times a scale of the slab: LAST is 2 for that of the keys, 1 for that of the values."""
+    if len(at) < 2:
+        return x
+    elif at[len(at) - LAST].type.is_block():
+        return x * at[len(at) - LAST][None, :]
+    else:
+        return x * at[len(at) - LAST]
 
 
 @triton.jit

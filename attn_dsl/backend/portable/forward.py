@@ -12,6 +12,7 @@ import triton.language as tl
 from attn_dsl.backend.portable.device import (
     LN2,
     LOG2E,
+    along_keys,
     captured,
     count,
     first_position,
@@ -19,26 +20,29 @@ from attn_dsl.backend.portable.device import (
     load_rows,
     nth,
     own_mask,
+    place_rows,
     program,
     round_rows,
     scalar,
     scalars_of,
     scale_rows,
+    slab,
     store_rows,
     strides_of,
     weighted_sum,
+    widened,
     zero_rows,
 )
 
 
 @triton.jit
 def _visit(
-        tile, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
+        tile, at, state, query, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0, scalars,
         tensors, SCORE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, MASKED: tl.constexpr,
         CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr,
-        DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr
+        DV0: tl.constexpr, DV1: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr
 ):  # fmt: skip
-    """Take one key tile into the state (accumulator, m, l)."""
+    """Take one key tile, which stands `at` its slab, into the state (accumulator, m, l)."""
     acc, m, l = state
     columns = tl.arange(0, BN)
     first = tile * BN
@@ -47,10 +51,10 @@ def _visit(
     if MASKED:
         positions = (first + columns).to(q.dtype)
         loaded = own_mask(columns, kv_len - first, positions, b, h, KEY_MASK, scalars, tensors)
-    key_base = key + first.to(tl.int64) * key_strides[2]
-    value_base = value + first.to(tl.int64) * value_strides[2]
-    keys = load_rows(key_base, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
-    x = inner_products(query, keys, PRECISION)
+    key_base, lines = place_rows(key, first, columns, key_strides, at, BN, PAGE)
+    value_base, lines = place_rows(value, first, columns, value_strides, at, BN, PAGE)
+    keys = widened(load_rows(key_base, lines, key_strides, loaded, CONTIGUOUS, D, D0, D1), query[0].dtype)
+    x = along_keys(inner_products(query, keys, PRECISION), at, 2)
     if SCORE is not None:
         x = SCORE(x, b, h, q, k, q0.to(q.dtype), first.to(q.dtype), not MASKED, scalars, tensors)
     if MASKED:
@@ -73,8 +77,8 @@ def _visit(
     decay = tl.exp2(m - base)
     l = l * decay + tl.sum(p, 1)
     acc = scale_rows(acc, decay[:, None])
-    rows = load_rows(value_base, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
-    acc = weighted_sum(acc, p.to(value.dtype.element_ty), rows, PRECISION)
+    rows = widened(load_rows(value_base, lines, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1), query[0].dtype)
+    acc = weighted_sum(acc, along_keys(p, at, 1).to(rows[0].dtype), rows, PRECISION)
     return acc, peak, l
 
 
@@ -87,13 +91,15 @@ def attention_forward(
         FACTOR: tl.constexpr, SLOPE: tl.constexpr, MASK: tl.constexpr, KEY_MASK: tl.constexpr, ROW: tl.constexpr,
         SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
         D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-        BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+        BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+        PAGE: tl.constexpr = 0, SCALED: tl.constexpr = False
 ):  # fmt: skip
     """out [B, H, Q, DV], lse [B, H, Q] and, where ROW is given, `shifted` [B, H, Q]: lse without the row term.
 
     sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
     SCORE maps products of query and key to base-2 logits without the row term, FULL_SCORE does so on full tiles; where
-    it is None, the logit is FACTOR times the product. Where SLOPE is given, slope * (k - q) is added, in base 2.
+    it is None, the logit is FACTOR times the product. Where SLOPE is given, slope * (k - q) is added, in base 2. PAGE
+    and SCALED say how keys and values are stored, see `slab`.
     """
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, out_strides = strides_of(value_strides, UNIT), strides_of(out_strides, UNIT)
@@ -120,8 +126,12 @@ def attention_forward(
         b, h = b64, h64
     query += b64 * query_strides[0] + h64 * query_strides[1]
     query += (tile * BM).to(tl.int64) * query_strides[2]
-    key += b64 * key_strides[0] + hk64 * key_strides[1]
-    value += b64 * value_strides[0] + hk64 * value_strides[1]
+    if PAGE == 0:
+        key += b64 * key_strides[0] + hk64 * key_strides[1]
+        value += b64 * value_strides[0] + hk64 * value_strides[1]
+    else:
+        key += hk64 * key_strides[1]
+        value += hk64 * value_strides[1]
     block = load_rows(query, rows, query_strides, inside, CONTIGUOUS, D, D0, D1)
 
     factor = 1.0
@@ -147,29 +157,35 @@ def attention_forward(
     state = (zero_rows(BM, DV0, DV1), m, l)
     partial, full = KV_RANGES(b64, h64, q0, q0 + (BM - 1), start, BN, scalars_64, wide)
     if len(partial) > 0:
+        at = slab(nth(partial, 0), b, hk, wide, BN, PAGE, SCALED)
         for n in range(count(partial)):
             j = nth(partial, n)
+            following = slab(nth(partial, n + 1), b, hk, wide, BN, PAGE, SCALED)
             if SKIP is None:
                 state = _visit(
-                    j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
+                    j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
                     scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                    PRECISION
+                    PRECISION, PAGE
                 )  # fmt: skip
             else:
                 k0 = j.to(tl.int64) * BN
                 if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                     state = _visit(
-                        j, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
+                        j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
                         q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                        PRECISION
+                        PRECISION, PAGE
                     )  # fmt: skip
+            at = following
     if len(full) > 0:
+        at = slab(nth(full, 0), b, hk, wide, BN, PAGE, SCALED)
         for n in range(count(full)):
+            following = slab(nth(full, n + 1), b, hk, wide, BN, PAGE, SCALED)
             state = _visit(
-                nth(full, n), state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
+                nth(full, n), at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
                 q0, scalars, tensors, FULL_SCORE, MASK, KEY_MASK, False, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                PRECISION
+                PRECISION, PAGE
             )  # fmt: skip
+            at = following
 
     acc, m, l = state
     empty = (l == 0.0) | (row == float("-inf"))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,9 @@ class Call:
     parameters: in declared order, numbers or tensors of one element. tensors: the captured tensors, in declared order.
     extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
     precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`. capability: compute capability to
-    compile for, where it is not that of the tensors' device.
+    compile for, where it is not that of the tensors' device. results: tensors to write `out`, `dq`, `dk` and `dv` to,
+    dense in their last axis; what is not there is written to a new one. dims: (B, H, HK, Q, KV,
+    D), where the shapes of query and key do not say them.
     """
 
     query: Tensor
@@ -50,9 +52,25 @@ class Call:
     float32_precision: str = "ieee"
     tiles: Tiles | None = None
     capability: tuple[int, int] | None = None
+    results: Mapping[str, Tensor] = field(default_factory=dict)
+    dims: tuple[int, ...] | None = None
+
+    def result(self, name: str, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """Where a result of a name is written."""
+        found = self.results.get(name)
+        if found is None:
+            found = torch.empty(shape, dtype=self.query.dtype, device=device or self.query.device)
+        return found
+
+    @property
+    def result_strides(self) -> tuple[tuple[int, ...], ...]:
+        """Those of the results that are given."""
+        return tuple([x.stride() for x in self.results.values()])
 
     @property
     def sizes(self) -> tuple[int, ...]:
+        if self.dims is not None:
+            return (*self.dims, *self.extents)
         (batch, heads, q_len, dim), (_, kv_heads, kv_len, _) = self.query.shape, self.key.shape
         return (batch, heads, kv_heads, q_len, kv_len, dim, *self.extents)
 
@@ -77,9 +95,10 @@ def _cache_bytes(index: int | None) -> int:
     return 2**24 if index is None else int(torch.cuda.get_device_properties(index).L2_cache_size * 0.6)
 
 
-def section(key: Tensor, value: Tensor, group: int) -> int:
-    """How many heads run side by side, so that their keys and values stay in the cache."""
-    size = key.shape[2] * (key.shape[3] + value.shape[3]) * key.element_size()
+def section(key: Tensor, value: Tensor, group: int, length: int | None = None) -> int:
+    """How many heads run side by side, so that their keys and values, `length` of them if given, stay in the cache."""
+    rows = key.shape[2] if length is None else length
+    size = rows * (key.shape[3] + value.shape[3]) * key.element_size()
     return max(1, _cache_bytes(key.device.index if key.is_cuda else None) // size) * group
 
 
@@ -104,8 +123,10 @@ def in_units(tensor: Tensor, unit: int) -> tuple[int, int, int, int]:
 
 
 def unit_of(*tensors: Tensor) -> int:
-    """8 where every stride but the last is a multiple of 8 elements, which lets loads be as wide as the machine's."""
-    return 8 if all(stride % 8 == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
+    """8, or 16 where there are elements of 8 bits, where every stride but the last is a multiple of so many elements,
+    which lets loads be as wide as the machine's."""
+    unit = 16 if any(tensor.element_size() == 1 for tensor in tensors) else 8
+    return unit if all(stride % unit == 0 for tensor in tensors for stride in tensor.stride()[:3]) else 1
 
 
 def dense_columns(*tensors: Tensor) -> bool:

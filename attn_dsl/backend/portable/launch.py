@@ -45,6 +45,7 @@ from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import Load, Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.lengths import is_paged, is_scaled
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, specialize
 
@@ -68,6 +69,7 @@ class Kernels:
         nodes = frozenset(post_order(*self.variant.roots))
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
+        self.paged, self.scaled = is_paged(self.variant), is_scaled(self.variant)
 
     @functools.cached_property
     def gathers(self) -> bool:
@@ -153,6 +155,7 @@ LAYOUTS = 4096
 class Plan:
     """What the kernels of one call have in common."""
 
+    kernels: Kernels
     call: Call
     run: Runner
     emitted: Emitted
@@ -169,13 +172,19 @@ class Plan:
         fast = not call.precise and not interpreted() and query.dtype is not torch.float32 and torch.version.hip is None
         capability, precision = call.capability or capability_of(query.device), precision_of(call)
         dims = (query.shape[3], value.shape[3])
-        key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles)
+        page = call.key.shape[2] if kernels.paged else 0
+        key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles, page)
         shared = kernels.plans.get(key)
         if shared is None:
             common = {**dimensions(call), "WIDE": key[6], "PRECISION": precision}
             chosen = kernels.tiles(call, capability)
             shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {}, {})
-        return Plan(call, run, *shared)
+        return Plan(kernels, call, run, *shared)
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """The constants of the kernels that read a cache: keys of a page, and whether there are scales."""
+        return {"PAGE": self.call.key.shape[2] if self.kernels.paged else 0, "SCALED": self.kernels.scaled}
 
     def options(self, kind: str, unit: int, contiguous: bool, make: Callable[[], dict[str, Any]]) -> Options:
         """The options of one kernel, made once for all calls that are alike to Triton."""
@@ -194,7 +203,7 @@ class Plan:
         return tuple(map(plain, self.call.sizes))
 
     def section(self, group: int) -> int:
-        return section(self.call.key, self.call.value, group)
+        return section(self.call.key, self.call.value, group, self.call.sizes[4])
 
 
 def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,10 +212,12 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     plan = Plan.of(kernels, call, frozenset(), run)
     query, key, value = call.query, call.key, call.value
     batch, heads, q_len = query.shape[:3]
-    out = torch.empty((batch, heads, q_len, value.shape[3]), dtype=query.dtype, device=query.device)
+    out = call.result("out", (batch, heads, q_len, value.shape[3]))
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     shifted = torch.empty_like(lse) if "row_term" in plan.emitted.functions else lse
-    shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), call.extents)
+    shapes = (query.shape, query.stride(), key.dtype, key.stride(), value.shape, value.stride(), call.sizes)
+    if call.results:
+        shapes += (call.result_strides,)
     layout = plan.layouts.get(shapes)
     if layout is None:
         if len(plan.layouts) >= LAYOUTS:
@@ -271,7 +282,7 @@ def _forward_layout(plan: Plan, out: Tensor) -> _Layout:
             SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
             ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
         )  # fmt: skip
-        return {**functions, **plan.common, **tile_options(tile)}
+        return {**functions, **plan.common, **tile_options(tile), **plan.storage}
 
     return _Layout(
         query.shape[0] * query.shape[1] * -(-query.shape[2] // tile.rows),
@@ -391,7 +402,7 @@ class _BackwardLayout:
 def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _BackwardLayout:
     query, key, value = plan.call.query, plan.call.key, plan.call.value
     (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (query, key, value))
+    dq, dk, dv = _inner(plan.call, "meta")
     unit = unit_of(query, key, value, grad_out, dq, dk, dv)
     strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
     contiguous, tiles = dense_columns(query, key, value, grad_out), plan.tiles
@@ -424,6 +435,13 @@ def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _B
     )  # fmt: skip
 
 
+def _inner(call: Call, device: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the gradients of query, key and value are written."""
+    inputs = {"dq": call.query, "dk": call.key, "dv": call.value}
+    dq, dk, dv = (call.result(name, x.shape, device) for name, x in inputs.items())
+    return dq, dk, dv
+
+
 def _rows_options(plan: Plan, rows: int, sink: bool, mode: int) -> dict[str, Any]:
     functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
     common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")} | {"BM": rows}
@@ -454,13 +472,15 @@ def _gradients(
         mode, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), out.stride(),
         grad_out.stride(), call.extents,
     )  # fmt: skip
+    if call.results:
+        shapes += (call.result_strides,)
     layout = plan.backward_layouts.get(shapes)
     if layout is None:
         if len(plan.backward_layouts) >= LAYOUTS:
             plan.backward_layouts.clear()
         layout = plan.backward_layouts[shapes] = _backward_layout(plan, out, grad_out, mode)
     numbers = torch.empty((*query.shape[:2], layout.padded, 2), dtype=torch.float32, device=query.device)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    dq, dk, dv = _inner(call)
     parameters, scale = tuple(map(number, call.parameters)), number(float(call.scale))
     end = (parameters, layout.sizes, described(call.tensors), described(sums), peaks, factors, scale)
 

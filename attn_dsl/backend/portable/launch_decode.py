@@ -83,10 +83,11 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
     Two programs of a multiprocessor hide each other's waits. Where many programs make several waves, a fourth stage
     keeps a third program out, which would leave the last wave emptier: 10 percent on an H200 at 64 caches of 4096.
     """
-    (batch, heads, tokens, dim), (_, kv_heads, kv_len, value_dim) = call.query.shape, call.value.shape
+    batch, heads, kv_heads, tokens, kv_len, dim = call.sizes[:6]
+    value_dim = call.value.shape[3]
     pack = 1 if kernels.by_head else heads // kv_heads
-    size, wide = call.query.element_size(), sum(chunks(dim)) + sum(chunks(value_dim))
-    most, step = (FEW_ROWS, STAGE_BYTES) if size == 2 else (FEW_ROWS // 2, STAGE_BYTES // 2)
+    size, wide = call.key.element_size(), sum(chunks(dim)) + sum(chunks(value_dim))
+    most, step = (FEW_ROWS, STAGE_BYTES) if call.query.element_size() == 2 else (FEW_ROWS // 2, STAGE_BYTES // 2)
     rows = min(max(16, triton.next_power_of_2(pack * tokens)), most)
     width = wide * size
     keys = min(max(16, 1 << (step // width).bit_length() - 1), 128)
@@ -180,7 +181,7 @@ class Replay:
                 KEY_MASK="key_mask", ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
             )  # fmt: skip
             tile = {"BM": layout.rows, "BN": layout.keys, "num_warps": layout.warps, "num_stages": layout.stages}
-            return {**functions, **plan.common, **tile, "OVERLAP": bool(overlap)}
+            return {**functions, **plan.common, **tile, "OVERLAP": bool(overlap), **plan.storage}
 
         def merging() -> dict[str, Any]:
             width = triton.next_power_of_2(value_dim)

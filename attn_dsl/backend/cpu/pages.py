@@ -1,0 +1,46 @@
+"""Caches in pages, or in 8 bits, for the tile loops: the slabs that some tile visits, laid out one behind the other.
+
+A slab is a page, or without a page table what a batch entry holds. Memory for the rest is asked for and never touched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from attn_dsl.backend.binding import Call
+from attn_dsl.backend.cpu.problem import Problem
+from attn_dsl.backend.cpu.tiles import tiles
+from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE
+
+
+@torch.no_grad()
+def gathered(problem: Problem, call: Call) -> Call:
+    """The call on `key [B, HK, KV, D]` and `value [B, HK, KV, DV]` in the dtype of the arithmetic."""
+    size = call.key.shape[2]
+    table = call.tensors.get(PAGE_TABLE)
+    if table is None:
+        table = torch.arange(problem.batch, dtype=torch.int32).view(-1, 1)
+    entries, numbers = _visited(problem, size, table.shape[1])
+    slabs = table[entries, numbers].long()
+    found = {}
+    for name, pool, scale in (("key", call.key, KEY_SCALE), ("value", call.value, VALUE_SCALE)):
+        rows = pool[slabs].to(problem.dtype)
+        if scale in call.tensors:
+            rows *= call.tensors[scale][slabs][:, :, None, None].to(problem.dtype)
+        whole = rows.new_empty((problem.batch, problem.kv_heads, table.shape[1], *pool.shape[2:]))
+        whole.transpose(1, 2)[entries, numbers] = rows
+        found[name] = whole.flatten(2, 3)
+    return replace(call, key=found["key"], value=found["value"])
+
+
+def _visited(problem: Problem, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """(batch entries, numbers within them) of the slabs of `size` keys of which some tile visits a key."""
+    visited = torch.zeros(problem.batch, count, dtype=torch.bool)
+    for tile in tiles(problem):
+        for begin, end, _ in tile.runs:
+            visited[tile.b0 : tile.b1, begin // size : -(-end // size)] = True
+    entries, numbers = visited.nonzero(as_tuple=True)
+    return entries, numbers
