@@ -43,11 +43,15 @@ _OWN_EXTENT = {"b": "B", "h": "H", "hk": "HK"}
 class TritonDialect(Dialect):
     """`fast_tanh` takes the hardware's tanh; `tiles` is false for functions of scalars, which have no `inside`.
 
-    `wide` makes integers int64, for a schedule whose bounds may lie beyond every number of 32 bits.
+    `wide` makes integers int64, for a schedule whose bounds may lie beyond every number of 32 bits. `varying` are the
+    indices and variables that are no scalars.
     """
 
-    def __init__(self, *, fast_tanh: bool = False, tiles: bool = True, wide: bool = False) -> None:
+    def __init__(
+        self, *, fast_tanh: bool = False, tiles: bool = True, wide: bool = False, varying: frozenset[str] = _TILE
+    ) -> None:
         self.fast_tanh = fast_tanh
+        self.varying = varying
         self.tiles = tiles
         self.integer = "int64" if wide else "int32"
         self.intervals: dict[Node, Interval] = {}
@@ -91,16 +95,21 @@ class TritonDialect(Dialect):
     def logical(self, node: Binary, x: Operand, y: Operand) -> Text:
         """A choice where one operand is a scalar: the interpreter takes a scalar comparison for a number."""
         for scalar, tile in ((x, y), (y, x)):
-            if not scalar.node.depends & _TILE and tile.node.depends & _TILE:
+            if not scalar.node.depends & self.varying and tile.node.depends & self.varying:
                 branches = f"{tile.at()}, False" if node.op is BinaryOp.AND else f"True, {tile.at()}"
                 return Text(f"tl.where({scalar.at()}, {branches})")
         return super().logical(node, x, y)
 
     def select(self, node: Select, condition: Operand, x: Operand, y: Operand) -> Text:
-        if node.type is Type.BOOL and node.depends & _TILE:
-            branches = ", ".join(_truth(branch) for branch in (x, y))
+        if node.type is Type.BOOL and node.depends & self.varying:
+            branches = ", ".join(self._truth(branch) for branch in (x, y))
             return Text(f"tl.where({condition.at()}, {branches})")
         return call("tl.where", condition, x, y)
+
+    def _truth(self, x: Operand) -> str:
+        """A branch of a choice by tiles: the interpreter takes a scalar comparison for a number, but not a choice."""
+        scalar = not x.node.depends & self.varying and not isinstance(x.node, Const)
+        return f"tl.where({x.at()}, True, False)" if scalar else x.at()
 
     def cast(self, node: Cast, x: Operand) -> Text:
         return Text(f"{x.at(Level.ATOM)}.to(tl.{'float32' if node.type is Type.FLOAT else self.integer})")
@@ -136,12 +145,6 @@ class TritonDialect(Dialect):
 def varying(node: Load) -> int:
     """The axes whose index is not the same for a whole tile, one bit each."""
     return sum(1 << axis for axis, index in enumerate(node.indices) if index.depends & _TILE)
-
-
-def _truth(x: Operand) -> str:
-    """A branch of a choice by tiles: the interpreter takes a scalar comparison for a number, but not a choice."""
-    scalar = not x.node.depends & _TILE and not isinstance(x.node, Const)
-    return f"tl.where({x.at()}, True, False)" if scalar else x.at()
 
 
 def _own(index: Node, extent: Node) -> bool:

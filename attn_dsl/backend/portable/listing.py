@@ -1,0 +1,348 @@
+"""Lists of the tiles that a call visits: made once for tensors that do not change, found again by later calls.
+
+A list belongs to tile shapes, lengths, parameters and the contents of the tensors that the mask reads. A tensor is
+known by its storage and version, so that an in-place change makes a new list. While a CUDA graph is captured a list
+becomes part of the graph, and is made again in each replay, unless somebody holds it for as long as the graph lives.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from attn_dsl.backend.portable.classify import list_tiles, summarize_tiles
+from attn_dsl.backend.portable.device import plain
+from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
+from attn_dsl.backend.portable.host import Call, Scalar, described, number
+from attn_dsl.backend.portable.load import load
+from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.printer import SIZES
+from attn_dsl.errors import BindingError
+from attn_dsl.ir.nodes import Const, Load, Node, Param, post_order, substitute
+from attn_dsl.ir.types import DType
+from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.fold import fold_all
+from attn_dsl.passes.summaries import Claims
+
+PADDED_BYTES = 2**20
+"""Up to so many bytes, a list has room for every tile; a larger one is counted first, which the host waits for."""
+CAPTURED_BYTES = 2**28
+"""The same while a CUDA graph is captured, which nothing can wait for."""
+KEPT = 64
+"""So many lists of a variant are remembered."""
+PIECES = 4096
+"""Pieces or pairs that a program looks at together."""
+WIDTH = 128
+"""Tiles that a program decides together by their summaries."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a list is for: tiles of `rows` x `keys`, visited from a tile of keys if `transposed`, else of queries."""
+
+    rows: int
+    keys: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What of a call lists are made from; fields as those of `Call`."""
+
+    sizes: tuple[int, ...]
+    tensors: Sequence[Tensor]
+    parameters: Sequence[Scalar | Tensor]
+    q_offset: int | Tensor
+    device: torch.device
+
+    @staticmethod
+    def of(call: Call) -> Source:
+        return Source(call.sizes, call.tensors, call.parameters, call.q_offset, call.query.device)
+
+
+@dataclass(frozen=True)
+class TileList:
+    """`rows` [B, H, tiles, 4] int32, of which `batch` and `heads` are stored, and `entries` [n] int32."""
+
+    rows: Tensor
+    entries: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """As kernels take them, behind the captured tensors."""
+        return self.rows, self.entries
+
+    @property
+    def bytes(self) -> int:
+        """What is stored; axes that the mask does not vary with are stored once."""
+        rows = math.prod(n for n, stride in zip(self.rows.shape, self.rows.stride(), strict=True) if stride)
+        return 4 * (rows + self.entries.numel())
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(masked, full) tiles over all heads; waits for the GPU."""
+        masked, full = self.rows[..., 1:3].sum((0, 1, 2)).tolist()
+        return masked, full
+
+
+Key = tuple[Any, ...]
+
+
+@dataclass
+class _Kept:
+    """A list, what it was made from, and where: others than its stream wait for `ready`."""
+
+    list: TileList
+    sources: tuple[Any, ...]
+    stream: int
+    ready: Any
+    holders: weakref.WeakSet[Holder] = field(default_factory=weakref.WeakSet)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether all that it was made from is still there; else its address may be that of something else."""
+        return not any(source.expired() for source in self.sources)
+
+    def use(self) -> None:
+        """Let the current stream read the list."""
+        if self.ready is not None and self.stream != _stream(self.list.rows.device):
+            self.ready.wait()
+            for tensor in self.list.tensors:
+                tensor.record_stream(torch.cuda.current_stream())
+
+
+class Holder:
+    """Keeps the lists that are made or found while it is active, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self.lists: dict[tuple[Key, Shape], TileList] = {}
+
+
+class Lists:
+    """The lists of a variant's calls, and the kernels that make them."""
+
+    def __init__(self, variant: Variant, extents: Sequence[Node], claims: Claims) -> None:
+        self.variant, self.extents, self.claims = variant, tuple(extents), claims
+        read = {node.tensor for node in post_order(variant.mask) if isinstance(node, Load)}
+        used = {node.name for node in post_order(variant.mask) if isinstance(node, Param)}
+        self._tensors = tuple(i for i, tensor in enumerate(variant.tensors) if tensor.name in read)
+        self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
+        self._kept: OrderedDict[tuple[Key, Shape], _Kept] = OrderedDict()
+        self._options: dict[tuple[Any, ...], Options] = {}
+        self._holder: Holder | None = None
+
+    @functools.cached_property
+    def emitted(self) -> tuple[Emitted, ModuleType]:
+        text = emit_lists(self.variant, self.claims)
+        return text, load(text.source, f"lists_{self.variant.name}")
+
+    # -- finding ------------------------------------------------------------------------------------------------------
+
+    def find(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> tuple[Tensor, Tensor]:
+        """(rows, entries) for a call, made unless they are there; `run` other than `launch` only compiles."""
+        if run is not launch or source.device.type == "meta":
+            return self.make(source, shape, wide, run).tensors
+        key = self._key(source)
+        if key is None:
+            return self.make(source, shape, wide, run).tensors
+        capturing = source.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        kept = self._kept.get((key, shape))
+        if kept is None or not kept.is_valid or (capturing and not kept.holders):
+            made = self.make(source, shape, wide, run)
+            if capturing:
+                return made.tensors
+            kept = self._keep((key, shape), made, source)
+        self._kept.move_to_end((key, shape))
+        if self._holder is not None:
+            kept.holders.add(self._holder)
+            self._holder.lists[key, shape] = kept.list
+        if not capturing:
+            kept.use()
+        return kept.list.tensors
+
+    @contextmanager
+    def hold(self, holder: Holder) -> Iterator[None]:
+        """Let `holder` keep what is found meanwhile, also for CUDA graphs."""
+        self._holder = holder
+        try:
+            yield
+        finally:
+            self._holder = None
+
+    def fits(self, source: Source, holder: Holder) -> bool:
+        """Whether a holder has lists of calls like this one."""
+        key = self._key(source)
+        return key is not None and any(at[0] == key for at in holder.lists)
+
+    def _key(self, source: Source) -> Key | None:
+        """What a list of the call depends on; None where a tensor does not count its changes."""
+        found: list[Any] = [source.sizes[:5], source.sizes[6:], source.device]
+        sources = [source.tensors[i] for i in self._tensors]
+        for x in (source.q_offset, *(source.parameters[i] for i in self._parameters)):
+            if isinstance(x, Tensor):
+                sources.append(x)
+            else:
+                found.append((type(x), x))
+        for x in sources:
+            if x.is_inference():
+                return None
+            found.append((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype))
+        return tuple(found)
+
+    def _keep(self, at: tuple[Key, Shape], made: TileList, source: Source) -> _Kept:
+        tensors = [x for x in (*source.tensors, *source.parameters, source.q_offset) if isinstance(x, Tensor)]
+        ready, stream = None, _stream(source.device)
+        if source.device.type == "cuda":
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
+        sources = tuple(map(_weak, (x.untyped_storage() for x in tensors)))
+        for old in [old for old, entry in self._kept.items() if not entry.is_valid]:
+            del self._kept[old]
+        kept = self._kept[at] = _Kept(made, sources, stream, ready)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return kept
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    def make(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> TileList:
+        """A new list."""
+        batch, heads, q_len, kv_len = (source.sizes[i] for i in (0, 1, 3, 4))
+        varies = self.variant.mask.depends
+        own_batch = batch if "b" in varies or (isinstance(source.q_offset, Tensor) and "q" in varies) else 1
+        own_heads = heads if "h" in varies else 1
+        q_tiles, k_tiles = -(-q_len // shape.rows), -(-kv_len // shape.keys)
+        own, other = (k_tiles, q_tiles) if shape.transposed else (q_tiles, k_tiles)
+        device = source.device
+        rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
+        arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
+        options = self._list_options(source, shape, wide)
+        programs = own_batch * own_heads * own
+
+        def fill(entries: Tensor | None, capacity: int) -> None:
+            run(list_tiles, programs, (rows, entries, *arguments, own_heads, capacity), options)
+
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        room = 4 * programs * other
+        if room <= (CAPTURED_BYTES if capturing else PADDED_BYTES) or device.type == "meta":
+            entries = torch.empty(programs * other, dtype=torch.int32, device=device)
+            fill(entries, other)
+        elif capturing:
+            raise BindingError(
+                f"a list of {programs} x {other} tiles is too large to be made in a CUDA graph: make it before, with "
+                "`schedule`, and hold it"
+            )
+        else:
+            fill(None, 0)
+            flat = rows.view(programs, 4)
+            counts = flat[:, 1] + flat[:, 2]
+            ends = counts.cumsum(0, dtype=torch.int32)
+            flat[:, 0], flat[:, 3] = ends - counts, ends - 1
+            entries = torch.empty(max(1, int(ends[-1])), dtype=torch.int32, device=device)
+            fill(entries, 0)
+        return TileList(rows.expand(batch, heads, -1, -1), entries)
+
+    def _arguments(
+        self, source: Source, shape: Shape, wide: bool, batch: int, heads: int, run: Runner
+    ) -> tuple[Any, ...]:
+        """(q_offset, parameters, sizes, tensors, summaries) as kernels take them, the summaries made."""
+        given = (source.q_offset, tuple(map(number, source.parameters)), tuple(map(plain, source.sizes)))
+        tensors = described(source.tensors)
+        results: list[Tensor] = []
+        tiles = {"q": -(-source.sizes[3] // shape.rows), "k": -(-source.sizes[4] // shape.keys)}
+        summaries = sorted(self.claims.summaries, key=lambda summary: summary.axis != "q")
+        made: dict[str, Tensor] = {}
+        for summary in summaries:
+            for tensor in (summary.low, summary.high):
+                dtype = torch.float32 if tensor.dtype is DType.FLOAT32 else torch.int64
+                size = (batch, heads, tiles[summary.axis])
+                made[tensor.name] = torch.empty(size, dtype=dtype, device=source.device)
+                results.append(made[tensor.name])
+        if summaries:
+            programs = batch * heads * sum(tiles[axis] for axis in {summary.axis for summary in summaries})
+            options = self._summary_options(shape, wide)
+            run(summarize_tiles, programs, (results[0], *given, tensors, described(results), heads), options)
+        ordered = [made[tensor.name] for tensor in self.claims.tensors]
+        return (*given, tensors, described(ordered))
+
+    def _summary_options(self, shape: Shape, wide: bool) -> Options:
+        key = ("summaries", shape.rows, shape.keys, wide)
+        if key not in self._options:
+            text, module = self.emitted
+            terms = {
+                name: getattr(module, name, None) if name in text.functions else None for name in ("q_terms", "k_terms")
+            }
+            first = 2 * sum(summary.axis == "q" for summary in self.claims.summaries)
+            self._options[key] = Options({
+                "Q_TERMS": terms["q_terms"], "K_TERMS": terms["k_terms"], "FIRST_K": first, "BM": shape.rows,
+                "BN": shape.keys, "WIDE": wide, "num_warps": 1,
+            })  # fmt: skip
+        return self._options[key]
+
+    def _list_options(self, source: Source, shape: Shape, wide: bool) -> Options:
+        """Which functions decide, about pieces of which size, so many tiles at a time."""
+        q_piece, k_piece = self._pieces(source, shape)
+        tiles = -(-source.sizes[3] // shape.rows) if shape.transposed else -(-source.sizes[4] // shape.keys)
+        width, pairs = max(16, min(WIDTH, triton.next_power_of_2(tiles))), False
+        refined = self.claims.refined
+        if refined is not None:
+            pieces = (shape.rows // q_piece) * (shape.keys // k_piece)
+            pairs = refined.elements or pieces > PIECES
+            width = 1 if pairs else min(width, max(1, PIECES // pieces))
+        key = ("list", shape, wide, q_piece, k_piece, width)
+        if key not in self._options:
+            _, module = self.emitted
+            self._options[key] = Options({
+                "CLAIMS": module.claims, "REFINED": module.refined if refined is not None and not pairs else None,
+                "MASK": module.mask if pairs else None, "TRANSPOSED": shape.transposed, "BM": shape.rows,
+                "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece, "WIDTH": width, "WIDE": wide,
+                "num_warps": 1 if refined is None else 4,
+            })  # fmt: skip
+        return self._options[key]
+
+    def _pieces(self, source: Source, shape: Shape) -> tuple[int, int]:
+        """The largest pieces, powers of two, within which every quotient of a position is one number."""
+        refined = self.claims.refined
+        if refined is None:
+            return shape.rows, shape.keys
+        known = self._numbers(source)
+        found = []
+        for axis, block in (("q", shape.rows), ("k", shape.keys)):
+            piece = block
+            for node in refined.divisors[axis]:
+                value = fold_all(substitute(node, known))
+                piece = math.gcd(piece, int(value.value)) if isinstance(value, Const) else 1
+            found.append(piece)
+        offset = source.q_offset
+        if refined.divisors["q"]:
+            found[0] = 1 if isinstance(offset, Tensor) else math.gcd(found[0], offset)
+        return found[0], found[1]
+
+    def _numbers(self, source: Source) -> dict[Node, Node]:
+        known: dict[Node, Node] = dict(zip((*SIZES, *self.extents), map(Const, source.sizes), strict=True))
+        for declared, value in zip(self.variant.parameters, source.parameters, strict=True):
+            if not isinstance(value, Tensor):
+                known[Param(declared.name, declared.type)] = Const(value)
+        return known
+
+
+_weak: Any = StorageWeakRef  # untyped
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(torch._C._cuda_getCurrentRawStream(index))

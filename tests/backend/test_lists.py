@@ -1,0 +1,96 @@
+"""Lists of tiles, made by the kernels in Triton's interpreter, beside the same claims in torch and every pair."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from list_support import Listed, listed, reference
+from portable_support import compiled
+from variant_cases import Case, Sizes
+
+from tests.passes.test_summaries import EXTENT, RandomReads, tensors
+
+SIZES = Sizes(B=2, H=4, HK=2, Q=150, KV=190, D=16, DV=16, q_offset=40)
+READING = {
+    "document": {},
+    "packed_causal": {},
+    "shared_prefix": {"prefix": 37},
+    "tree": {},
+    "hash_buckets": {},
+    "bigbird": {"block": 16, "reach": 1, "globals": 1, "random": 2},
+}
+
+
+def case(name: str, **sizes: int) -> Case:
+    const = frozenset({"random"}) if name == "bigbird" else frozenset()
+    return Case(name, READING[name], replace(SIZES, **sizes), const)
+
+
+def assert_same(found: Listed, expected: tuple[Tensor, Tensor]) -> None:
+    visited, full = expected
+    assert torch.equal(found.visits, visited.long()), "other tiles, or one twice"
+    assert torch.equal(found.full, full & visited), "other full tiles"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", READING)
+def test_a_list_holds_the_tiles_that_the_claims_keep(name: str, transposed: bool) -> None:
+    of = case(name)
+    assert_same(listed(of, (32, 16), transposed), reference(of, (32, 16), transposed))
+
+
+@pytest.mark.parametrize("name", ["hash_buckets", "packed_causal"])
+def test_a_list_that_is_counted_first_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attn_dsl.backend.portable.listing.PADDED_BYTES", 0)
+    of = case(name)
+    found = listed(of, (32, 16), False)
+    assert_same(found, reference(of, (32, 16), False))
+    assert found.list.entries.numel() == max(1, int(found.list.rows[:, :1, :, 1:3].sum()) if name != "hash_buckets"
+                                             else int(found.list.rows[..., 1:3].sum()))  # fmt: skip
+
+
+def test_a_list_is_kept_once_where_the_mask_is_the_same_for_all_heads() -> None:
+    rows = listed(case("document"), (32, 16), False).list.rows
+    assert rows.shape == (2, 4, 5, 4) and rows.stride(1) == 0 and rows.stride(0) != 0
+    rows = listed(case("bigbird"), (32, 16), False).list.rows
+    assert rows.stride(0) == 0 and rows.stride(1) != 0
+
+
+@pytest.mark.parametrize("block", [5, 16, 24])
+def test_blocks_of_any_size_are_told_apart_exactly(block: int) -> None:
+    of = Case("bigbird", {**READING["bigbird"], "block": block}, replace(SIZES, H=2, q_offset=0), frozenset({"random"}))
+    assert_same(listed(of, (32, 32), False), reference(of, (32, 32), False, exhaustive=True))
+
+
+def test_query_offsets_by_batch_entry() -> None:
+    of, offsets = case("packed_causal"), torch.tensor([0, 40])
+    found = listed(of, (16, 32), False, q_offset=offsets)
+    for b, offset in enumerate(offsets.tolist()):
+        expected = reference(replace(of, sizes=replace(of.sizes, q_offset=offset)), (16, 32), False)
+        visits, full = (x[b : b + 1] for x in (found.visits, found.full))
+        assert torch.equal(visits, expected[0][b : b + 1].long()) and torch.equal(full, expected[1][b : b + 1])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_masks_over_random_tensors(seed: int) -> None:
+    rng = random.Random(1000 + seed)
+    program = compiled(RandomReads(rng).variant())
+    bindings: dict[str, Any] = {"a": rng.randint(-5, 15), "w": rng.randint(1, 9), "flag": rng.random() < 0.5}
+    bindings |= tensors(rng)
+    sizes = Sizes(
+        B=1, H=1, HK=1, Q=rng.randint(1, 30), KV=rng.randint(1, EXTENT), D=16, DV=16, q_offset=rng.choice((0, 8))
+    )
+    for transposed in (False, True):
+        found = listed((program, sizes, bindings), (16, 8), transposed)
+        expected = reference((program, sizes, bindings), (16, 8), transposed)
+        assert_same(found, expected)
