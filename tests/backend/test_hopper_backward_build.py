@@ -37,11 +37,11 @@ def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
     assert not choice.build.notes and not choice.build.missing
 
 
-@pytest.mark.parametrize(("name", "length"), [("alibi", 256), ("softcap", 256), ("causal", 300), ("noop", 300)])
-def test_scores_and_ragged_keys_leave_some_configuration_sound(name: str, length: int) -> None:
+@pytest.mark.parametrize("name", ["alibi", "softcap"])
+def test_scores_leave_the_preferred_configuration_sound(name: str) -> None:
     of = program_of(name)
-    choice = launch_backward.Kernels(of.kernels).choice(call(of, 128, length), compile=compile_ahead)
-    assert choice.config in candidates(128, 128)[:2], choice.rejected
+    choice = launch_backward.Kernels(of.kernels).choice(call(of, 128), compile=compile_ahead)
+    assert choice.config == candidates(128, 128)[0], choice.rejected
 
 
 def test_an_order_leaves_some_configuration_sound() -> None:
@@ -60,7 +60,7 @@ def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:
             ask(kernel, *rest)  # type: ignore[arg-type]
 
     with fake_gpu(), compilations() as cached:
-        for length, heads in ((128, 1), (1280, 3), (512, 4)):
+        for length, heads in ((128, 1), (1280, 3), (500, 4), (1, 1)):
             bound = call(of, 64, length, heads, "cpu")
             out = torch.empty(1, heads, length, 64, dtype=torch.bfloat16)
             launch_backward.backward(kernels, bound, out, out[..., 0].float(), out, None, config, run=run)

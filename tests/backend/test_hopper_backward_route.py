@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,7 +141,7 @@ def test_a_group_of_heads_is_one_programs() -> None:
 
 def test_sections_fill_the_machine_where_programs_are_uneven() -> None:
     bound = call(2, 16, 8192, 128)
-    sections = {name: launches(program_of(name), bound)[1][2][-1] for name in ("causal", "noop")}
+    sections = {name: launches(program_of(name), bound)[1][2][-2] for name in ("causal", "noop")}
     assert sections == {"causal": 5, "noop": 1}
 
 
@@ -256,9 +257,11 @@ def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., No
 
 def test_no_kernel_is_compiled_twice_where_no_mask_can_be_left_out(says: Callable[..., None]) -> None:
     says(*[check.Build(5000, (), ())] * 9)
-    for text, length, tried in (("noop", 256, 2), ("noop", 300, 4), ("causal", 256, 4)):
-        made, compile = compiler()
-        found = gpu.backward_route(fresh(text), call(2, 4, length, 128), capability=HOPPER, compile=compile)
+    for text, tried in (("document", 2), ("noop", 4), ("causal", 4)):
+        of, (made, compile) = fresh(text), compiler()
+        captured = tuple(tensor(2, 300, dtype=torch.int32) for _ in of.variant.tensors)
+        bound = replace(call(2, 4, 300, 128), tensors=captured)
+        found = gpu.backward_route(of, bound, capability=HOPPER, compile=compile)
         assert found.backend == "portable" and len(made) == tried
 
 
@@ -268,12 +271,40 @@ def test_the_source_for_a_gpu_shows_what_the_backward_calls() -> None:
     assert "# Hopper backward" in attn_dsl.compile("softcap").source("cuda", torch.bfloat16)
 
 
-def test_whole_and_ragged_keys_and_an_order_are_kernels_of_their_own(says: Callable[..., None]) -> None:
+def test_lengths_share_a_kernel_and_an_order_has_its_own(says: Callable[..., None]) -> None:
     says(*[GOOD] * 9)
     of, (made, compile) = fresh("causal"), compiler()
-    for length in (300, 301, 5000):
+    for length in (300, 301, 5000, 256):
         gpu.backward_route(of, call(2, 4, length, 128), capability=HOPPER, compile=compile)
     assert len(made) == 1
-    gpu.backward_route(of, call(2, 4, 256, 128), capability=HOPPER, compile=compile)
     gpu.backward_route(of, call(2, 4, 300, 128), deterministic=True, capability=HOPPER, compile=compile)
-    assert len(made) == 3
+    assert len(made) == 2
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 131072, 128), (3, 5, 110_001, 128), (4, 8, 65536, 128)], ids=str)
+def test_long_sequences_are_done_in_sections_whose_sums_take_the_same_memory(
+    shape: tuple[int, ...], ordered: bool
+) -> None:
+    launched = launches(fresh("causal"), call(*shape), ordered=ordered)
+    numbers, sums = launched[0][2][4:6]
+    assert 4 * (numbers.numel() + sums.numel()) <= 66 * 2**20
+    assert len({id(arguments[5]) for kernel, _, arguments in launched if kernel is prepare_rows}) == 1
+    kernels = [prepare_rows, *[count_turns] * ordered, attention_backward, finish_queries]
+    assert [kernel for kernel, *_ in launched] == kernels * (len(launched) // len(kernels))
+    for kernel in kernels:
+        parts = [(programs, arguments[-1]) for called, programs, arguments in launched if called is kernel]
+        each = parts[0][0] // parts[1][1]
+        ends = [first + programs // each for programs, first in parts]
+        assert [first for _, first in parts] == [0, *ends[:-1]] and ends[-1] == shape[0] * shape[1]
+        assert kernel is not attention_backward or each == -(-shape[2] // 128)
+
+
+def test_short_sequences_and_few_keys_take_one_launch() -> None:
+    for shape, keys in (((2, 16, 8192, 128), 8192), ((8, 16, 16384, 64), 100), ((4, 32, 4096, 64), 4096)):
+        query, key = tensor(*shape), tensor(*shape[:2], keys, shape[3])
+        launched = launches(program_of("noop"), Call(query, key, key, (), (), (), 0.1))
+        assert [kernel for kernel, *_ in launched] == [prepare_rows, attention_backward, finish_queries]

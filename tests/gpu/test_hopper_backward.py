@@ -13,6 +13,8 @@ from torch import Tensor
 from variant_cases import SHIPPED, Case
 
 import attn_dsl
+from attn_dsl.backend import operators
+from attn_dsl.backend.execute import Options, Program
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +23,7 @@ pytestmark = [
     ),
 ]
 
+launch_backward = pytest.importorskip("attn_dsl.backend.hopper.launch_backward")
 INPUTS = ("query", "key", "value")
 HEAVY = {"natten2d", "natten3d", "bigbird"}
 """Variants whose masks take so many registers that there may be no good configuration for them."""
@@ -178,6 +181,29 @@ def test_keys_and_values_have_the_same_gradients_in_every_run() -> None:
         query, key, value = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
         assert torch.equal(key, first[1]) and torch.equal(value, first[2])
         assert (query - first[0]).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["alibi", "packed_causal"])
+def test_sections_of_heads_give_what_one_launch_gives(
+    name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for long sequences; a section may end within a batch entry."""
+    problem = Problem.of(larger(name, B=3, H=8, HK=4, D=128, DV=128), torch.bfloat16, "cuda")
+    leaves = [getattr(problem, input).detach().requires_grad_() for input in INPUTS]
+    upstream = torch.randn_like(leaves[0])
+
+    def gradients() -> list[Tensor]:
+        program = Program(problem.program.variant, problem.program._proof)  # one that knows no layouts
+        call = program.binder.bind(*leaves, None, problem.q_offset, problem.all_bindings)
+        out, _ = operators.attention(program, call, Options("hopper", deterministic=deterministic))
+        return list(torch.autograd.grad(out, leaves, upstream))
+
+    whole = gradients()
+    monkeypatch.setattr(launch_backward, "_pairs_at_once", lambda *_: 5)
+    query, key, value = gradients()
+    assert torch.equal(key, whole[1]) and torch.equal(value, whole[2])
+    assert torch.equal(query, whole[0]) if deterministic else (query - whole[0]).abs().max() < 1e-2
 
 
 def test_a_step_can_be_captured_in_a_graph() -> None:

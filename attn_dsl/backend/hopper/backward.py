@@ -48,7 +48,6 @@ class Shape:
     QUERIES of a tile are 64, or 128 where D and DV are 64. Each warpgroup makes HALF columns of 64 rows of a tile's dQ:
     half of the columns, or, of a tile of 128 queries, half of the rows.
 
-    RAGGED      the last tile of keys may stick out
     POSITIONAL  the score of a pair that does not count may be anything
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
@@ -62,7 +61,6 @@ class Shape:
     HALF: gl.constexpr
     QUERY_STAGES: gl.constexpr
     GRAD_STAGES: gl.constexpr
-    RAGGED: gl.constexpr
     POSITIONAL: gl.constexpr
     ASK: gl.constexpr
     ORDERED: gl.constexpr
@@ -74,7 +72,7 @@ class Shape:
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED, LATE, WIDE):
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE):
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -82,7 +80,6 @@ class Shape:
         self.HALF = gl.constexpr(half)
         self.QUERY_STAGES = gl.constexpr(QUERY_STAGES)
         self.GRAD_STAGES = gl.constexpr(GRAD_STAGES)
-        self.RAGGED = gl.constexpr(RAGGED)
         self.POSITIONAL = gl.constexpr(POSITIONAL)
         self.ASK = gl.constexpr(ASK)
         self.ORDERED = gl.constexpr(ORDERED)
@@ -173,8 +170,9 @@ class Ring:
 class Memory:
     """Descriptors of tensors in global memory, and buffers in shared memory; what comes twice is one for each group.
 
-    `turns` [B, H, key tiles, query tiles] and `done` [B, H, query tiles, group] int32: how many programs add to a tile
-    of dQ before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `told` their barriers,
+    lse, delta, dq, `turns` and `done` begin with pair `first` of batch and key head, the first of the launch. `turns`
+    [pairs, key tiles, query tiles] and `done` [pairs, query tiles, group] int32: how many programs add to a tile of dQ
+    before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `told` their barriers,
     `sums` half a tile of dQ.
     """
 
@@ -189,6 +187,7 @@ class Memory:
     dv: tma.tensor_descriptor
     turns: gl.tensor
     done: gl.tensor
+    first: gl.tensor
     queries: Ring
     grads: Ring
     keys: gl.shared_memory_descriptor
@@ -199,8 +198,8 @@ class Memory:
     sums: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values,
-                 loaded, exchange, told, sums):  # fmt: skip
+    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
+                 values, loaded, exchange, told, sums):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -212,6 +211,7 @@ class Memory:
         self.dv = dv
         self.turns = turns
         self.done = done
+        self.first = first
         self.queries = queries
         self.grads = grads
         self.keys = keys
@@ -226,8 +226,9 @@ class Memory:
 class Head:
     """What the pairs of a warpgroup's keys with one query head have in common.
 
-    pair: number of batch and head; turns: where its key tile begins in the table of that name. k: [64, 1] positions;
-    k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names gave.
+    pair: number of batch and head within the launch; turns: where its key tile begins in the table of that name.
+    k: [64, 1] positions; k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names
+    gave.
     """
 
     b: gl.tensor
@@ -269,8 +270,8 @@ class Head:
 
 
 @gluon.jit
-def _place(shape, problem):
-    """(key tile, batch, key head) of this program.
+def _place(shape, memory, problem):
+    """(key tile, batch, key head, number of the first query head within the launch) of this program.
 
     Pairs of batch and head run in sections, in which the first tile of keys comes first: under a causal mask it has the
     most queries. ORDERED: the last, which then is the first to reach each tile of queries; a program waits only for
@@ -279,12 +280,14 @@ def _place(shape, problem):
     sizes, section = problem.sizes, problem.section
     tiles = gl.cdiv(sizes[4], 2 * KEYS)
     first = gl.program_id(0) // (section * tiles) * section
-    width = gl.minimum(section, sizes[0] * sizes[2] - first)
+    width = gl.minimum(section, gl.num_programs(0) // tiles - first)
     rest = gl.program_id(0) - first * tiles
     tile, pair = rest // width, first + rest % width
     if shape.ORDERED:
         tile = tiles - 1 - tile
-    return tile, pair // sizes[2], pair % sizes[2]
+    own = pair * (sizes[1] // sizes[2])
+    pair += memory.first
+    return tile, pair // sizes[2], pair % sizes[2], own
 
 
 @gluon.jit
@@ -328,7 +331,7 @@ def _load_keys(memory, part, tensor, buffers, b, hk, first):
 @gluon.jit
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it."""
-    tile, b, hk = _place(shape, problem)
+    tile, b, hk, own = _place(shape, memory, problem)
     start = problem.start(b)
     _load_keys(memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS))
     _load_keys(memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS))
@@ -336,12 +339,11 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     passed = 0
     for member in range(group):
         h = hk * group + member
-        pair = b * problem.sizes[1] + h
         segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         for n in range(tiles):
             first = nth(segments, n) * shape.QUERIES
-            memory.queries.load(passed + n, memory.query, memory.lse, b, h, pair, first)
-            memory.grads.load(passed + n, memory.grad, memory.delta, b, h, pair, first)
+            memory.queries.load(passed + n, memory.query, memory.lse, b, h, own + member, first)
+            memory.grads.load(passed + n, memory.grad, memory.delta, b, h, own + member, first)
         passed += tiles
 
 
@@ -467,8 +469,7 @@ def _counts_throughout(shape, f, head, first):
             head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
             head.tensors
         )  # fmt: skip
-    if shape.RAGGED:
-        result = result & (head.k0 + 2 * KEYS <= head.kv_len)
+    result = result & (head.k0 + 2 * KEYS <= head.kv_len)
     if shape.POSITIONAL:
         result = result & (last < head.start + head.q_len)
     return result
@@ -479,8 +480,7 @@ def _counting(shape, f, head, q, found):
     """Which pairs count, [64, QUERIES] or what spreads to that."""
     keep = head.k < head.kv_len
     if f.MASK is not None:
-        mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
-        keep = keep & mask if shape.RAGGED else mask
+        keep &= f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
     if shape.POSITIONAL:
         keep = keep & (q < head.start + head.q_len)
     return keep
@@ -489,14 +489,12 @@ def _counting(shape, f, head, q, found):
 @gluon.jit
 def _probabilities(shape, f, head, s, lse, i):
     """(P^T, P^T times the derivative of the score) for query tile i, from the bare products s."""
-    MASKED: gl.constexpr = shape.RAGGED or shape.POSITIONAL or f.MASK is not None
     first = head.start + i * shape.QUERIES
     x, derivative = s, 1.0
-    if MASKED or f.SCORE is not None:
-        q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
-        found = ()
-        if f.COLUMNS is not None:
-            found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
+    q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
+    found = ()
+    if f.COLUMNS is not None:
+        found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
     if f.SCORE is not None:
         x = f.SCORE(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
         if f.DERIVATIVE:
@@ -504,12 +502,11 @@ def _probabilities(shape, f, head, s, lse, i):
     if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
         lse = lse - head.slope * (head.k - first).to(gl.float32)
     x = x * head.factor - lse
-    if MASKED:
-        if (f.MASK is not None and f.FULL is None) or not shape.ASK:
+    if (f.MASK is not None and f.FULL is None) or not shape.ASK:
+        x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+    else:  # in one loop for all tiles: registers do not suffice for two
+        if not _counts_throughout(shape, f, head, first):
             x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
-        else:  # in one loop for all tiles: registers do not suffice for two
-            if not _counts_throughout(shape, f, head, first):
-                x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
     p = gl.exp2(x)
     steep = p
     if f.DERIVATIVE:
@@ -566,7 +563,7 @@ def _step(shape, f, memory, head, at, i, dk, dv, last, GROUP: gl.constexpr):
 def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     """dK and dV of the warpgroup's 64 keys, and its halves of dQ."""
     scalars, tensors = problem.scalars(), problem.captured()
-    tile, b, hk = _place(shape, problem)
+    tile, b, hk, own = _place(shape, memory, problem)
     start = problem.start(b)
     k = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
     k = gl.expand_dims(k, 1)
@@ -589,7 +586,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         if f.SLOPE is not None:
             slope = f.SLOPE(b, h, scalars, tensors)
         q_len, kv_len = problem.sizes[3], problem.sizes[4]
-        pair = b * problem.sizes[1] + h
+        pair = own + member
         turns = (pair * gl.cdiv(kv_len, 2 * KEYS) + tile).to(gl.int64) * gl.cdiv(q_len, shape.QUERIES)
         head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, slope, uniform, keys,
                     scalars, tensors)  # fmt: skip
@@ -606,7 +603,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
 def _store(shape, memory, problem, dk, dv, GROUP: gl.constexpr):
     """dV by way of the warpgroup's own values, dK of its half of dQ: the other group may still read the keys."""
     DTYPE: gl.constexpr = memory.keys.dtype
-    tile, b, hk = _place(shape, problem)
+    tile, b, hk, _ = _place(shape, memory, problem)
     first = tile * (2 * KEYS) + GROUP * KEYS
     memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
     fence_async_shared()
@@ -638,22 +635,22 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
-                              "section"])  # fmt: skip
+                              "section", "first"])  # fmt: skip
 def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
-                       KV, DIM, extents, tensors, scale, section,
+                       KV, DIM, extents, tensors, scale, section, first,
                        FACTOR: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr, COLUMNS: gl.constexpr,
                        SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
-                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, RAGGED: gl.constexpr, POSITIONAL: gl.constexpr,
-                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
+                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr,
+                       ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
                        D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
                        GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [B * H, Q rounded up] float32, of QUERIES numbers. `section`: how many pairs of batch and key head run side by
-    side. One program for each batch, key head and 128 keys.
+    [pairs, Q rounded up] float32, of QUERIES numbers. `section`: how many pairs of batch and key head run side by
+    side. One program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`).
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, RAGGED, POSITIONAL, ASK, ORDERED, LATE, WIDE)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE)
     f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES)
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, lse, QUERY_STAGES)
@@ -662,8 +659,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, queries, grads, keys, values,
-                    _barriers(2, 1), exchange, _barriers(4, 1), sums)  # fmt: skip
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
+                    values, _barriers(2, 1), exchange, _barriers(4, 1), sums)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([

@@ -1,7 +1,8 @@
 """What is done row by row around the backward kernel, at the speed of the memory.
 
 Before: delta and lse as the kernel wants them, and zeros where dQ will be summed. After: dQ from those sums, which lie
-in the order of the tensor cores' registers.
+in the order of the tensor cores' registers. What stands between the kernels is for the pairs of batch and head of one
+launch, from pair `first` of the call on.
 """
 
 import triton
@@ -19,13 +20,13 @@ def _rows(base, strides, b, h, rows, inside, D: tl.constexpr, DIM: tl.constexpr)
     return tl.load(places, mask=keep, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["out_strides", "grad_strides", "parameters", "sizes", "tensors", "scale"])
+@triton.jit(do_not_specialize=["out_strides", "grad_strides", "parameters", "sizes", "tensors", "scale", "first"])
 def prepare_rows(
         out, grad_out, grad_lse, lse, numbers, sums, out_strides, grad_strides, parameters, sizes, tensors, scale,
-        SLOPE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+        first, SLOPE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
         VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
-    """numbers [2, B * H, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
+    """numbers [2, pairs, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
 
     lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
     have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
@@ -34,7 +35,8 @@ def prepare_rows(
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
     padded = tl.cdiv(q_len, QUERIES) * QUERIES
     tiles = padded // ROWS
-    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    own, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    pair = first + own
     b, h = pair // heads, pair % heads
     rows = tile * ROWS + tl.arange(0, ROWS)
     inside = rows < q_len
@@ -52,23 +54,23 @@ def prepare_rows(
         slope = SLOPE(b, h, scalars, captured(tensors, False))
         row += slope * (rows % QUERIES).to(tl.float32)
     pairs = tl.num_programs(0) // tiles
-    target = numbers + pair.to(tl.int64) * padded + rows
+    target = numbers + own.to(tl.int64) * padded + rows
     tl.store(target, row)
     tl.store(target + pairs.to(tl.int64) * padded, delta)
-    first = (pair.to(tl.int64) * padded + tile * ROWS) * D
-    tl.store(sums + first + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+    zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
+    tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
-@triton.jit(do_not_specialize=["sizes", "scale"])
+@triton.jit(do_not_specialize=["sizes", "scale", "first"])
 def finish_queries(
-        sums, dq, sizes, scale, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
+        sums, dq, sizes, scale, first, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
 ):  # fmt: skip
     """dq [B, H, Q, DIM] = scale * sums: one program for the half tile that a warpgroup summed."""
     WIDTH: tl.constexpr = D if QUERIES == 128 else D // 2
     q_len = scalar(sizes[3], False)
     halves = tl.cdiv(q_len, QUERIES) * 2
-    half, pair = tl.program_id(0) % halves, (tl.program_id(0) // halves).to(tl.int64)
-    x = tl.load(sums + (pair * halves + half) * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
+    half, own = tl.program_id(0) % halves, (tl.program_id(0) // halves).to(tl.int64)
+    x = tl.load(sums + (own * halves + half) * (64 * WIDTH) + tl.arange(0, 64 * WIDTH))
     # n / 8, warp, lane / 4, lane % 4, row / 8, n % 2
     x = tl.reshape(x, [WIDTH // 8, 4, 8, 4, 2, 2])
     x = tl.reshape(tl.permute(x, (1, 4, 2, 0, 3, 5)), [64, WIDTH])
@@ -81,24 +83,24 @@ def finish_queries(
     keep = (row < q_len)[:, None]
     if D != DIM:
         keep = keep & (column < DIM)[None, :]
-    places = dq + (pair * q_len + row[:, None]) * DIM + column[None, :]
+    places = dq + ((first + own) * q_len + row[:, None]) * DIM + column[None, :]
     tl.store(places, (x * scale).to(dq.dtype.element_ty), mask=keep)
 
 
-@triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "scale"])
+@triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "scale", "first"])
 def count_turns(
-        turns, q_offset, parameters, sizes, tensors, scale, Q_RANGES: tl.constexpr, KEYS: tl.constexpr,
+        turns, q_offset, parameters, sizes, tensors, scale, first, Q_RANGES: tl.constexpr, KEYS: tl.constexpr,
         QUERIES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """turns [B, H, key tiles, query tiles] int32: how many later tiles of keys visit a tile of queries.
+    """turns [pairs, key tiles, query tiles] int32: how many later tiles of keys visit a tile of queries.
 
     One program for WIDTH tiles of queries of a head.
     """
     heads, q_len, kv_len = scalar(sizes[1], False), scalar(sizes[3], False), scalar(sizes[4], False)
     tiles, key_tiles = tl.cdiv(q_len, QUERIES), tl.cdiv(kv_len, KEYS)
     parts = tl.cdiv(tiles, WIDTH)
-    part, pair = tl.program_id(0) % parts, tl.program_id(0) // parts
-    b, h = pair // heads, pair % heads
+    part, own = tl.program_id(0) % parts, tl.program_id(0) // parts
+    b, h = (first + own) // heads, (first + own) % heads
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     start = first_position(q_offset, b, tl.int32)
     if WIDE:
@@ -114,5 +116,5 @@ def count_turns(
         visited = tl.zeros([WIDTH], tl.int1)
         for s in tl.static_range(len(segments)):
             visited = visited | ((i >= tl.maximum(segments[s][0], 0)) & (i < segments[s][1]))
-        tl.store(turns + (pair * key_tiles + j).to(tl.int64) * tiles + i, seen, mask=i < tiles)
+        tl.store(turns + (own * key_tiles + j).to(tl.int64) * tiles + i, seen, mask=i < tiles)
         seen += visited.to(tl.int32)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from attn_dsl.backend.hopper import check
 from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS, Config, candidates
@@ -46,11 +45,18 @@ ROWS = 64
 """Of a program that prepares rows."""
 WIDTH = 128
 """Query tiles of a program that counts turns."""
+SPILLS = 320
+"""Bytes that ptxas may spill: those of a kernel with a branch around its mask, most of them at the mask."""
 ORDERED_SPILLS = 576
 """Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
 ORDERED_KEYS = 2**17
 """For so many keys the table that orders programs, 4 bytes for each pair of tiles, takes an eighth of what dQ takes in
 float32; for more it would outgrow that."""
+SUMS = 2**28
+"""Bytes of float32 sums of dQ that are held at once. Where there are more, the pairs of batch and key head run one
+section after the other, and their sums take the same memory, a quarter of this where such sections fill the machine."""
+FILLS = 6
+"""So many programs a multiprocessor fill the machine: what waits for the last of them is little beside the whole."""
 _NUMBERS = gl.NVMMASharedLayout(0, 32, rank=2)
 _SUMS = gl.NVMMASharedLayout(128, 32, rank=2)
 _lock = threading.Lock()
@@ -94,7 +100,7 @@ class Kernels:
         """The configurations for a call, without those that differ in nothing but a question that is not asked."""
         text = self.emitted(call.precise)[0]
         found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        asks = "full" in text.functions or ("mask" not in text.functions and (text.positional or _ragged(call)))
+        asks = "full" in text.functions or "mask" not in text.functions
         return found if asks else tuple(config for config in found if config.ask)
 
     def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice[Config]:
@@ -123,20 +129,15 @@ class Kernels:
         query = call.query
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *call.parameters)]
         dims = (query.shape[3], call.value.shape[3])
-        return (query.dtype, *dims, call.precise, _ragged(call), *numbers)
+        return (query.dtype, *dims, call.precise, *numbers)
 
     def _settle(self, call: Call, ordered: bool, compile: Compile) -> Choice[Config]:
         return settle(
             self.candidates(call),
             self.portable.variant.name,
             lambda config: _compiled(self, call, ordered, config, compile),
-            ORDERED_SPILLS if ordered else check.SPILLS,
+            ORDERED_SPILLS if ordered else SPILLS,
         )
-
-
-def _ragged(call: Call) -> bool:
-    """Whether the last tile of keys sticks out."""
-    return call.key.shape[2] % KEYS != 0
 
 
 def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool = False) -> str | None:
@@ -160,10 +161,11 @@ def names_of(wanted: frozenset[str]) -> str:
 class _Layout:
     """What of a launch follows from shapes and strides.
 
-    `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value.
+    `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value. `pairs` of batch
+    and key head are done at a time.
     """
 
-    programs: int
+    pairs: int
     inputs: tuple[BlockShape, ...]
     outputs: tuple[BlockShape, ...]
     strides: tuple[tuple[int, ...], ...]
@@ -199,7 +201,7 @@ class _Plan:
         names = {name: name.upper() for name in FUNCTIONS} | {"keys": "KEY_TERMS"}
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
-            "RAGGED": _ragged(call), "POSITIONAL": text.positional,
+            "POSITIONAL": text.positional,
             "ASK": config.ask, "ORDERED": ordered, "LATE": config.late, "WIDE": text.wide, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
@@ -223,18 +225,25 @@ class _Plan:
     def _layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
         (d, dv), rows = self.dims, self.config.queries
         dk, dv_out = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (call.key, call.value))
-        batch, kv_heads, kv_len, _ = call.key.shape
-        tiles = -(-kv_len // KEYS)
+        (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
+        tiles, machine = -(-kv_len // KEYS), multiprocessors(call.query.device)
         # Uneven: so many heads together that the longest tiles of some rounds come first. Even: one, for the cache.
-        section = -(-2 * multiprocessors(call.query.device) // tiles) if self.uneven else 1
+        section = -(-2 * machine // tiles) if self.uneven else 1
         return _Layout(
-            batch * kv_heads * tiles,
+            _pairs_at_once(batch * kv_heads, tiles, heads // kv_heads * -(-q_len // rows) * rows * d * 4, machine),
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
         )  # fmt: skip
+
+
+def _pairs_at_once(pairs: int, tiles: int, bytes: int, machine: int) -> int:
+    """How many pairs of batch and key head a launch does, with so many tiles of keys and bytes of sums each."""
+    if pairs * bytes <= SUMS:
+        return pairs
+    return min(pairs, max(SUMS // 4 // bytes, -(-FILLS * machine // tiles)))
 
 
 def backward(
@@ -254,42 +263,66 @@ def backward(
     plan = kernels.plan(call, ordered, config)
     layout = plan.layout(call, out, grad_out)
     query, device = call.query, call.query.device
-    batch, heads, q_len, _ = query.shape
-    pairs, tiles, d = batch * heads, -(-q_len // config.queries), plan.dims[0]
-    rows = tiles * config.queries
-    numbers = torch.empty(2, pairs, rows, dtype=torch.float32, device=device)
-    sums = torch.empty(pairs * rows * d // 32, 32, dtype=torch.float32, device=device)
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     dq = torch.empty(query.shape, dtype=query.dtype, device=device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.key, call.value))
-
+    inputs = [shape(x) for shape, x in zip(layout.inputs, (query, call.key, call.value, grad_out), strict=True)]
+    outputs = [shape(x) for shape, x in zip(layout.outputs, (dk, dv), strict=True)]
     parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
     sizes, scale = tuple(map(plain, layout.sizes)), float(call.scale)
     of_call = (parameters, (*sizes, *layout.extents), captured, scale)
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    run(
-        prepare_rows, pairs * (rows // ROWS),
-        (out, grad_out, grad_lse, shifted, numbers, sums, *layout.strides, *of_call), plan.prepare,
-    )  # fmt: skip
-    turns = done = numbers
-    if plan.turns is not None:
-        key_tiles = -(-call.key.shape[2] // KEYS)
-        turns = torch.empty(pairs, key_tiles, tiles, dtype=torch.int32, device=device)
-        done = torch.zeros(pairs, tiles, 2, dtype=torch.int32, device=device)
-        run(count_turns, pairs * -(-tiles // WIDTH), (turns, call.q_offset, *of_call), plan.turns)
 
-    inputs = [shape(x) for shape, x in zip(layout.inputs, (query, call.key, call.value, grad_out), strict=True)]
-    lines = [Block(x, [pairs, rows], [rows, 1], [1, config.queries], _NUMBERS) for x in numbers]
-    half = d if config.queries == 128 else d // 2
-    outputs = [Block(sums, list(sums.shape), [32, 1], [2 * half, 32], _SUMS)]
-    outputs += [shape(x) for shape, x in zip(layout.outputs, (dk, dv), strict=True)]
-    run(
-        attention_backward, layout.programs,
-        (*inputs, *lines, *outputs, turns, done, call.q_offset, parameters, *layout.sizes, layout.extents, captured,
-         scale, layout.section),
-        plan.options,
-    )  # fmt: skip
-    run(finish_queries, pairs * tiles * 2, (sums, dq, sizes, scale), plan.finish)
+    q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
+    tiles, key_tiles = -(-q_len // config.queries), -(-call.key.shape[2] // KEYS)
+    scratch = _Scratch.of(plan, layout.pairs * group, tiles, key_tiles, device)
+    for first in range(0, kv_pairs, layout.pairs):
+        kv_own = min(layout.pairs, kv_pairs - first)
+        own, at = kv_own * group, first * group
+        run(
+            prepare_rows, own * tiles * (config.queries // ROWS),
+            (out, grad_out, grad_lse, shifted, scratch.numbers, scratch.sums, *layout.strides, *of_call, at),
+            plan.prepare,
+        )  # fmt: skip
+        if plan.turns is not None:
+            scratch.done.zero_()
+            run(count_turns, own * -(-tiles // WIDTH), (scratch.turns, call.q_offset, *of_call, at), plan.turns)
+        run(
+            attention_backward, kv_own * key_tiles,
+            (*inputs, *scratch.blocks, *outputs, scratch.turns, scratch.done, call.q_offset, parameters, *layout.sizes,
+             layout.extents, captured, scale, layout.section, first),
+            plan.options,
+        )  # fmt: skip
+        run(finish_queries, own * tiles * 2, (scratch.sums, dq, sizes, scale, at), plan.finish)
     return Gradients(dq, dk, dv, {})
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """What the kernels of a launch hand on to each other: `numbers` and `sums` of `backward_rows.py`, which are also
+    `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an order."""
+
+    numbers: Tensor
+    sums: Tensor
+    turns: Tensor
+    done: Tensor
+    blocks: tuple[Block, Block, Block]
+
+    @staticmethod
+    def of(plan: _Plan, pairs: int, tiles: int, key_tiles: int, device: torch.device) -> _Scratch:
+        """For so many pairs of batch and query head, tiles of queries and of keys."""
+        queries, d = plan.config.queries, plan.dims[0]
+        rows = tiles * queries
+        numbers = torch.empty(2, pairs, rows, dtype=torch.float32, device=device)
+        sums = torch.empty(pairs * rows * d // 32, 32, dtype=torch.float32, device=device)
+        turns = done = numbers
+        if plan.turns is not None:
+            turns = torch.empty(pairs, key_tiles, tiles, dtype=torch.int32, device=device)
+            done = torch.empty(pairs, tiles, 2, dtype=torch.int32, device=device)
+        lse, delta = (Block(x, [pairs, rows], [rows, 1], [1, queries], _NUMBERS) for x in numbers)
+        half = d if queries == 128 else d // 2
+        return _Scratch(
+            numbers, sums, turns, done, (lse, delta, Block(sums, list(sums.shape), [32, 1], [2 * half, 32], _SUMS))
+        )
 
 
 def _loadable(tensor: Tensor) -> Tensor:
