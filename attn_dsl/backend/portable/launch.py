@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend.portable import backward as backward_kernels
-from attn_dsl.backend.portable import device, tiles
+from attn_dsl.backend.portable import device, listing, tiles
 from attn_dsl.backend.portable.algebra import conjuncts
+from attn_dsl.backend.portable.classify import kv_list, q_list
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
 from attn_dsl.backend.portable.forward import attention_forward
@@ -43,11 +44,12 @@ from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
-from attn_dsl.ir.nodes import Load, Node, Param, Size, post_order
+from attn_dsl.ir.nodes import FALSE, Load, Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.lengths import is_paged, is_scaled
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, specialize
+from attn_dsl.passes.summaries import derive_claims, reads_at_positions
 
 __all__ = ["LAYOUTS", "Call", "Gradients", "Kernels", "Replay", "backward", "chunks", "forward", "interpreted", "tiles"]
 
@@ -93,6 +95,23 @@ class Kernels:
             return self.schedule, ()
         found = uniform.saturations
         return derive_schedule(self.variant, padded=True, saturations=found), found
+
+    @functools.cached_property
+    def lists(self) -> listing.Lists | None:
+        """Lists of the tiles to visit, where ranges in closed form hold others too; None where they do not."""
+        ranges = self.schedule.kv, self.schedule.q
+        closed = not reads_at_positions(self.variant.mask) and all(axis.skip is FALSE for axis in ranges)
+        if closed or self.paged or self.scaled:
+            return None
+        claims = derive_claims(self.variant, saturations=self.split[1])
+        return listing.Lists(self.variant, self.extents, claims)
+
+    def kind_of_list(self, call: Call, rows: int, keys: int, transposed: bool = False) -> listing.Kind | None:
+        """The lists for calls like this one and tiles of a shape; None where there are ranges."""
+        if self.lists is None:
+            return None
+        shape = listing.Shape(rows, keys, transposed)
+        return listing.Kind(self.lists, shape, self.wide(call), call.sizes, call.parameters)
 
     @functools.cached_property
     def by_head(self) -> bool:
@@ -198,6 +217,19 @@ class Plan:
         found = {key: self.emitted.function(name) for key, name in names.items()}
         return {key: None if name is None else getattr(self.functions, name) for key, name in found.items()}
 
+    def ranges(self, **names: str) -> dict[str, Any]:
+        """As `named`, for what says which tiles are visited; a list says it all."""
+        if self.kernels.lists is None:
+            return self.named(**names)
+        return {"SKIP": None} | ({"Q_RANGES": q_list} if "Q_RANGES" in names else {"KV_RANGES": kv_list})
+
+    def captured(self, tile: Tile, transposed: bool = False) -> tuple[Any, ...]:
+        """The captured tensors as a kernel takes them, behind them the list of the tiles to visit if there is one."""
+        call, kind = self.call, self.kernels.kind_of_list(self.call, tile.rows, tile.keys, transposed)
+        if kind is None:
+            return described(call.tensors)
+        return described((*call.tensors, *kind.find(call.tensors, call.q_offset, call.query.device, self.run)))
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(plain, self.call.sizes))
@@ -215,7 +247,7 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     out = call.result("out", (batch, heads, q_len, value.shape[3]))
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     shifted = torch.empty_like(lse) if "row_term" in plan.emitted.functions else lse
-    shapes = (query.shape, query.stride(), key.dtype, key.stride(), value.shape, value.stride(), call.sizes)
+    shapes: tuple[Any, ...] = (query.shape, query.stride(), key.dtype, key.stride(), value.shape, value.stride(), call.sizes)
     if call.results:
         shapes += (call.result_strides,)
     layout = plan.layouts.get(shapes)
@@ -228,7 +260,7 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
         attention_forward,
         layout.programs,
         (query, key, value, out, lse, shifted, call.q_offset, *layout.strides, parameters, layout.sizes,
-         described(call.tensors), number(float(call.scale)), layout.section),
+         plan.captured(plan.tiles.forward), number(float(call.scale)), layout.section),
         layout.options,
     )  # fmt: skip
     return out, lse, shifted
@@ -244,30 +276,41 @@ class Replay:
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[Any, ...]
     has_row: bool
+    kind: listing.Kind | None
 
     @staticmethod
     def of(kernels: Kernels, call: Call) -> Replay:
         query, value = call.query, call.value
         plan = Plan.of(kernels, call, frozenset(), launch)
         shape = (*query.shape[:3], value.shape[3])
-        layout = _forward_layout(plan, torch.empty(shape, dtype=query.dtype, device="meta"))
+        layout = _forward_layout(plan, call.result("out", shape, "meta"))
         parameters = tuple(number(x) for x in call.parameters)
         captured = tuple(rest for _, *rest in described(call.tensors))
         end = (number(float(call.scale)), layout.section)
         row = "row_term" in plan.emitted.functions
-        return Replay(layout, shape, (*layout.strides, parameters, layout.sizes), captured, end, row)
+        kind = kernels.kind_of_list(call, plan.tiles.forward.rows, plan.tiles.forward.keys)
+        return Replay(layout, shape, (*layout.strides, parameters, layout.sizes), captured, end, row, kind)
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse), not differentiable."""
+        """(out, lse), not differentiable; `out`, where given, has the strides of the one that the call was known by."""
         device = query.device
-        out = torch.empty(self.out, dtype=query.dtype, device=device)
+        if out is None:
+            out = torch.empty(self.out, dtype=query.dtype, device=device)
         lse = torch.empty(self.out[:3], dtype=torch.float32, device=device)
         shifted = torch.empty_like(lse) if self.has_row else lse
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
         captured = tuple((x, *rest) for x, rest in zip(tensors, self.captured, strict=True))
+        if self.kind is not None:
+            captured += described(self.kind.find(tensors, q_offset, device))
         arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
         launch(attention_forward, self.layout.programs, arguments, self.layout.options)
         return out, lse
@@ -280,8 +323,9 @@ def _forward_layout(plan: Plan, out: Tensor) -> _Layout:
     def options() -> dict[str, Any]:
         functions = plan.named(
             SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask", KEY_MASK="key_mask",
-            ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
+            ROW="row_term", SINK="sink",
         )  # fmt: skip
+        functions |= plan.ranges(KV_RANGES="kv_ranges", SKIP="kv_skip")
         return {**functions, **plan.common, **tile_options(tile), **plan.storage}
 
     return _Layout(
@@ -407,12 +451,13 @@ def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _B
     strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
     contiguous, tiles = dense_columns(query, key, value, grad_out), plan.tiles
 
-    def options(which: str, totals: int, tile: Tile, **names: str) -> Options:
+    def options(which: str, totals: int, tile: Tile, ranges: dict[str, str], **names: str) -> Options:
         def make() -> dict[str, Any]:
             functions = plan.named(
                 SCORE="score", FULL_SCORE="full_score", FACTOR="factor", SLOPE="slope", MASK="mask",
                 KEY_MASK="key_mask", QUERY_MASK="query_mask", **names,
             )  # fmt: skip
+            functions |= plan.ranges(**ranges)
             return {**functions, "TOTALS": totals, "MODE": mode, **plan.common, **tile_options(tile)}
 
         return plan.options(f"{which} {mode}", unit, contiguous, make)
@@ -424,11 +469,11 @@ def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _B
          plan.options(f"rows {mode}", own, dense_columns(grad_out), lambda: _rows_options(plan, rows, sink, mode))),
         (batch * kv_heads * -(-kv_len // tiles.keys.keys), (*strides, in_units(dk, unit), in_units(dv, unit)),
          plan.section(1),
-         options("keys", plan.emitted.key_totals, tiles.keys, Q_RANGES="q_ranges", SKIP="q_skip", KEY_GRAD="key_grad",
-                 FULL_KEY_GRAD="full_key_grad", SCATTER="add_key_sums")),
+         options("keys", plan.emitted.key_totals, tiles.keys, {"Q_RANGES": "q_ranges", "SKIP": "q_skip"},
+                 KEY_GRAD="key_grad", FULL_KEY_GRAD="full_key_grad", SCATTER="add_key_sums")),
         (batch * heads * -(-q_len // tiles.queries.rows), (*strides, in_units(dq, unit)),
          plan.section(heads // kv_heads),
-         options("queries", plan.emitted.query_totals, tiles.queries, KV_RANGES="kv_ranges", SKIP="kv_skip",
+         options("queries", plan.emitted.query_totals, tiles.queries, {"KV_RANGES": "kv_ranges", "SKIP": "kv_skip"},
                  QUERY_GRAD="query_grad", FULL_QUERY_GRAD="full_query_grad", SCATTER="add_query_sums",
                  SCATTER_PAIRS="add_pairs", SCATTER_FULL_PAIRS="add_full_pairs")),
         numbered, plan.sizes, sink,
@@ -468,7 +513,7 @@ def _gradients(
     """
     call = plan.call
     query, key, value = call.query, call.key, call.value
-    shapes = (
+    shapes: tuple[Any, ...] = (
         mode, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), out.stride(),
         grad_out.stride(), call.extents,
     )  # fmt: skip
@@ -482,21 +527,25 @@ def _gradients(
     numbers = torch.empty((*query.shape[:2], layout.padded, 2), dtype=torch.float32, device=query.device)
     dq, dk, dv = _inner(call)
     parameters, scale = tuple(map(number, call.parameters)), number(float(call.scale))
-    end = (parameters, layout.sizes, described(call.tensors), described(sums), peaks, factors, scale)
+
+    def end(captured: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (parameters, layout.sizes, captured, described(sums), peaks, factors, scale)
 
     programs, strides, options = layout.rows
-    of_sink = (call.q_offset, *strides, *end)
+    of_sink = (call.q_offset, *strides, *end(described(call.tensors)))
     if not layout.has_sink:
         of_sink = (0, *strides, (), layout.sizes[:6], (), (), None, None, 1.0)
     rows = (out, grad_out, grad_lse, lse, numbers, *of_sink)
     plan.run(backward_kernels.attention_delta, programs, rows, options)
     inputs = (query, key, value, grad_out, numbers)
     programs, strides, section, options = layout.keys
-    of_keys = (*inputs, dk, dv, call.q_offset, *strides, *end, section)
     if everything or plan.emitted.sums_queries:
+        captured = plan.captured(plan.tiles.keys, transposed=True)
+        of_keys = (*inputs, dk, dv, call.q_offset, *strides, *end(captured), section)
         plan.run(backward_kernels.attention_keys_backward, programs, of_keys, options)
     programs, strides, section, options = layout.queries
-    of_queries = (*inputs, dq, call.q_offset, *strides, *end, section)
     if everything or plan.emitted.sums_keys:
+        captured = plan.captured(plan.tiles.queries)
+        of_queries = (*inputs, dq, call.q_offset, *strides, *end(captured), section)
         plan.run(backward_kernels.attention_queries_backward, programs, of_queries, options)
     return dq, dk, dv

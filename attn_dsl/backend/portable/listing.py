@@ -73,6 +73,24 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Kind:
+    """The lists of calls that differ in nothing but their tensors and `q_offset`."""
+
+    lists: Lists
+    shape: Shape
+    wide: bool
+    sizes: tuple[int, ...]
+    parameters: Sequence[Scalar | Tensor]
+
+    def find(
+        self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device, run: Runner = launch
+    ) -> tuple[Tensor, Tensor]:
+        """(rows, entries), as `Lists.find`."""
+        source = Source(self.sizes, tensors, self.parameters, q_offset, device)
+        return self.lists.find(source, self.shape, self.wide, run)
+
+
+@dataclass(frozen=True)
 class TileList:
     """`rows` [B, H, tiles, 4] int32, of which `batch` and `heads` are stored, and `entries` [n] int32."""
 
