@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +40,7 @@ from attn_dsl.backend.portable.host import (
     unit_of,
 )
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
@@ -277,6 +277,7 @@ class Replay:
     end: tuple[Any, ...]
     has_row: bool
     kind: listing.Kind | None
+    runner: Repeated = field(default_factory=Repeated)
 
     @staticmethod
     def of(kernels: Kernels, call: Call) -> Replay:
@@ -312,7 +313,7 @@ class Replay:
         if self.kind is not None:
             captured += described(self.kind.find(tensors, q_offset, device))
         arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
-        launch(attention_forward, self.layout.programs, arguments, self.layout.options)
+        self.runner(attention_forward, self.layout.programs, arguments, self.layout.options)
         return out, lse
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from attn_dsl.backend.portable.host import (
     unit_of,
 )
 from attn_dsl.backend.portable.launch import Kernels, Plan
-from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 
 MOST_TOKENS = 64
 """Longer queries are for the other kernels."""
@@ -161,6 +161,8 @@ class Replay:
     options: Options
     merging: Options
     has_row: bool
+    runner: Repeated = field(default_factory=Repeated)
+    merger: Repeated = field(default_factory=Repeated)
 
     @staticmethod
     def of(kernels: Kernels, call: Call, layout: Layout | None = None) -> Replay:
@@ -205,7 +207,7 @@ class Replay:
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """(out, lse), not differentiable."""
-        return self.launch(query, key, value, tensors, q_offset)[:2]
+        return self.launch(query, key, value, tensors, q_offset, self.runner, self.merger)[:2]
 
     def launch(
         self,
@@ -215,8 +217,9 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         run: Runner = launch,
+        merge: Runner | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, lse, shifted), by one kernel or, where there are splits, two."""
+        """(out, lse, shifted), by one kernel or, where there are splits, two, the second by `merge` or else `run`."""
         outputs = self._outputs((), query.dtype, query.device)
         splits = self.layout.splits
         parts = outputs if splits == 1 else self._outputs((splits,), torch.float32, query.device)
@@ -231,7 +234,7 @@ class Replay:
         if splits > 1:
             (out, lse, shifted), (part, part_lse, part_shifted), rows = outputs, parts, outputs[1].numel()
             own = (part_shifted, shifted) if self.has_row else (None, None)
-            run(merge_splits, rows, (part, part_lse, own[0], out, lse, own[1], rows, splits), self.merging)
+            (merge or run)(merge_splits, rows, (part, part_lse, own[0], out, lse, own[1], rows, splits), self.merging)
         return outputs
 
     def _outputs(
