@@ -10,17 +10,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from attn_dsl.api import Attention, compile
     from attn_dsl.backend.merge import merge
-    from attn_dsl.errors import AttnError, BindingError, CompileError, ProofError
+    from attn_dsl.backend.paged import PagedKVCache
+    from attn_dsl.errors import AttnError, BindingError, CacheFullError, CompileError, ProofError
 
 __version__ = "0.1.0"
-__all__ = ["Attention", "AttnError", "BindingError", "CompileError", "ProofError", "__version__", "compile", "merge"]
+__all__ = [
+    "Attention",
+    "AttnError",
+    "BindingError",
+    "CacheFullError",
+    "CompileError",
+    "PagedKVCache",
+    "ProofError",
+    "__version__",
+    "compile",
+    "merge",
+]
 
 _MODULE_OF = {
     "Attention": "attn_dsl.api",
     "compile": "attn_dsl.api",
     "merge": "attn_dsl.backend.merge",
+    "PagedKVCache": "attn_dsl.backend.paged",
     "AttnError": "attn_dsl.errors",
     "BindingError": "attn_dsl.errors",
+    "CacheFullError": "attn_dsl.errors",
     "CompileError": "attn_dsl.errors",
     "ProofError": "attn_dsl.errors",
 }

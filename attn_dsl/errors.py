@@ -74,5 +74,9 @@ class BindingError(AttnError, ValueError):
     """An argument of a call does not fit the variant; says which, what was expected and what came."""
 
 
+class CacheFullError(AttnError):
+    """The pages of a cache do not suffice for what was asked; says how many are needed, and how many free."""
+
+
 class ProofError(AttnError):
     """A certificate does not check. Never the user's fault: a claim that fails its check must not be used."""

@@ -80,6 +80,13 @@ class Binder:
         self.extents = self._function("extents", extents)
         self._divisors = self._function("divisors", self.divisors)
 
+    @property
+    def stored(self) -> str | None:
+        """How keys and values are stored, where that is not `[B, HK, KV, D]` in the dtype of the query."""
+        if self.paged:
+            return "keys and values are in pages" + " of 8 bits" * self.scaled
+        return "keys and values are of 8 bits" if self.scaled else None
+
     def _function(self, name: str, results: Sequence[Any]) -> Any:
         source = "import math\n" + emit(name, ("scalars",), tuple(results), self.signature, PythonDialect())
         names: dict[str, Any] = {}

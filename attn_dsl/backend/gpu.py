@@ -76,8 +76,12 @@ def route(
     The decode kernel is considered if `decodes`; shapes alone decide about it. For Hopper's kernels, the first call of
     a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
     """
+    if program.binder.scaled and ((8, 9) > (capability or _capability(call.query.device) or (8, 9))):
+        raise BindingError("`key`: float8_e4m3fn needs a GPU of compute capability 8.9 or later")
     if decodes and (reason := decode.reason(call)):
         return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
+    if stored := program.binder.stored:
+        return Route(PORTABLE, f"{stored}, which the Hopper kernels do not read")
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return Route(PORTABLE, reason)
@@ -160,6 +164,8 @@ def backward_route(
     compile: Compile | None = None,
 ) -> BackwardRoute:
     """Which kernels the backward pass of a call takes, as `route`; `wanted` are its gradients of what is captured."""
+    if stored := program.binder.stored:
+        return BackwardRoute(PORTABLE, stored, None, wanted)
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return BackwardRoute(PORTABLE, reason, None, wanted)
@@ -249,6 +255,8 @@ def describe_backward(
         tiles = program.kernels.tiles(call, capability)
         keys, queries = tiles.keys, tiles.queries
         lines = [
+    if program.binder.stored:
+        return f"backward   none, since {found.reason}"
             f"backward   portable, since {found.reason}: dK and dV {keys.rows} x {keys.keys}, "
             f"dQ {queries.rows} x {queries.keys}"
         ]

@@ -1,4 +1,4 @@
-"""Caches in pages, or in 8 bits, for the tile loops: the slabs that some tile visits, laid out one behind the other.
+"""Caches in pages, or in 8 bits, for the tile loops: the slabs that a row may see, laid out one behind the other.
 
 A slab is a page, or without a page table what a batch entry holds. Memory for the rest is asked for and never touched.
 """
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.cpu.problem import Problem
-from attn_dsl.backend.cpu.tiles import tiles
+from attn_dsl.backend.cpu.problem import BLOCK, Problem
 from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE
 
 
@@ -37,10 +36,13 @@ def gathered(problem: Problem, call: Call) -> Call:
 
 
 def _visited(problem: Problem, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """(batch entries, numbers within them) of the slabs of `size` keys of which some tile visits a key."""
+    """(batch entries, numbers within them) of the slabs of `size` keys that the schedule reaches from some row."""
     visited = torch.zeros(problem.batch, count, dtype=torch.bool)
-    for tile in tiles(problem):
-        for begin, end, _ in tile.runs:
-            visited[tile.b0 : tile.b1, begin // size : -(-end // size)] = True
+    for b in range(problem.batch):
+        offset = problem.offsets[b] if len(problem.offsets) > 1 else problem.offsets[0]
+        place = (offset, offset + problem.q_len - 1, offset, BLOCK, problem.scalars, problem.lists)
+        for h in range(problem.heads if problem.schedule.per_head else 1):
+            for begin, end, _ in problem.schedule.kv_ranges(b, h, *place):
+                visited[b, begin * BLOCK // size : -(-end * BLOCK // size)] = True
     entries, numbers = visited.nonzero(as_tuple=True)
     return entries, numbers
