@@ -162,8 +162,8 @@ def backward(
 def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    if program.binder.paged or program.binder.scaled:
-        raise BindingError("a call on a cache in pages, or in 8 bits, has no backward pass")
+    if program.binder.stored:
+        raise BindingError(f"{program.binder.stored}: such a call has no backward pass")
     return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
 
 
@@ -174,7 +174,7 @@ def _cpu_forward(program: Program, call: Call) -> Outputs:
     from attn_dsl.backend.cpu import attention as cpu
 
     problem = cpu.problem_of(program.variant, program.schedule, call)
-    if program.binder.paged or program.binder.scaled:
+    if program.binder.stored:
         from attn_dsl.backend.cpu.pages import gathered
 
         call = gathered(problem, call)
