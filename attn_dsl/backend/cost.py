@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,27 @@ def visited_pairs(
                         * _keys(functions, b, h, q0, q1, offset, begin, end, keys, sizes["KV"], scalars, lists)
                     )
     return total
+
+
+def visited_tiles(
+    functions: ScheduleFunctions,
+    sizes: Mapping[str, int],
+    scalars: tuple[object, ...],
+    offset: int,
+    block: tuple[int, int],
+) -> int:
+    """Tiles that a schedule without questions about single tiles visits, over all batches and heads."""
+    rows, keys = block
+    batches, heads = range(sizes["B"] if functions.per_batch else 1), range(sizes["H"] if functions.per_head else 1)
+    last = offset + sizes["Q"] - 1
+    total = 0
+    for b in batches:
+        for h in heads:
+            for q0 in range(offset, last + 1, rows):
+                q1 = min(q0 + rows - 1, last)
+                ranges = functions.kv_ranges(b, h, q0, q1, offset, keys, scalars, ())
+                total += sum(max(end - begin, 0) for begin, end, _ in ranges)
+    return total * (sizes["B"] // len(batches)) * (sizes["H"] // len(heads))
 
 
 def _keys(

@@ -27,8 +27,10 @@ from attn_dsl.passes.separate import separate
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Kernels as HopperKernels
     from attn_dsl.backend.hopper.launch_backward import Kernels as HopperBackwardKernels
+    from attn_dsl.backend.order import Choice, Ordered
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
+    from attn_dsl.passes.order import Residues
     from attn_dsl.passes.prove import Proof
 
 CPU, GPU, PORTABLE, HOPPER, DECODE = "cpu", "gpu", "portable", "hopper", "decode"
@@ -68,7 +70,18 @@ class Program:
         # One line, since PyTorch shows arguments of graphs in comments of generated code; nothing else has a bar.
         self.text = print_ir(replace(variant, doc=""), locations=False).replace("\n", "|")
         self.binder = Binder(variant)
+        self.reordered: dict[tuple[Any, ...], Program] = {}
+        """This program in other orders of positions, by what tells them apart."""
+        self.choices: dict[tuple[Any, ...], Choice] = {}
+        """Which order calls take, by kind."""
         self._proof = proof
+
+    @functools.cached_property
+    def orders(self) -> tuple[Residues, ...]:
+        """The orders of positions that the mask speaks of."""
+        from attn_dsl.passes.order import residues
+
+        return tuple(residues(self.variant))
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -134,7 +147,8 @@ def forward(program: Program, call: Call, options: Options) -> Outputs:
     if options.backend == CPU:
         return _cpu_forward(program, call)
     if options.backend in (GPU, PORTABLE, HOPPER, DECODE):
-        return _gpu_forward(program, call, options)
+        found = reordered(program, call, options)
+        return _gpu_forward(program, call, options) if found is None else found.forward()
     raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper, decode")
 
 
@@ -148,10 +162,16 @@ def backward(
     wanted: frozenset[str],
 ) -> Gradients:
     """Gradients of query, key, value and of the captured tensors and parameters named in `wanted`."""
+    if program.binder.stored:
+        raise BindingError(f"{program.binder.stored}: such a call has no backward pass")
     if grad_out.stride(-1) != 1:  # that of a sum is one number everywhere; no kernel is compiled for that
         grad_out = grad_out.contiguous()
-    run = _cpu_backward if options.backend == CPU else _gpu_backward
-    found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
+    ordered = reordered(program, call, options)
+    if ordered is not None:
+        found = ordered.backward(outputs, grad_out, grad_lse, wanted)
+    else:
+        run = _cpu_backward if options.backend == CPU else _gpu_backward
+        found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
     given: dict[str, Any] = {**call.tensors, **call.parameters}
     captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
     return Gradients(
@@ -159,11 +179,18 @@ def backward(
     )
 
 
+def reordered(program: Program, call: Call, options: Options) -> Ordered | None:
+    """The call in another order of positions, where one is better than its own."""
+    if not program.orders:
+        return None
+    from attn_dsl.backend.order import ordered
+
+    return ordered(program, call, options)
+
+
 def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    if program.binder.stored:
-        raise BindingError(f"{program.binder.stored}: such a call has no backward pass")
     return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
 
 
@@ -246,6 +273,7 @@ def portable_call(program: Program, call: Call, options: Options) -> PortableCal
         options.precise,
         options.float32_precision,
         chosen(program, query, value, _capability(query.device)) if query.is_cuda else None,
+        dims=(sizes["B"], sizes["H"], sizes["HK"], sizes["Q"], sizes["KV"], sizes["D"]),
     )
 
 
@@ -257,4 +285,3 @@ def _placed(x: Any, device: torch.device) -> Any:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-        dims=(sizes["B"], sizes["H"], sizes["HK"], sizes["Q"], sizes["KV"], sizes["D"]),

@@ -52,7 +52,7 @@ def forward(program: execute.Program, call: portable.Call, backend: str) -> tupl
         return portable.forward(program.kernels, call)
     if backend == DECODE:
         return decode.forward(program.kernels, call)
-    found = route(program, call, decodes=backend != HOPPER)
+    found = route(program, call, decodes=backend != HOPPER and not call.results)
     if found.layout is not None:
         return decode.forward(program.kernels, call, layout=found.layout)
     if found.choice is not None and found.choice.config is not None:
@@ -201,12 +201,23 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def explain(program: Program, call: Call) -> str:
     """Which kernels and tiles the call takes, and why; compiles the kernel if that was not done."""
-    of = execute.program_for(program.variant, program.proof)
+    from attn_dsl.backend import order
+
+    of, lines = execute.program_for(program.variant, program.proof), []
     bound = execute.portable_call(of, call, Options(GPU))
+    if chosen := order.choice(of, call, Options(GPU)):
+        lines.append(f"order      {chosen.why}")
+    if ordered := order.ordered(of, call, Options(GPU)):
+        lines[0] += f"; {ordered.laid_out}"
+        of, bound = ordered.program, ordered.call
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     capability = _capability(call.query.device)
-    return f"{describe(of, bound, route(of, bound), capability)}\n{describe_backward(of, bound, back, capability)}"
+    lines += [
+        describe(of, bound, route(of, bound, decodes=ordered is None), capability),
+        describe_backward(of, bound, back, capability),
+    ]
+    return "\n".join(lines)
 
 
 def _wants_gradient(x: object) -> bool:
@@ -244,6 +255,8 @@ def describe_backward(
     program: execute.Program, call: portable.Call, found: BackwardRoute, capability: tuple[int, int] | None
 ) -> str:
     """`explain` of the route of a backward pass."""
+    if program.binder.stored:
+        return f"backward   none, since {found.reason}"
     choice = found.choice
     if choice is not None and choice.config is not None and choice.build is not None:
         spilled = choice.build.spilled
@@ -255,8 +268,6 @@ def describe_backward(
         tiles = program.kernels.tiles(call, capability)
         keys, queries = tiles.keys, tiles.queries
         lines = [
-    if program.binder.stored:
-        return f"backward   none, since {found.reason}"
             f"backward   portable, since {found.reason}: dK and dV {keys.rows} x {keys.keys}, "
             f"dQ {queries.rows} x {queries.keys}"
         ]

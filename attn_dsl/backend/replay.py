@@ -7,13 +7,17 @@ checked and worked out for the first of its kind holds for all; the host then on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.execute import PORTABLE, Options, Program, portable_call
+from attn_dsl.backend.execute import PORTABLE, Options, Program, portable_call, reordered
+
+if TYPE_CHECKING:
+    from attn_dsl.backend.order import Inner
+    from attn_dsl.backend.portable.launch import Call as PortableCall
 
 KEPT = 4096
 """So many kinds of calls are remembered; lengths that change with every call must not fill the memory."""
@@ -62,20 +66,33 @@ class Replays:
         if any(isinstance(x, Tensor) for x in call.parameters.values()):
             return
         from attn_dsl.backend.gpu import route
-        from attn_dsl.backend.portable import launch, launch_decode
+        from attn_dsl.backend.portable import launch_decode
 
-        bound = portable_call(self.program, call, options)
-        found = None if options.backend == PORTABLE else route(self.program, bound)
         if len(self.known) >= KEPT:
             self.known.clear()
-        if found is not None and found.layout is not None:
-            self.known[key] = launch_decode.Replay.of(self.program.kernels, bound, found.layout)
-        elif found is None or found.choice is None or found.choice.config is None:
-            self.known[key] = launch.Replay.of(self.program.kernels, bound)
+        ordered = reordered(self.program, call, options)
+        if ordered is not None:
+            self.known[key] = ordered.replay(_of_rows)
+            return
+        bound = portable_call(self.program, call, options)
+        layout = None if options.backend == PORTABLE else route(self.program, bound).layout
+        if layout is not None:
+            self.known[key] = launch_decode.Replay.of(self.program.kernels, bound, layout)
         else:
-            from attn_dsl.backend.hopper import launch as hopper
+            self.known[key] = _of_rows(self.program, bound, options)
 
-            self.known[key] = hopper.Replay(self.program.hopper, bound, found.choice.config)
+
+def _of_rows(program: Program, bound: PortableCall, options: Options) -> Inner:
+    """For calls that are not for the decode kernel."""
+    from attn_dsl.backend.gpu import route
+    from attn_dsl.backend.portable import launch
+
+    found = None if options.backend == PORTABLE else route(program, bound, decodes=False)
+    if found is None or found.choice is None or found.choice.config is None:
+        return launch.Replay.of(program.kernels, bound)
+    from attn_dsl.backend.hopper import launch as hopper
+
+    return hopper.Replay(program.hopper, bound, found.choice.config)
 
 
 class Replay(Protocol):

@@ -28,6 +28,8 @@ class Grid:
     parameters: dict[str, int | float | bool] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    batch: int = 0
+    head: int = 0
 
     @property
     def rows(self) -> int:
@@ -40,10 +42,10 @@ class Grid:
     def value(self, node: Node, **variables: Tensor) -> Tensor:
         """A node over tile positions (or over `q`, `k`), broadcast to the shape of the variables."""
         indices = {name: variables.pop(name) for name in ("q", "k") if name in variables}
-        zero = torch.zeros((), dtype=torch.int64)
+        batch, head = torch.tensor(self.batch), torch.tensor(self.head)
         shape = torch.broadcast_shapes(*(v.shape for v in (*indices.values(), *variables.values())))
         env = Environment(
-            indices={"b": zero, "h": zero, "hk": zero, **indices},
+            indices={"b": batch, "h": head, "hk": head, **indices},
             variables={"q_offset": torch.tensor(self.q_offset), **variables},
             parameters=self.parameters,
             sizes={"B": 1, "H": 1, "HK": 1, "Q": self.q_len, "KV": self.kv_len, "D": 1, **self.sizes},

@@ -30,9 +30,11 @@ from attn_dsl.backend.hopper.emit import Emitted, Reach, emit_module, reach, val
 from attn_dsl.backend.hopper.forward import attention_forward
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.algebra import SCALE
+from attn_dsl.backend.portable.classify import kv_list
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
+from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
 from attn_dsl.backend.portable.width import fits, position_bits
@@ -102,7 +104,8 @@ class Kernels:
         if self.saturations:
             self.schedule = derive_schedule(variant, padded=True, saturations=self.saturations)
         ends = [end for s in self.schedule.kv.segments for end in (s.begin, s.end)]
-        self.uneven = any(node in (Var("q0"), Var("q1")) for node in post_order(*ends))
+        listed = self.portable.lists is not None
+        self.uneven = listed or any(node in (Var("q0"), Var("q1")) for node in post_order(*ends))
         """Whether the rows of a query tile decide how many key tiles it visits."""
 
     def functions(self, call: Call) -> dict[str, Any]:
@@ -112,7 +115,8 @@ class Kernels:
             text = self._emit(*key)
             self._modules[key] = text, load(text.source, f"hopper_{self.portable.variant.name}")
         text, module = self._modules[key]
-        return {name.upper(): getattr(module, name) if name in text.functions else None for name in _FUNCTIONS}
+        found = {name.upper(): getattr(module, name) if name in text.functions else None for name in _FUNCTIONS}
+        return found if self.portable.lists is None else found | {"KV_RANGES": kv_list}
 
     def source(self, *, precise: bool = False) -> str:
         """The emitted text, for parameters of which nothing is known and a positive softmax scale."""
@@ -324,6 +328,7 @@ class _Plan:
             value.stride(),
             call.extents,
             query.device,
+            call.result_strides,
         )
         found = self.layouts.get(at)
         if found is None:
@@ -335,7 +340,7 @@ class _Plan:
     def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
         batch, heads, q_len, _ = call.query.shape
-        out = torch.empty(batch, heads, q_len, call.value.shape[3], dtype=call.query.dtype, device="meta")
+        out = call.result("out", (batch, heads, q_len, call.value.shape[3]), "meta")
         tiles = batch * heads * -(-q_len // config.rows)
         section = heads // call.key.shape[1]
         if self.uneven:
@@ -360,8 +365,8 @@ def forward(
     config = config or kernels.choice(call).config
     assert config is not None, "no configuration fits: ask `Kernels.choice` first"
     plan = kernels.plan(call, config)
-    launched = _Launch.of(plan, plan.layout(call), call, section)
-    return launched(call.query, call.key, call.value, call.tensors, call.q_offset, run)
+    launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
+    return launched(call.query, call.key, call.value, call.tensors, call.q_offset, run, call.results.get("out"))
 
 
 @dataclass(frozen=True)
@@ -374,22 +379,35 @@ class _Launch:
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[float, int]
+    kind: Kind | None
 
     @staticmethod
-    def of(plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
+    def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
         out = (*call.query.shape[:3], call.value.shape[3])
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
-        return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section))
+        kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
+        return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section), kind)
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor, run: Runner
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        run: Runner,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        out = torch.empty(self.out, dtype=query.dtype, device=query.device)
+        if out is None:
+            out = torch.empty(self.out, dtype=query.dtype, device=query.device)
         lse = torch.empty(self.out[:3], dtype=torch.float32, device=query.device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
+        if self.kind is not None:
+            making = launch if isinstance(run, Repeated) else run
+            captured += described(self.kind.find(tensors, q_offset, query.device, making))
         run(
             attention_forward,
             self.layout.programs,
@@ -416,16 +434,22 @@ class Replay:
 
     def __init__(self, kernels: Kernels, call: Call, config: Config) -> None:
         plan = kernels.plan(call, config)
-        self._launch = _Launch.of(plan, plan.layout(call), call)
+        self._launch = _Launch.of(kernels, plan, plan.layout(call), call)
         self._runner = Repeated()
 
     def run(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse), not differentiable."""
+        """(out, lse), not differentiable; `out`, where given, has the strides of the one that the call was known by."""
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
-        return self._launch(query, key, value, tensors, q_offset, self._runner)[:2]
+        return self._launch(query, key, value, tensors, q_offset, self._runner, out)[:2]
 
 
 _counters: dict[int, _Counters] = {}
@@ -499,7 +523,8 @@ def _compiled(kernels: Kernels, call: Call, config: Config, compile: Compile) ->
     compiled: list[Any] = []
 
     def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        compiled.append(compile(kernel, arguments, options))
+        if kernel is attention_forward:
+            compiled.append(compile(kernel, arguments, options))
 
     forward(kernels, call, run, config)
     return compiled[0]

@@ -46,7 +46,7 @@ from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import FALSE, Load, Node, Param, Size, post_order
 from attn_dsl.ir.variant import Variant
-from attn_dsl.passes.lengths import is_paged, is_scaled
+from attn_dsl.passes.lengths import is_packed, is_paged, is_scaled
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, specialize
 from attn_dsl.passes.summaries import derive_claims, reads_at_positions
@@ -72,6 +72,7 @@ class Kernels:
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
         self.paged, self.scaled = is_paged(self.variant), is_scaled(self.variant)
+        self.packed = is_packed(self.variant)
 
     @functools.cached_property
     def gathers(self) -> bool:
@@ -247,7 +248,15 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     out = call.result("out", (batch, heads, q_len, value.shape[3]))
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     shifted = torch.empty_like(lse) if "row_term" in plan.emitted.functions else lse
-    shapes: tuple[Any, ...] = (query.shape, query.stride(), key.dtype, key.stride(), value.shape, value.stride(), call.sizes)
+    shapes: tuple[Any, ...] = (
+        query.shape,
+        query.stride(),
+        key.dtype,
+        key.stride(),
+        value.shape,
+        value.stride(),
+        call.sizes,
+    )
     if call.results:
         shapes += (call.result_strides,)
     layout = plan.layouts.get(shapes)
