@@ -477,7 +477,7 @@ def _counter(device: torch.device) -> Tensor:
             return torch.zeros(1, dtype=torch.int32, device=device)
         return known.for_graphs[place, :1]
     if known is None:
-        known = _counters[device.index] = _Counters(device)
+        known = _counters.setdefault(device.index, _Counters(device))
     stream = torch._C._cuda_getCurrentRawStream(device.index)
     found = known.of_streams.get(stream)
     if found is None:
