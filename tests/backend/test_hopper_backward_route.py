@@ -257,7 +257,8 @@ def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., No
 
 def test_no_kernel_is_compiled_twice_where_no_mask_can_be_left_out(says: Callable[..., None]) -> None:
     says(*[check.Build(5000, (), ())] * 9)
-    for text, tried in (("document", 2), ("noop", 4), ("causal", 4)):
+    unread = "attention unread\nmask = exp(0.01 * q) >= 0.5 * k\n"
+    for text, tried in ((unread, 2), ("document", 4), ("noop", 4), ("causal", 4)):
         of, (made, compile) = fresh(text), compiler()
         captured = tuple(tensor(2, 300, dtype=torch.int32) for _ in of.variant.tensors)
         bound = replace(call(2, 4, 300, 128), tensors=captured)

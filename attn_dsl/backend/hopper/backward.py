@@ -303,7 +303,10 @@ def _visits(shape, f, problem, tile, b, h, start):
     )  # fmt: skip
     segments = ()
     for i in gl.static_range(len(found)):
-        segments = segments + ((_narrowed(found[i][0]), _narrowed(found[i][1])),)
+        if len(found[i]) == 4:  # of a list: the masked tiles, then the full ones
+            segments = segments + (found[i],)
+        else:
+            segments = segments + ((_narrowed(found[i][0]), _narrowed(found[i][1])),)
     return segments, count(segments) + 0 * tile
 
 
@@ -460,11 +463,16 @@ def _widen(x):
 
 
 @gluon.jit
-def _counts_throughout(shape, f, head, first):
-    """Whether all pairs of the program's keys with the query tile from position `first` on are known to count."""
+def _counts_throughout(shape, f, head, first, full):
+    """Whether all pairs of the program's keys with the query tile from position `first` on are known to count.
+
+    full: what a list says of the mask, or None.
+    """
     last = first + (shape.QUERIES - 1)
     result = last >= first  # true, as a number of the device
-    if f.MASK is not None:
+    if full is not None:
+        result = full
+    elif f.MASK is not None:
         result = f.FULL(
             head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
             head.tensors
@@ -479,6 +487,8 @@ def _counts_throughout(shape, f, head, first):
 def _counting(shape, f, head, q, found):
     """Which pairs count, [64, QUERIES] or what spreads to that."""
     keep = head.k < head.kv_len
+    if f.COLUMNS is not None and f.SCORE is None:  # for the mask alone: full tiles do without
+        found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
     if f.MASK is not None:
         keep &= f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
     if shape.POSITIONAL:
@@ -487,13 +497,13 @@ def _counting(shape, f, head, q, found):
 
 
 @gluon.jit
-def _probabilities(shape, f, head, s, lse, i):
+def _probabilities(shape, f, head, s, lse, i, full):
     """(P^T, P^T times the derivative of the score) for query tile i, from the bare products s."""
     first = head.start + i * shape.QUERIES
     x, derivative = s, 1.0
     q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
     found = ()
-    if f.COLUMNS is not None:
+    if f.COLUMNS is not None and f.SCORE is not None:
         found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
     if f.SCORE is not None:
         x = f.SCORE(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
@@ -502,10 +512,10 @@ def _probabilities(shape, f, head, s, lse, i):
     if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
         lse = lse - head.slope * (head.k - first).to(gl.float32)
     x = x * head.factor - lse
-    if (f.MASK is not None and f.FULL is None) or not shape.ASK:
+    if (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
         x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
     else:  # in one loop for all tiles: registers do not suffice for two
-        if not _counts_throughout(shape, f, head, first):
+        if not _counts_throughout(shape, f, head, first, full):
             x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
     p = gl.exp2(x)
     steep = p
@@ -517,8 +527,8 @@ def _probabilities(shape, f, head, s, lse, i):
 
 
 @gluon.jit
-def _step(shape, f, memory, head, at, i, dk, dv, last, GROUP: gl.constexpr):
-    """(dK, dV, last) with query tile i, number `at` of all."""
+def _step(shape, f, memory, head, at, i, full, dk, dv, last, GROUP: gl.constexpr):
+    """(dK, dV, last) with query tile i, number `at` of all; `full` as in `_counts_throughout`."""
     DTYPE: gl.constexpr = memory.keys.dtype
     turn = i
     if shape.ORDERED:
@@ -532,7 +542,7 @@ def _step(shape, f, memory, head, at, i, dk, dv, last, GROUP: gl.constexpr):
         memory.grads.wait(at)
         upstream = _issue_turned(shape, values, memory.grads.tile(at))
         s = warpgroup_mma_wait(1, deps=[products])
-    p, steep = _probabilities(shape, f, head, s, memory.queries.row(at, shape.LOGITS), i)
+    p, steep = _probabilities(shape, f, head, s, memory.queries.row(at, shape.LOGITS), i, full)
     weights = _narrow(p, DTYPE)
     steep = _narrow(steep, DTYPE)  # waits in fewer registers
     if shape.LATE:
@@ -592,7 +602,10 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
                     scalars, tensors)  # fmt: skip
         for n in range(tiles):
             i = nth(segments, n)
-            dk, dv, last = _step(shape, f, memory, head, passed + n, i, dk, dv, last, GROUP)
+            full = None
+            if len(segments) == 2 and len(segments[0]) == 4:
+                full = n >= segments[0][3]
+            dk, dv, last = _step(shape, f, memory, head, passed + n, i, full, dk, dv, last, GROUP)
         passed += tiles
     if shape.ORDERED:
         _tell(memory, last)

@@ -32,6 +32,7 @@ from attn_dsl.backend.hopper.launch import (
 )
 from attn_dsl.backend.hopper.launch import refusal as forward_refusal
 from attn_dsl.backend.portable import launch as portable
+from attn_dsl.backend.portable.classify import q_tiles
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
@@ -84,7 +85,7 @@ class Kernels:
     def uneven(self) -> bool:
         """Whether the keys of a tile decide how many query tiles visit it."""
         bounds = [bound for s in self.schedule.q.segments for bound in (s.begin, s.end)]
-        return any(node in (Var("k0"), Var("k1")) for node in post_order(*bounds))
+        return self.portable.lists is not None or any(node in (Var("k0"), Var("k1")) for node in post_order(*bounds))
 
     def emitted(self, precise: bool) -> tuple[Emitted, ModuleType]:
         if precise not in self._modules:
@@ -100,7 +101,7 @@ class Kernels:
         """The configurations for a call, without those that differ in nothing but a question that is not asked."""
         text = self.emitted(call.precise)[0]
         found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        asks = "full" in text.functions or "mask" not in text.functions
+        asks = "full" in text.functions or "mask" not in text.functions or self.portable.lists is not None
         return found if asks else tuple(config for config in found if config.ask)
 
     def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice[Config]:
@@ -148,6 +149,8 @@ def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool 
         return "the head dimension is above 128: dK and dV do not fit the registers"
     if ordered and call.key.shape[2] > ORDERED_KEYS:
         return f"`deterministic` is asked for with more than {ORDERED_KEYS} keys"
+    if ordered and kernels.portable.lists is not None:
+        return "`deterministic` is asked for, and the order of what a list holds is not counted"
     if wanted and kernels.portable.emitted(wanted, not call.precise)[0].sums_queries:
         return f"the gradient of {names_of(wanted)} is a sum over queries, made beside dK and dV"
     return None
@@ -199,6 +202,8 @@ class _Plan:
             "num_warps": 8,
         }  # fmt: skip
         names = {name: name.upper() for name in FUNCTIONS} | {"keys": "KEY_TERMS"}
+        if kernels.portable.lists is not None:
+            functions |= {"full": None, "q_ranges": q_tiles}
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
             "POSITIONAL": text.positional,
@@ -274,6 +279,8 @@ def backward(
 
     q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
     tiles, key_tiles = -(-q_len // config.queries), -(-call.key.shape[2] // KEYS)
+    kind = kernels.portable.kind_of_list(call, config.queries, KEYS, transposed=True)
+    listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
     scratch = _Scratch.of(plan, layout.pairs * group, tiles, key_tiles, device)
     for first in range(0, kv_pairs, layout.pairs):
         kv_own = min(layout.pairs, kv_pairs - first)
@@ -289,7 +296,7 @@ def backward(
         run(
             attention_backward, kv_own * key_tiles,
             (*inputs, *scratch.blocks, *outputs, scratch.turns, scratch.done, call.q_offset, parameters, *layout.sizes,
-             layout.extents, captured, scale, layout.section, first),
+             layout.extents, captured + listed, scale, layout.section, first),
             plan.options,
         )  # fmt: skip
         run(finish_queries, own * tiles * 2, (scratch.sums, dq, sizes, scale, at), plan.finish)

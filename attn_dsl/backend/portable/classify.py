@@ -41,6 +41,13 @@ def q_list(b, h, k0, k1, q_offset, block, scalars, tensors):
     return _row(tensors, b, h, k0 // (k1 + 1 - k0))
 
 
+@triton.jit
+def q_tiles(b, h, k0, k1, q_offset, block, scalars, tensors):
+    """(masked segment, full segment) of the same."""
+    masked, full = _row(tensors, b, h, k0 // (k1 + 1 - k0))
+    return masked + full
+
+
 # ---------------------------------------------------------------- summaries
 
 

@@ -254,7 +254,10 @@ class Lists:
 
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         room = 4 * programs * other
-        if room <= (CAPTURED_BYTES if capturing else PADDED_BYTES) or device.type == "meta":
+        if run is not launch or device.type == "meta":  # nothing is made
+            entries = torch.empty(1, dtype=torch.int32, device=device)
+            fill(entries, other)
+        elif room <= (CAPTURED_BYTES if capturing else PADDED_BYTES):
             entries = torch.empty(programs * other, dtype=torch.int32, device=device)
             fill(entries, other)
         elif capturing:
