@@ -76,7 +76,7 @@ def route(
     The decode kernel is considered if `decodes`; shapes alone decide about it. For Hopper's kernels, the first call of
     a kind compiles candidates until one is good, with `compile` or for the GPU at hand.
     """
-    if program.binder.scaled and ((8, 9) > (capability or _capability(call.query.device) or (8, 9))):
+    if program.binder.scaled and ((capability or _capability(call.query.device) or (8, 9)) < (8, 9)):
         raise BindingError("`key`: float8_e4m3fn needs a GPU of compute capability 8.9 or later")
     if decodes and (reason := decode.reason(call)):
         return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
@@ -97,13 +97,16 @@ def route(
 class BackwardRoute:
     """`Route` of a backward pass.
 
-    wanted: what has a gradient beside query, key and value; from Hopper's kernels, those take a pass of their own.
+    wanted: what has a gradient beside query, key and value. Hopper's kernels sum what is `fused` themselves; what they
+    do not, since `apart` says, takes a pass of the portable ones.
     """
 
     backend: str
     reason: str | None
     choice: Choice[BackwardConfig] | None = None
     wanted: frozenset[str] = frozenset()
+    fused: frozenset[str] = frozenset()
+    apart: str = ""
 
 
 def backward(
@@ -146,13 +149,14 @@ def run_backward(
     from attn_dsl.backend.hopper import launch_backward
 
     config = found.choice.config
-    grads = launch_backward.backward(program.hopper_backward, *given, config, ordered=deterministic, run=run)
-    if not found.wanted:
-        return grads
-    captured = portable.captured_gradients(
-        program.kernels, *given, found.wanted, deterministic=deterministic, run=run
+    grads = launch_backward.backward(
+        program.hopper_backward, *given, config, ordered=deterministic, fused=found.fused, run=run
     )  # fmt: skip
-    return replace(grads, captured=captured)
+    rest = found.wanted - found.fused
+    if not rest:
+        return grads
+    captured = portable.captured_gradients(program.kernels, *given, rest, deterministic=deterministic, run=run)
+    return replace(grads, captured={**grads.captured, **captured})
 
 
 def backward_route(
@@ -171,10 +175,21 @@ def backward_route(
         return BackwardRoute(PORTABLE, reason, None, wanted)
     from attn_dsl.backend.hopper import launch_backward
 
-    if reason := launch_backward.refusal(program.hopper_backward, call, wanted, deterministic):
-        return BackwardRoute(PORTABLE, reason, None, wanted)
-    choice = program.hopper_backward.choice(call, deterministic, compile)
-    return BackwardRoute(PORTABLE if choice.config is None else HOPPER, choice.reason, choice, wanted)
+    kernels = program.hopper_backward
+    able = kernels.fusable(wanted)
+    apart = "its sums have no order" if deterministic else "no sum comes first"
+    found = BackwardRoute(PORTABLE, None, None, wanted)
+    for fused in dict.fromkeys((frozenset() if deterministic else able, frozenset[str]())):
+        if reason := launch_backward.refusal(kernels, call, wanted - fused, deterministic):
+            return BackwardRoute(PORTABLE, reason, found.choice, wanted)
+        choice = kernels.choice(call, deterministic, compile, fused)
+        found = BackwardRoute(
+            PORTABLE if choice.config is None else HOPPER, choice.reason, choice, wanted, fused, apart
+        )
+        if choice.config is not None:
+            break
+        apart = "registers do not suffice"
+    return found
 
 
 @functools.cache
@@ -261,9 +276,13 @@ def describe_backward(
     if choice is not None and choice.config is not None and choice.build is not None:
         spilled = choice.build.spilled
         lines = [f"backward   hopper: {choice.config}; {spilled} bytes of registers spilled, no product serialized"]
-        if found.wanted:
-            names = ", ".join(f"`{name}`" for name in sorted(found.wanted))
-            lines.append(f"captured   portable: a pass of its own for the gradient of {names}")
+        from attn_dsl.backend.hopper.launch_backward import names_of
+
+        if found.fused:
+            lines.append(f"captured   hopper: the gradient of {names_of(found.fused)} is summed on the way")
+        if rest := found.wanted - found.fused:
+            pass_of = f"a pass of its own for the gradient of {names_of(rest)}"
+            lines.append(f"captured   portable: {pass_of}, since {found.apart}")
     else:
         tiles = program.kernels.tiles(call, capability)
         keys, queries = tiles.keys, tiles.queries

@@ -65,7 +65,7 @@ def test_what_is_affine_in_the_positions_is_a_slope() -> None:
 def test_a_factor_may_be_negative() -> None:
     text = emitted(variant("-2.0 * score"))
     assert "-2.0" in text.source.partition("def factor")[2] or "-2.8" in text.source.partition("def factor")[2]
-    assert text.has_derivative
+    assert "-2.0" in text.source.partition("def gain")[2] and not text.has_derivative
 
 
 def test_look_ups_by_one_position_leave_the_pairs() -> None:
@@ -197,41 +197,85 @@ def test_calls_that_do_not_fit_take_the_portable_kernels_and_say_why(reason: str
 
 
 KEY_BIAS = variant("score + bias[h, k]", "q >= k", "tensor bias: float32[H, KV]")
+ROW_FACTOR = variant("score * factor[h, q]", "q >= k", "tensor factor: float32[H, Q]")
+TABLE = variant("score + table[h, clamp(k - q, -9, 9) + 9]", "q >= k", "tensor table: float32[H, 19]")
+DENSE = variant("score + dense[h, q, k]", "true", "tensor dense: float32[H, Q, KV]")
+SHAPES = {"bias": (4, 300), "factor": (4, 300), "table": (4, 19), "dense": (4, 300, 300)}
+KERNELS = ["prepare_rows", "attention_backward", "finish_queries"]
+BESIDE = ["attention_delta", "attention_queries_backward"]
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "beside"),
-    [
-        ("alibi", "slope", ["attention_delta", "attention_queries_backward"]),
-        ("gpt_oss", "sinks", ["attention_delta"]),
-        (KEY_BIAS, "bias", None),
-    ],
-    ids=["slope", "sink", "bias"],
-)
-def test_gradients_of_what_is_captured_take_a_pass_of_their_own(
-    text: str, name: str, beside: list[str] | None, says: Callable[..., None]
-) -> None:
-    """Unless that pass would be all of the portable kernels."""
-    says(GOOD)
+def backward_of(
+    text: str, name: str, *, deterministic: bool = False
+) -> tuple[gpu.BackwardRoute, list[str], frozenset[str], str]:
+    """The route, the kernels that it launches, what they give beside dQ, dK and dV, and what `explain` says."""
     of, query = fresh(text), tensor(2, 4, 300, 128)
-    captured = tensor(4, 300, dtype=torch.float32) if beside is None else tensor(4, dtype=torch.float32)
+    captured = tensor(*SHAPES.get(name, (4,)), dtype=torch.float32)
     parameters = tuple({"window": 100, "cap": 3.0}[p.name] for p in of.variant.parameters)
-    bound = Call(query, query, query, parameters, (captured,), (), 0.1, capability=HOPPER)
-    found = gpu.backward_route(of, bound, frozenset({name}), capability=HOPPER, compile=compiler()[1])
+    bound = Call(query, query, query, parameters, (captured,) * len(of.variant.tensors), (), 0.1, capability=HOPPER)
+    found = gpu.backward_route(of, bound, frozenset({name}), deterministic, HOPPER, compiler()[1])
     launched: list[str] = []
 
     def run(kernel: Any, *rest: Any) -> None:
         launched.append(kernel.__name__)
 
     out, lse = tensor(2, 4, 300, 128), tensor(2, 4, 300, dtype=torch.float32)
-    grads = gpu.run_backward(of, found, bound, out, lse, out, None, deterministic=False, run=run)
-    assert set(grads.captured) == {name}
-    described = gpu.describe_backward(of, bound, found, HOPPER)
-    if beside is None:
-        assert found.backend == "portable" and f"the gradient of `{name}` is a sum over queries" in described
-    else:
-        assert launched == ["prepare_rows", "attention_backward", "finish_queries", *beside]
-        assert f"captured   portable: a pass of its own for the gradient of `{name}`" in described
+    grads = gpu.run_backward(of, found, bound, out, lse, out, None, deterministic=deterministic, run=run)
+    return found, launched, frozenset(grads.captured), gpu.describe_backward(of, bound, found, HOPPER)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("alibi", "slope"), ("gpt_oss", "sinks"), (KEY_BIAS, "bias"), (TABLE, "table"), ("softcap", "cap")],
+)
+def test_gradients_of_what_is_captured_are_summed_on_the_way(text: str, name: str, says: Callable[..., None]) -> None:
+    says(GOOD)
+    found, launched, captured, described = backward_of(text, name)
+    assert found.fused == captured == {name} and launched == KERNELS
+    assert f"captured   hopper: the gradient of `{name}` is summed on the way" in described
+
+
+@pytest.mark.parametrize(("text", "name"), [(DENSE, "dense"), (ROW_FACTOR, "factor")])
+def test_gradients_by_pair_take_a_pass_of_their_own(text: str, name: str, says: Callable[..., None]) -> None:
+    says(GOOD)
+    found, launched, captured, described = backward_of(text, name)
+    assert not found.fused and captured == {name} and launched == KERNELS + BESIDE
+    assert f"portable: a pass of its own for the gradient of `{name}`, since no sum comes first" in described
+
+
+def test_an_order_sums_nothing_on_the_way(says: Callable[..., None]) -> None:
+    says(GOOD, GOOD)
+    found, launched, captured, described = backward_of("alibi", "slope", deterministic=True)
+    assert not found.fused and captured == {"slope"} and launched.count("attention_queries_backward") == 2
+    assert "a pass of its own for the gradient of `slope`, since its sums have no order" in described
+    found, *_, described = backward_of(KEY_BIAS, "bias", deterministic=True)
+    assert found.backend == "portable" and "the gradient of `bias` is a sum over queries" in described
+
+
+def test_registers_that_do_not_suffice_for_sums_leave_them_to_a_pass_of_their_own(says: Callable[..., None]) -> None:
+    says(*[check.Build(5000, (), ())] * 4, GOOD)
+    found, launched, captured, described = backward_of("alibi", "slope")
+    assert found.backend == "hopper" and not found.fused and launched == KERNELS + BESIDE and captured == {"slope"}
+    assert "the gradient of `slope`, since registers do not suffice" in described
+
+
+def test_sums_come_first_where_an_entry_has_several_pairs() -> None:
+    def fusable(text: str, name: str) -> bool:
+        return bool(Kernels(program_of(text).kernels).fusable(frozenset({name})))
+
+    shared = ["table[h, max(k - q, -9) + Q]", "table[h, clamp(q - k, 0, 9)]", "table[h, k // 4]", "table[h, q // 4]"]
+    own = ["table[h, k - q + Q]", "table[h, (k + q) // 4]", "score * table[h, q]", "table[h, 0] * table[h, k - q + Q]"]
+    declared = "tensor table: float32[H, 600]"
+    assert all(fusable(variant(f"score + {score}", "q >= k", declared), "table") for score in shared)
+    assert not any(fusable(variant(f"score + {score}", "q >= k", declared), "table") for score in own)
+
+
+def test_full_tiles_look_up_one_entry_of_a_table_that_saturates() -> None:
+    text = emitted(TABLE)
+    assert {"score", "plain", "shift", "full"} <= text.functions
+    plain = text.source.partition("def plain")[2].partition("@triton.jit")[0]
+    assert "element(" not in plain and "element(" in text.source.partition("def score")[2].partition("def plain")[0]
+    assert "k0" in text.source.partition("def shift")[2].partition("@triton.jit")[0]
 
 
 def test_the_table_of_an_order_does_not_outgrow_the_gradient() -> None:

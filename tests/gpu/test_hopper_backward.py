@@ -133,19 +133,66 @@ def test_gradients_with_room_between_their_rows() -> None:
         assert (found.grads["query"] - truth.grads["query"]).abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("name", ["t5_bias", "alibi", "gpt_oss", "softcap"])
-def test_gradients_of_what_is_captured_come_from_a_pass_of_their_own(name: str, deterministic: bool) -> None:
-    problem = Problem.of(larger(name, D=128, DV=128), torch.bfloat16, "cuda")
+def all_gradients(attention: attn_dsl.Attention, problem: Problem, deterministic: bool, said: str | None) -> None:
     upstream, (leaves, bindings) = problem.upstream(), problem.leaves()
     truth, eager = problem.truth(upstream), problem.truth(upstream, torch.bfloat16)
-    attention, inputs = attn_dsl.compile(name), [leaves[x] for x in INPUTS]
-    assert "captured   portable" in attention.explain(*inputs, **bindings)
+    inputs = [leaves[x] for x in INPUTS]
+    if said is not None:
+        explained = attention.explain(*inputs, q_offset=problem.q_offset, **bindings)
+        assert f"captured   {said}" in explained, explained
+    bindings |= {"q_offset": problem.q_offset}
     out, lse = attention(*inputs, return_lse=True, deterministic=deterministic, **bindings)
     grads = upstream[0].to(out.dtype), torch.where(lse.isinf(), 0.0, upstream[1]).to(lse.dtype)
     found = torch.autograd.grad((out, lse), list(leaves.values()), grads)
     result = Result(out.detach(), lse.detach(), dict(zip(leaves, found, strict=True)))
     within_budget(result, truth, eager, 1.1)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["t5_bias", "alibi", "gpt_oss", "softcap"])
+def test_gradients_of_what_is_captured_are_summed_on_the_way(name: str, dim: int) -> None:
+    problem = Problem.of(larger(name, D=dim, DV=dim), torch.bfloat16, "cuda")
+    all_gradients(attn_dsl.compile(name), problem, False, "hopper")
+
+
+@pytest.mark.parametrize("name", ["t5_bias", "alibi", "gpt_oss", "softcap"])
+def test_an_order_leaves_what_is_captured_to_a_pass_of_its_own(name: str) -> None:
+    problem = Problem.of(larger(name, D=128, DV=128), torch.bfloat16, "cuda")
+    all_gradients(attn_dsl.compile(name), problem, True, None)
+
+
+LEARNED = {
+    "near": "tensor x: float32[H, 41]\nscore = score + x[h, clamp(k - q, -20, 20) + 20]\nmask = q >= k",
+    "capped": "tensor x: float32[H, 41]\nscore = 9 * tanh((score + x[h, clamp(k - q, -20, 20) + 20]) / 9)",
+    "scaled": "tensor x: float32[41]\nscore = score * x[clamp(k - q, -20, 20) + 20]\nmask = q >= k",
+    "keys": "tensor x: float32[H, KV]\nscore = score + x[h, k]\nmask = q >= k",
+    "quarters": "tensor x: float32[B, N]\nscore = score * (1 + 0.1 * x[b, k // 4])\nmask = q >= k",
+    "heads": "tensor x: float32[H]\nscore = score * x[h]\nmask = q >= k",
+    "sinks": "tensor x: float32[H]\nscore = score + 0.02 * x[h] * min(q, 50)\nmask = q >= k\nsink = x[h]",
+    "rows": "tensor x: float32[H, N]\nscore = score + x[h, q]\nmask = q >= k\nsink = 0.5",
+    "twice": "tensor x: float32[H]\nscore = x[h] * score + x[h] * 0.1 * (k - q)\nmask = q >= k",
+}
+
+
+@pytest.mark.parametrize("lengths", [(333, 333), (70, 333, 263), (333, 128)], ids=str)
+@pytest.mark.parametrize("name", LEARNED)
+def test_sums_of_every_kind(name: str, lengths: tuple[int, ...]) -> None:
+    q_len, kv_len, *start = lengths
+    case = larger("causal", B=2, H=4, HK=2, Q=q_len, KV=kv_len, q_offset=start[0] if start else 0, D=128, DV=128)
+    attention = attn_dsl.compile(f"attention learned\n{LEARNED[name]}\n")
+    query, key, value = (x.cuda() for x in case.inputs(0, torch.bfloat16))
+    table = (4, 41)
+    shapes = {
+        "near": table,
+        "capped": table,
+        "scaled": (41,),
+        "keys": (4, kv_len),
+        "quarters": (2, 100),
+        "rows": (4, 400),
+    }
+    learned = torch.randn(shapes.get(name, (4,)), generator=torch.Generator().manual_seed(7)).cuda()
+    problem = Problem(attention._executable, query, key, value, {"x": learned}, q_offset=case.sizes.q_offset)
+    all_gradients(attention, problem, False, "hopper")
 
 
 def test_what_does_not_fit_runs_on_portable_kernels_and_says_why() -> None:

@@ -15,6 +15,8 @@ The logit is factor * r + slope * (k - q) in base 2, r the bare product or what 
 `backward_rows.py`, which also turns the buffer into dQ. One loop serves masked and full tiles, with a branch around the
 mask: two would keep the addresses of shared memory in registers, and spill.
 
+Gradients of captured tensors are sums of P (dP - delta) times what `emit_shares.py` says, made as soon as dP is there.
+
 After FlashAttention-3 (Shah et al. 2024, section 3.2), with dV issued before dS is formed.
 """
 
@@ -33,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.device import columns, opaque
+from attn_dsl.backend.hopper.device import columns, opaque, thread_sums, warp_sums
 from attn_dsl.backend.hopper.forward import NEVER, Problem
 from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
@@ -53,6 +55,7 @@ class Shape:
     ORDERED     programs add to dQ in an order of their own
     LATE        dP begins when P is done, which leaves P and the mask more registers
     WIDE        ranges are computed in 64 bits
+    FRESH, KEPT so many inner factors of shares are computed with the gradient, and given by the score
     """
 
     D: gl.constexpr
@@ -66,13 +69,15 @@ class Shape:
     ORDERED: gl.constexpr
     LATE: gl.constexpr
     WIDE: gl.constexpr
+    FRESH: gl.constexpr
+    KEPT: gl.constexpr
     LOGITS: gl.constexpr
     KEY_GRAD: gl.constexpr
     VALUE_GRAD: gl.constexpr
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE):
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESH, KEPT):
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -85,6 +90,8 @@ class Shape:
         self.ORDERED = gl.constexpr(ORDERED)
         self.LATE = gl.constexpr(LATE)
         self.WIDE = gl.constexpr(WIDE)
+        self.FRESH = gl.constexpr(FRESH)
+        self.KEPT = gl.constexpr(KEPT)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
         self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
         self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
@@ -96,28 +103,43 @@ class Functions:
     """The emitted functions of the variant (`emit_backward.py`); None for one that it does not need."""
 
     FACTOR: gl.constexpr
+    GAIN: gl.constexpr
     UNIFORM: gl.constexpr
     KEYS: gl.constexpr
     COLUMNS: gl.constexpr
     SCORE: gl.constexpr
     DERIVATIVE: gl.constexpr
+    PLAIN: gl.constexpr
+    SHIFT: gl.constexpr
     SLOPE: gl.constexpr
     MASK: gl.constexpr
     FULL: gl.constexpr
     Q_RANGES: gl.constexpr
+    FRESH: gl.constexpr
+    ADD_KEY_SUMS: gl.constexpr
+    ADD_PAIRS: gl.constexpr
+    ADD_TILE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES):
+    def __init__(self, FACTOR, GAIN, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
+                 Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
+        self.GAIN = gl.constexpr(GAIN)
         self.UNIFORM = gl.constexpr(UNIFORM)
         self.KEYS = gl.constexpr(KEYS)
         self.COLUMNS = gl.constexpr(COLUMNS)
         self.SCORE = gl.constexpr(SCORE)
         self.DERIVATIVE = gl.constexpr(DERIVATIVE)
+        self.PLAIN = gl.constexpr(PLAIN)
+        self.SHIFT = gl.constexpr(SHIFT)
         self.SLOPE = gl.constexpr(SLOPE)
         self.MASK = gl.constexpr(MASK)
         self.FULL = gl.constexpr(FULL)
         self.Q_RANGES = gl.constexpr(Q_RANGES)
+        self.FRESH = gl.constexpr(FRESH)
+        self.ADD_KEY_SUMS = gl.constexpr(ADD_KEY_SUMS)
+        self.ADD_PAIRS = gl.constexpr(ADD_PAIRS)
+        self.ADD_TILE = gl.constexpr(ADD_TILE)
 
 
 @aggregate
@@ -196,10 +218,11 @@ class Memory:
     exchange: gl.shared_memory_descriptor
     told: gl.shared_memory_descriptor
     sums: gl.shared_memory_descriptor
+    shares: gl.tuple
 
     @gluon.constexpr_function
     def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                 values, loaded, exchange, told, sums):  # fmt: skip
+                 values, loaded, exchange, told, sums, shares):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -220,6 +243,7 @@ class Memory:
         self.exchange = exchange
         self.told = told
         self.sums = sums
+        self.shares = shares
 
 
 @aggregate
@@ -228,7 +252,7 @@ class Head:
 
     pair: number of batch and head within the launch; turns: where its key tile begins in the table of that name.
     k: [64, 1] positions; k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names
-    gave.
+    gave. `shares`: the gradients of captured tensors, [copies, ...] each, and `copy` the one that this program adds to.
     """
 
     b: gl.tensor
@@ -241,14 +265,18 @@ class Head:
     q_len: gl.tensor
     kv_len: gl.tensor
     factor: gl.tensor
+    gain: gl.tensor
     slope: gl.tensor
     uniform: gl.tuple
     keys: gl.tuple
     scalars: gl.tuple
     tensors: gl.tuple
+    shares: gl.tuple
+    copy: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, b, h, pair, turns, k, k0, start, q_len, kv_len, factor, slope, uniform, keys, scalars, tensors):
+    def __init__(self, b, h, pair, turns, k, k0, start, q_len, kv_len, factor, gain, slope, uniform, keys, scalars,
+                 tensors, shares, copy):  # fmt: skip
         self.b = b
         self.h = h
         self.pair = pair
@@ -259,11 +287,14 @@ class Head:
         self.q_len = q_len
         self.kv_len = kv_len
         self.factor = factor
+        self.gain = gain
         self.slope = slope
         self.uniform = uniform
         self.keys = keys
         self.scalars = scalars
         self.tensors = tensors
+        self.shares = shares
+        self.copy = copy
 
 
 # ---------------------------------------------------------------- which tiles
@@ -472,7 +503,7 @@ def _counts_throughout(shape, f, head, first, full):
     result = last >= first  # true, as a number of the device
     if full is not None:
         result = full
-    elif f.MASK is not None:
+    elif f.FULL is not None:
         result = f.FULL(
             head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
             head.tensors
@@ -497,39 +528,120 @@ def _counting(shape, f, head, q, found):
 
 
 @gluon.jit
-def _probabilities(shape, f, head, s, lse, i, full):
-    """(P^T, P^T times the derivative of the score) for query tile i, from the bare products s."""
-    first = head.start + i * shape.QUERIES
-    x, derivative = s, 1.0
-    q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
-    found = ()
-    if f.COLUMNS is not None and f.SCORE is not None:
-        found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
-    if f.SCORE is not None:
-        x = f.SCORE(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+def _logits(shape, f, FUNCTION: gl.constexpr, head, s, lse, q, found):
+    """(logit - lse, the derivative of the score, what shares keep), from the bare products s."""
+    x, derivative, kept = s, 1.0, ()
+    if FUNCTION is not None:
+        x = FUNCTION(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
         if f.DERIVATIVE:
-            x, derivative = x
-    if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
-        lse = lse - head.slope * (head.k - first).to(gl.float32)
-    x = x * head.factor - lse
-    if (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
-        x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
-    else:  # in one loop for all tiles: registers do not suffice for two
-        if not _counts_throughout(shape, f, head, first, full):
-            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+            derivative = x[1]
+        for i in gl.static_range(shape.KEPT):
+            kept = kept + (x[i + 1 + f.DERIVATIVE],)
+        if f.DERIVATIVE or shape.KEPT > 0:
+            x = x[0]
+    return x * head.factor - lse, derivative, kept
+
+
+@gluon.jit
+def _weights(shape, f, x, derivative, kept, DTYPE: gl.constexpr):
+    """(P^T, P^T times the derivative, P^T times what is kept) of narrow numbers, from logits less lse."""
     p = gl.exp2(x)
     steep = p
     if f.DERIVATIVE:
         steep = p * derivative
         if shape.POSITIONAL:
             steep = gl.where(p == 0.0, 0.0, steep)
-    return p, steep
+    weighted = ()
+    for i in gl.static_range(shape.KEPT):
+        share = p * kept[i]
+        if shape.POSITIONAL:
+            share = gl.where(p == 0.0, 0.0, share)
+        weighted = weighted + (_narrow(share, DTYPE),)
+    return _narrow(p, DTYPE), _narrow(steep, DTYPE), weighted
 
 
 @gluon.jit
-def _step(shape, f, memory, head, at, i, full, dk, dv, last, GROUP: gl.constexpr):
-    """(dK, dV, last) with query tile i, number `at` of all; `full` as in `_counts_throughout`."""
+def _probabilities(shape, f, head, s, lse, i, full, DTYPE: gl.constexpr):
+    """`_weights` for query tile i, from the bare products s; `full` as in `_counts_throughout`, or, where there are
+    PLAIN scores, what that gave."""
+    first = head.start + i * shape.QUERIES
+    q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
+    found = ()
+    if f.COLUMNS is not None and f.SCORE is not None:
+        found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
+    if f.SLOPE is not None:  # the row's own part, slope * (q - first), is in lse
+        lse = lse - head.slope * (head.k - first).to(gl.float32)
+    if f.PLAIN is not None:
+        if full:
+            if f.SHIFT is not None:
+                shift = f.SHIFT(head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors)
+                lse = lse - shift * head.factor
+            x, derivative, kept = _logits(shape, f, f.PLAIN, head, s, lse, q, found)
+            weights, steep, weighted = _weights(shape, f, x, derivative, kept, DTYPE)
+        else:
+            x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, q, found)
+            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+            weights, steep, weighted = _weights(shape, f, x, derivative, kept, DTYPE)
+        return weights, steep, weighted
+    else:
+        x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, q, found)
+        if (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
+            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+        else:  # in one loop for all tiles: registers do not suffice for two
+            if not _counts_throughout(shape, f, head, first, full):
+                x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+        return _weights(shape, f, x, derivative, kept, DTYPE)
+
+
+@gluon.jit
+def _add_shares(shape, f, head, i, full, weights, weighted, upstream, totals):
+    """Add what the pairs of query tile i have for captured tensors, from dP - delta; the totals over queries after."""
+    if f.ADD_KEY_SUMS is None and f.ADD_PAIRS is None:
+        return totals
+    else:
+        first = head.start + i * shape.QUERIES
+        q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
+        grad = _widen(weights) * upstream
+        amounts = (grad,)
+        if f.FRESH is not None:
+            factors = f.FRESH(head.b, head.h, q, head.k, False, head.uniform, head.scalars, head.tensors)
+            for n in gl.static_range(len(factors)):
+                amounts = amounts + (grad * factors[n],)
+        for n in gl.static_range(shape.KEPT):
+            amounts = amounts + (_widen(weighted[n]) * upstream,)
+        if f.ADD_PAIRS is not None:
+            if full:
+                sums = ()
+                for n in gl.static_range(len(amounts)):
+                    sums = sums + (warp_sums(amounts[n]),)
+                f.ADD_TILE(sums, head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors, head.shares,
+                           head.copy)  # fmt: skip
+            else:
+                f.ADD_PAIRS(amounts, head.b, head.h, q, head.k, head.uniform, head.scalars, head.tensors, head.shares,
+                            head.copy)  # fmt: skip
+        result = ()
+        if f.ADD_KEY_SUMS is not None:
+            for n in gl.static_range(len(amounts)):
+                result = result + (totals[n] + thread_sums(amounts[n]),)
+        return result
+
+
+@gluon.jit
+def _no_totals(shape, f):
+    """Totals of nothing over queries, [64, 4] for each amount."""
+    totals = ()
+    if f.ADD_KEY_SUMS is not None:
+        for _ in gl.static_range(1 + shape.FRESH + shape.KEPT):
+            totals = totals + (thread_sums(gl.zeros([KEYS, shape.QUERIES], gl.float32, shape.LOGITS)),)
+    return totals
+
+
+@gluon.jit
+def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.constexpr):
+    """(dK, dV, last, totals) with query tile i, number `at` of all; `full` as in `_counts_throughout`."""
     DTYPE: gl.constexpr = memory.keys.dtype
+    if f.PLAIN is not None:
+        full = _counts_throughout(shape, f, head, head.start + i * shape.QUERIES, None)
     turn = i
     if shape.ORDERED:
         turn = gl.load(memory.turns + head.turns + i)
@@ -542,15 +654,19 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, GROUP: gl.constexpr
         memory.grads.wait(at)
         upstream = _issue_turned(shape, values, memory.grads.tile(at))
         s = warpgroup_mma_wait(1, deps=[products])
-    p, steep = _probabilities(shape, f, head, s, memory.queries.row(at, shape.LOGITS), i, full)
-    weights = _narrow(p, DTYPE)
-    steep = _narrow(steep, DTYPE)  # waits in fewer registers
+    lse = memory.queries.row(at, shape.LOGITS)
+    weights, steep, weighted = _probabilities(shape, f, head, s, lse, i, full, DTYPE)
     if shape.LATE:
         memory.grads.wait(at)
         upstream = _issue_turned(shape, values, memory.grads.tile(at))
     dv_next = _issue_sum(weights, memory.grads.tile(at), dv, shape.VALUE_GRAD)
     dp = warpgroup_mma_wait(1, deps=[upstream])
-    ds = _narrow(_widen(steep) * (dp - memory.grads.row(at, shape.LOGITS)), DTYPE)
+    change = dp - memory.grads.row(at, shape.LOGITS)
+    ds = _widen(steep) * change
+    if f.GAIN is not None:
+        ds = ds * head.gain
+    ds = _narrow(ds, DTYPE)
+    totals = _add_shares(shape, f, head, i, full, weights, weighted, change, totals)
 
     place = (at % 2) * 2 + GROUP
     memory.exchange.index(place).store(ds)
@@ -563,7 +679,7 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, GROUP: gl.constexpr
     last = _add_query_grad(shape, memory, head, half, i, turn, last, GROUP)
     dk = warpgroup_mma_wait(0, deps=[dk_next])
     memory.queries.release(at)
-    return dk, dv, last
+    return dk, dv, last, totals
 
 
 # ---------------------------------------------------------------- consumers
@@ -588,7 +704,9 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         h = hk * group + member
         segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         factor = f.FACTOR(b, h, scalars, tensors)
-        uniform, keys, slope = (), (), factor
+        uniform, keys, slope, gain = (), (), factor, factor
+        if f.GAIN is not None:
+            gain = f.GAIN(b, h, scalars, tensors) + gl.to_tensor(0.0)
         if f.UNIFORM is not None:
             uniform = f.UNIFORM(b, h, scalars, tensors)
         if f.KEYS is not None:
@@ -598,15 +716,22 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         q_len, kv_len = problem.sizes[3], problem.sizes[4]
         pair = own + member
         turns = (pair * gl.cdiv(kv_len, 2 * KEYS) + tile).to(gl.int64) * gl.cdiv(q_len, shape.QUERIES)
-        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, slope, uniform, keys,
-                    scalars, tensors)  # fmt: skip
+        shares = captured(memory.shares, False)
+        copy = 0 * tile
+        if len(shares) > 0:
+            copy = tile % shares[0][1][0]
+        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, gain, slope, uniform,
+                    keys, scalars, tensors, shares, copy)  # fmt: skip
+        totals = _no_totals(shape, f)
         for n in range(tiles):
             i = nth(segments, n)
             full = None
             if len(segments) == 2 and len(segments[0]) == 4:
                 full = n >= segments[0][3]
-            dk, dv, last = _step(shape, f, memory, head, passed + n, i, full, dk, dv, last, GROUP)
+            dk, dv, last, totals = _step(shape, f, memory, head, passed + n, i, full, dk, dv, last, totals, GROUP)
         passed += tiles
+        if f.ADD_KEY_SUMS is not None:
+            f.ADD_KEY_SUMS(totals, b, h, 0, k, uniform, scalars, tensors, shares, copy)
     if shape.ORDERED:
         _tell(memory, last)
     _store(shape, memory, problem, dk, dv, GROUP)
@@ -647,24 +772,29 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
     return Ring(tiles, line, _barriers(PLACES, 1), _barriers(PLACES, 2))
 
 
-@gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
-                              "section", "first"])  # fmt: skip
+@gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors",
+                              "shares", "scale", "section", "first"])  # fmt: skip
 def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
-                       KV, DIM, extents, tensors, scale, section, first,
-                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr, COLUMNS: gl.constexpr,
-                       SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
-                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr,
-                       ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
-                       D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+                       KV, DIM, extents, tensors, shares, scale, section, first,
+                       FACTOR: gl.constexpr, GAIN: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr,
+                       COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
+                       SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, FULL: gl.constexpr,
+                       Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
+                       ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr,
+                       ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr, FRESHES: gl.constexpr,
+                       KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr,
+                       QUERY_STAGES: gl.constexpr,
                        GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
     [pairs, Q rounded up] float32, of QUERIES numbers. `section`: how many pairs of batch and key head run side by
-    side. One program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`).
+    side. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys
+    of each batch and key head, which begin with pair `first` (`Memory`).
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE)
-    f = Functions(FACTOR, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, SLOPE, MASK, FULL, Q_RANGES)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESHES, KEPT)
+    f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
+                  Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)
@@ -673,7 +803,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
     memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                    values, _barriers(2, 1), exchange, _barriers(4, 1), sums)  # fmt: skip
+                    values, _barriers(2, 1), exchange, _barriers(4, 1), sums, shares)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([

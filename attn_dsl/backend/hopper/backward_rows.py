@@ -8,7 +8,7 @@ launch, from pair `first` of the call on.
 import triton
 import triton.language as tl
 
-from attn_dsl.backend.portable.device import LOG2E, captured, first_position, scalar, scalars_of, strides_of
+from attn_dsl.backend.portable.device import ADD, LOG2E, captured, first_position, scalar, scalars_of, strides_of
 
 
 @triton.jit
@@ -20,16 +20,23 @@ def _rows(base, strides, b, h, rows, inside, D: tl.constexpr, DIM: tl.constexpr)
     return tl.load(places, mask=keep, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["out_strides", "grad_strides", "parameters", "sizes", "tensors", "scale", "first"])
+@triton.jit(do_not_specialize=["q_offset", "out_strides", "grad_strides", "parameters", "sizes", "tensors", "shares",
+                               "scale", "first"])  # fmt: skip
 def prepare_rows(
-        out, grad_out, grad_lse, lse, numbers, sums, out_strides, grad_strides, parameters, sizes, tensors, scale,
-        first, SLOPE: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+        out, grad_out, grad_lse, lse, numbers, sums, q_offset, out_strides, grad_strides, parameters, sizes, tensors,
+        shares, scale, first, SLOPE: tl.constexpr, SINK: tl.constexpr, ROW: tl.constexpr, SINK_GRAD: tl.constexpr,
+        ADD_SINK: tl.constexpr, ADD_ROW_SUMS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+        D: tl.constexpr, DV: tl.constexpr,
         VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
     """numbers [2, pairs, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
 
     lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
     have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
+
+    A sink takes the share p = exp(sink - lse) of a row and no value, so its gradient is -p * delta: where SINK_GRAD is
+    given, that reaches what the sink reads. The gradients of a row's logits sum to dLSE + p * delta, which is what
+    ADD_ROW_SUMS adds to the entries of tensors by query.
     """
     out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
@@ -48,6 +55,23 @@ def prepare_rows(
     if grad_lse is not None:
         delta -= tl.load(grad_lse + place, mask=inside, other=0.0)
     row = tl.load(lse + place, mask=inside, other=float("-inf"))
+    if SINK_GRAD is not None or ADD_ROW_SUMS is not None:
+        scalars, found = scalars_of(parameters + sizes + (scale,), False), captured(tensors, False)
+        gradients, q = captured(shares, False), first_position(q_offset, b, tl.int32) + rows
+        total = tl.zeros([ROWS], tl.float32)
+        if grad_lse is not None:
+            total += tl.load(grad_lse + place, mask=inside, other=0.0)
+        if SINK is not None:
+            logit = tl.zeros([ROWS], tl.float32) + SINK(b, h, scalars, found)
+            if ROW is not None:
+                logit -= ROW(b, h, q, False, scalars, found)
+            p = tl.where(row == float("-inf"), 0.0, tl.exp2((logit - row) * LOG2E))
+            total += p * delta
+            if SINK_GRAD is not None:
+                amounts = SINK_GRAD(-p * delta, b, h, scalars, found)
+                ADD_SINK(amounts, b, h, 0, 0, 0, 0, None, False, scalars, found, gradients, None, None, ADD)
+        if ADD_ROW_SUMS is not None:
+            ADD_ROW_SUMS(tl.where(row == float("-inf"), 0.0, total), b, h, q, scalars, found, gradients)
     row = tl.where(row == float("-inf"), float("inf"), row * LOG2E)
     if SLOPE is not None:
         scalars = scalars_of(parameters + sizes + (scale,), False)

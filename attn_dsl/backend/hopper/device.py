@@ -9,6 +9,8 @@ columns two neighbours. Reductions over the columns stay in a thread for as long
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from attn_dsl.backend.portable.device import lies_in, place_of
+
 
 @gluon.jit
 def pin(x):
@@ -67,6 +69,32 @@ def row_max(x, LAYOUT: gl.constexpr):
     """[M, N] to [M], in the layout of rows of a tile; four chains a thread and row rather than one."""
     parts = gl.max(gl.reshape(x, [x.shape[0], x.shape[1] // 16, 2, 4, 2]), 1)
     return gl.convert_layout(gl.max(gl.max(gl.max(parts, 3), 1), 1), gl.SliceLayout(1, LAYOUT))
+
+
+@gluon.jit
+def row_totals(x, k):
+    """[M, 4] to the row totals [M, 1] in the layout of k."""
+    layout: gl.constexpr = k.type.layout
+    return gl.expand_dims(row_sums(x, layout), 1)
+
+
+@gluon.jit
+def warp_sums(x):
+    """The sums of a tile over the rows of each of four warps, [4]."""
+    return gl.sum(gl.reshape(x, [4, x.shape[0] // 4 * x.shape[1]]), 1)
+
+
+@gluon.jit
+def add_to(grad, index, amount, VARYING: gl.constexpr, CHECKED: gl.constexpr):
+    """grad[index] += amount, where the checked axes of the index lie in the tensor.
+
+    grad: (pointer to float32, extents, strides); bits of VARYING and CHECKED stand for axes of the index, as in
+    `portable.device.element`.
+    """
+    pointer, offset = place_of(grad, index, VARYING)
+    inside = gl.full(amount.shape, True, gl.int1, amount.type.layout) & lies_in(grad, index, CHECKED)
+    offset = gl.full(amount.shape, 0, gl.int32, amount.type.layout) + offset
+    gl.atomic_add(pointer + offset, amount, mask=inside, sem="relaxed")
 
 
 @gluon.jit

@@ -79,6 +79,9 @@ class Module:
             TritonDialect(fast_tanh=self.fast_tanh, tiles=inside, wide="block" in arguments and needs_64_bits(results)),
             locations=self.variant.locations, bindings=bindings, decorator="@triton.jit",
         )  # fmt: skip
+        self.write(name, text)
+
+    def write(self, name: str, text: str) -> None:
         self.names.append(name)
         self.texts.append(text)
 
@@ -108,7 +111,7 @@ def emit_module(
     signature = Signature((*plain_signature.scalars, SCALE), plain_signature.tensors)
     terms = separate(variant.score)
     factor, residue = _logit(terms, positive)
-    plain, shift = _split(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
+    plain, shift = split_shift(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
     row, (seen, mask) = terms.dropped(Q), bounds(variant.mask)
     residue, plain, shift, mask = lower(residue), lower(plain), lower(shift), lower(mask)
     low, high = (None if bound is None else lower(bound) for bound in (seen.low, seen.high))
@@ -239,11 +242,11 @@ def _over(node: Node, divisor: Node) -> Node:
             return times(Binary(BinaryOp.DIV, ONE, divisor), node)
 
 
-def _split(node: Node) -> tuple[Node, Node]:
+def split_shift(node: Node) -> tuple[Node, Node]:
     """(rest, shift) with node = rest + shift, `shift` the same for all pairs of a tile."""
     match node:
         case Binary(BinaryOp.ADD | BinaryOp.SUB as op, x, y) if not y.depends & {"q", "k", "score"}:
-            rest, shift = _split(x)
+            rest, shift = split_shift(x)
             return rest, y if shift is ZERO and op is BinaryOp.ADD else Binary(op, shift, y)
         case _:
             return node, ZERO

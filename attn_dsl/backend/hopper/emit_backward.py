@@ -1,26 +1,43 @@
 """A variant's own functions as the Hopper backward kernel wants them.
 
 As in the forward (`emit.py`), `logit = factor * residue + slope * (k - q)` in base 2 and without what depends on the
-row alone; but `factor` may have any sign, since no maximum is taken of residues. `score` gives the residue and, where
-it is not 1, the derivative of the score, which share what they have in common. Look-ups by key are made once for each
-head (`keys`), those by query once for each tile (`columns`).
+row alone; but `factor` may have any sign, since no maximum is taken of residues. `score` gives the residue, the
+derivative of the score but for a factor that is the same for a head (`gain`), where it is not 1, and what the shares of
+captured tensors keep (`emit_shares.py`); they share what they have in common. Look-ups by key are made once for each
+head (`keys`), those by query once for each tile (`columns`). On full tiles, where what saturates is one number, `plain`
+and the tile's `shift` stand for `score`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, needs_64_bits, outermost
+from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, needs_64_bits, outermost, split_shift
+from attn_dsl.backend.hopper.emit_shares import CORNER, add_functions, corner_of, shares
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
 from attn_dsl.backend.printer import Signature, lower
-from attn_dsl.ir.nodes import FALSE, SCORE, TRUE, Binary, BinaryOp, Load, Node, Q, Unary, UnaryOp, post_order
+from attn_dsl.ir.nodes import (
+    FALSE,
+    SCORE,
+    TRUE,
+    Binary,
+    BinaryOp,
+    Load,
+    Node,
+    Q,
+    Unary,
+    UnaryOp,
+    post_order,
+    substitute,
+)
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import gradient
 from attn_dsl.passes.schedule import Schedule
 from attn_dsl.passes.separate import separate
+from attn_dsl.passes.specialize import Saturation
 
 PROGRAM = ("b", "h", "scalars", "tensors")
 KEYS = ("b", "h", "k", "inside: tl.constexpr", "uniform", "scalars", "tensors")
@@ -28,34 +45,57 @@ COLUMNS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "keys", "columns", "scalars", "tensors")
 RANGES = ("b", "h", "k0", "k1", "q_offset", "block", "scalars", "tensors")
 TILE = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "block", "scalars", "tensors")
-FUNCTIONS = ("factor", "uniform", "keys", "columns", "score", "slope", "mask", "full", "q_ranges")
+FUNCTIONS = (
+    "factor", "gain", "uniform", "keys", "columns", "score", "plain", "shift", "slope", "mask", "full", "q_ranges",
+    "fresh", "add_key_sums", "add_pairs", "add_tile",
+)  # fmt: skip
+IMPORTS = "from attn_dsl.backend.hopper.device import add_to, row_totals, warp_sums\n"
 
 
 @dataclass(frozen=True)
 class Emitted:
     """The text of the module, and the names of the functions that it has.
 
-    has_derivative: `score` gives two values. positional: they depend on a position, so that a pair past the end of
-    the queries or keys, or under the mask, may hold anything. wide: ranges are bounded by numbers of more than 32 bits.
+    has_derivative: `score` gives a second value. kept: how many it gives beyond that. fresh: how many `fresh` gives.
+    positional: they depend on a
+    position, so that a pair past the end of the queries or keys, or under the mask, may hold anything. wide: ranges are
+    bounded by numbers of more than 32 bits.
     """
 
     source: str
     functions: frozenset[str]
     has_derivative: bool
+    fresh: int
+    kept: int
     positional: bool
     wide: bool
 
 
-def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: bool = True) -> Emitted:
-    """The functions of a variant; `full` says which tiles of the schedule need no mask."""
-    plain = Signature.of(variant)
-    signature = Signature((*plain.scalars, SCALE), plain.tensors)
-    gather, terms = Gatherer(), separate(variant.score)
+def emit_module(
+    variant: Variant,
+    schedule: Schedule,
+    full: Node,
+    *,
+    saturations: Sequence[Saturation] = (),
+    wanted: Sequence[str] = (),
+    fast_tanh: bool = True,
+) -> Emitted:
+    """The functions of a variant; `full` says in which tiles of the schedule all pairs count and `saturations` hold.
+
+    `wanted` names the captured tensors and parameters whose gradients the kernel sums, in the order of its `shares`.
+    """
+    signature = Signature.of(variant)
+    signature = Signature((*signature.scalars, SCALE), signature.tensors)
+    gather, terms, found = Gatherer(), separate(variant.score), shares(variant, frozenset(wanted))
     front, residue = gather.factors(dataclasses.replace(terms, affine=()).loop(Q))
     residue, mask = lower(residue), lower(variant.mask)
-    derivative = lower(gather(gradient(variant.score).d_score))
+    gain, derivative = gather.factors(gradient(variant.score).d_score)
+    derivative, kept = lower(derivative), [lower(inner) for inner in found.kept]
+    corner = {lower(node): lower(value) for node, value in corner_of(saturations).items()}
+    plain, shift = split_shift(substitute(residue, corner))
+    settled = [substitute(node, corner) for node in (derivative, *kept)]
 
-    roots = [residue, derivative, mask]
+    roots = [residue, derivative, mask, *kept, *map(lower, found.fresh), plain, shift, *settled]
     uniform = outermost(roots, is_uniform)
     keys, columns = outermost(roots, _looks_up("k")), outermost(roots, _looks_up("q"))
     bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
@@ -64,25 +104,41 @@ def emit_module(variant: Variant, schedule: Schedule, full: Node, *, fast_tanh: 
     module = Module(variant, signature, fast_tanh, bindings)
 
     module.add("factor", PROGRAM, times(LOG2E, front))
+    if gain is not ONE:
+        module.add("gain", PROGRAM, gain)
     if uniform:
         module.add("uniform", PROGRAM, tuple(uniform))
     if keys:
         module.add("keys", KEYS, tuple(keys))
     if columns:
         module.add("columns", COLUMNS, tuple(columns))
-    if residue is not SCORE or derivative is not ONE:
-        module.add("score", ("s", *PAIR), residue if derivative is ONE else (residue, derivative))
+    one = derivative is ONE
+    if residue is not SCORE or not one or kept:
+        module.add("score", ("s", *PAIR), _results(residue, [*([] if one else [derivative]), *kept]))
+    if saturations:
+        module.add("plain", ("s", *PAIR), _results(plain, settled[one:]))
+        if shift is not ZERO:
+            module.add("shift", CORNER, shift)
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
-        if full is not FALSE:
-            module.add("full", TILE, full)
+    if (mask is not TRUE or saturations) and full is not FALSE:
+        module.add("full", TILE, full)
     ranges = tuple((s.begin, s.end) for s in schedule.q.segments)
     module.add("q_ranges", RANGES, ranges)
-    source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in module.texts)
-    positional = bool((residue.depends | derivative.depends) & {"q", "k"}) or _singular(derivative)
-    return Emitted(source, frozenset(module.names), derivative is not ONE, positional, needs_64_bits(ranges))
+    add_functions(module, found, wanted, corner)
+    header = HEADER.format(name=variant.name) + (IMPORTS if found.items else "")
+    source = header + "".join(f"\n\n{text}" for text in module.texts)
+    values = [residue, derivative, *kept]
+    positional = any(value.depends & {"q", "k"} for value in values) or any(map(_singular, values[1:]))
+    return Emitted(
+        source, frozenset(module.names), not one, len(found.fresh), len(kept), positional, needs_64_bits(ranges)
+    )
+
+
+def _results(first: Node, rest: Sequence[Node]) -> Node | tuple[Node, ...]:
+    return (first, *rest) if rest else first
 
 
 def _singular(derivative: Node) -> bool:

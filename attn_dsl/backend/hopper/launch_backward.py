@@ -6,6 +6,7 @@ Arguments and results are those of `portable.launch.backward`.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS, Config, candidates
 from attn_dsl.backend.hopper.emit_backward import FUNCTIONS, Emitted, emit_module
+from attn_dsl.backend.hopper.emit_shares import fusable
 from attn_dsl.backend.hopper.launch import (
     Block,
     BlockShape,
@@ -38,9 +40,10 @@ from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.ir.nodes import Var, post_order
-from attn_dsl.passes.prove import Proof, prove
+from attn_dsl.ir.nodes import FALSE, Node, Var, post_order
+from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
 from attn_dsl.passes.schedule import Schedule, derive_schedule
+from attn_dsl.passes.specialize import Saturation, saturations
 
 ROWS = 64
 """Of a program that prepares rows."""
@@ -50,6 +53,8 @@ SPILLS = 320
 """Bytes that ptxas may spill: those of a kernel with a branch around its mask, most of them at the mask."""
 ORDERED_SPILLS = 576
 """Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
+COPIES, COPIED = 16, 2**22
+"""So many copies there are of a captured tensor's gradient, of no more elements together unless one has more."""
 ORDERED_KEYS = 2**17
 """For so many keys the table that orders programs, 4 bytes for each pair of tiles, takes an eighth of what dQ takes in
 float32; for more it would outgrow that."""
@@ -73,7 +78,7 @@ class Kernels:
 
     def __post_init__(self) -> None:
         self.proof = self.given or prove(self.portable.variant)
-        self._modules: dict[bool, tuple[Emitted, ModuleType]] = {}
+        self._modules: dict[tuple[bool, frozenset[str]], tuple[Emitted, ModuleType]] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
 
     @functools.cached_property
@@ -87,42 +92,73 @@ class Kernels:
         bounds = [bound for s in self.schedule.q.segments for bound in (s.begin, s.end)]
         return self.portable.lists is not None or any(node in (Var("k0"), Var("k1")) for node in post_order(*bounds))
 
-    def emitted(self, precise: bool) -> tuple[Emitted, ModuleType]:
-        if precise not in self._modules:
-            text = emit_module(self.portable.variant, self.schedule, self.proof.full, fast_tanh=not precise)
-            self._modules[precise] = text, load(text.source, f"hopper_backward_{self.portable.variant.name}")
-        return self._modules[precise]
+    @functools.cached_property
+    def full(self) -> tuple[Node, tuple[Saturation, ...]]:
+        """Which tiles have nothing but pairs that count, and what saturates there; no tile does if nothing is known."""
+        listed = self.portable.lists is not None  # and says nothing of what saturates
+        found = () if listed else tuple(saturations(self.portable.variant.score))
+        settled = [
+            disjunction([prove(replace(self.portable.variant, mask=condition)).empty for condition in s.conditions])
+            for s in found
+        ]
+        full = conjunction([self.proof.full, *settled])
+        return (self.proof.full, ()) if full is FALSE else (full, found)
+
+    def fusable(self, wanted: frozenset[str]) -> frozenset[str]:
+        """Which gradients of captured tensors and parameters the kernel sums itself, if registers suffice."""
+        return fusable(self.portable.variant, wanted, self.full[1]) if wanted else wanted
+
+    def emitted(self, precise: bool, fused: frozenset[str] = frozenset()) -> tuple[Emitted, ModuleType]:
+        key = (precise, fused)
+        if key not in self._modules:
+            full, found = self.full
+            text = emit_module(
+                self.portable.variant, self.schedule, full,
+                saturations=found, wanted=self.portable.emitted(fused, not precise)[0].targets, fast_tanh=not precise,
+            )  # fmt: skip
+            self._modules[key] = text, load(text.source, f"hopper_backward_{self.portable.variant.name}")
+        return self._modules[key]
 
     def source(self, *, precise: bool = False) -> str:
         """The emitted text."""
         return self.emitted(precise)[0].source
 
-    def candidates(self, call: Call) -> tuple[Config, ...]:
-        """The configurations for a call, without those that differ in nothing but a question that is not asked."""
-        text = self.emitted(call.precise)[0]
+    def candidates(self, call: Call, fused: frozenset[str] = frozenset()) -> tuple[Config, ...]:
+        """The configurations for a call, without those that differ in nothing but a question that is not asked, or
+        asked in any case."""
+        text = self.emitted(call.precise, fused)[0]
         found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        asks = "full" in text.functions or "mask" not in text.functions or self.portable.lists is not None
+        listed = self.portable.lists is not None
+        asks = listed or "full" in text.functions or "mask" not in text.functions
+        asks = asks and "plain" not in text.functions
         return found if asks else tuple(config for config in found if config.ask)
 
-    def choice(self, call: Call, ordered: bool = False, compile: Compile | None = None) -> Choice[Config]:
+    def choice(
+        self,
+        call: Call,
+        ordered: bool = False,
+        compile: Compile | None = None,
+        fused: frozenset[str] = frozenset(),
+    ) -> Choice[Config]:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect.
 
-        ordered: programs add to dQ in an order of their own, and so to the same bits in every run.
+        ordered: programs add to dQ in an order of their own, and so to the same bits in every run. fused: what is
+        captured and has its gradient summed by the kernel.
         """
-        kind = (ordered, *self._kind(call))
+        kind = (ordered, fused, *self._kind(call))
         found = self.choices.get(kind)
         if found is None:
             with _lock:
-                found = self.choices.get(kind) or self._settle(call, ordered, compile or compile_here)
+                found = self.choices.get(kind) or self._settle(call, ordered, fused, compile or compile_here)
                 self.choices[kind] = found
         return found
 
-    def plan(self, call: Call, ordered: bool, config: Config) -> _Plan:
+    def plan(self, call: Call, ordered: bool, fused: frozenset[str], config: Config) -> _Plan:
         """What launches with a configuration have in common."""
-        key = (config, ordered, *self._kind(call))
+        key = (config, ordered, fused, *self._kind(call))
         found = self._plans.get(key)
         if found is None:
-            found = self._plans[key] = _Plan.of(self, call, ordered, config)
+            found = self._plans[key] = _Plan.of(self, call, ordered, fused, config)
         return found
 
     def _kind(self, call: Call) -> tuple[Any, ...]:
@@ -132,11 +168,11 @@ class Kernels:
         dims = (query.shape[3], call.value.shape[3])
         return (query.dtype, *dims, call.precise, *numbers)
 
-    def _settle(self, call: Call, ordered: bool, compile: Compile) -> Choice[Config]:
+    def _settle(self, call: Call, ordered: bool, fused: frozenset[str], compile: Compile) -> Choice[Config]:
         return settle(
-            self.candidates(call),
+            self.candidates(call, fused),
             self.portable.variant.name,
-            lambda config: _compiled(self, call, ordered, config, compile),
+            lambda config: _compiled(self, call, ordered, fused, config, compile),
             ORDERED_SPILLS if ordered else SPILLS,
         )
 
@@ -184,6 +220,7 @@ class _Plan:
     config: Config
     uneven: bool
     dims: tuple[int, int]
+    targets: tuple[str, ...]
     turns: Options | None
     prepare: Options
     options: Options
@@ -191,30 +228,31 @@ class _Plan:
     layouts: dict[tuple[Any, ...], _Layout]
 
     @staticmethod
-    def of(kernels: Kernels, call: Call, ordered: bool, config: Config) -> _Plan:
-        text, module = kernels.emitted(call.precise)
+    def of(kernels: Kernels, call: Call, ordered: bool, fused: frozenset[str], config: Config) -> _Plan:
+        text, module = kernels.emitted(call.precise, fused)
         functions = {name: getattr(module, name) if name in text.functions else None for name in FUNCTIONS}
         dim, value_dim = call.query.shape[3], call.value.shape[3]
         d, dv = padded(dim), padded(value_dim)
         tiles = {"QUERIES": config.queries, "D": d}
         prepare = {
-            "SLOPE": functions["slope"], "ROWS": ROWS, **tiles, "DV": dv, "VALUE_DIM": value_dim, "UNIT": 8,
-            "num_warps": 8,
+            "SLOPE": functions["slope"], **_row_functions(kernels, fused, call.precise), "ROWS": ROWS, **tiles,
+            "DV": dv, "VALUE_DIM": value_dim, "UNIT": 8, "num_warps": 8,
         }  # fmt: skip
         names = {name: name.upper() for name in FUNCTIONS} | {"keys": "KEY_TERMS"}
         if kernels.portable.lists is not None:
             functions |= {"full": None, "q_ranges": q_tiles}
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
-            "POSITIONAL": text.positional,
-            "ASK": config.ask, "ORDERED": ordered, "LATE": config.late, "WIDE": text.wide, **tiles, "DV": dv,
+            "POSITIONAL": text.positional, "ASK": config.ask, "ORDERED": ordered, "LATE": config.late,
+            "WIDE": text.wide, "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip
         finish = {**tiles, "DIM": dim, "num_warps": 4}
         turns = {"Q_RANGES": functions["q_ranges"], "KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH,
                  "WIDE": text.wide, "num_warps": 1}  # fmt: skip
-        return _Plan(config, kernels.uneven, (d, dv), Options(turns) if ordered else None, Options(prepare),
+        targets = kernels.portable.emitted(fused, not call.precise)[0].targets
+        return _Plan(config, kernels.uneven, (d, dv), targets, Options(turns) if ordered else None, Options(prepare),
                      Options(options), Options(finish), {})  # fmt: skip
 
     def layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
@@ -261,11 +299,12 @@ def backward(
     config: Config,
     *,
     ordered: bool = False,
+    fused: frozenset[str] = frozenset(),
     run: Runner = launch,
 ) -> Gradients:
-    """Gradients of query, key and value for a call of which `refusal` has nothing to say."""
+    """Gradients of query, key, value and what is `fused`, for a call of which `refusal` has nothing to say."""
     out, grad_out = _loadable(out), _loadable(grad_out)
-    plan = kernels.plan(call, ordered, config)
+    plan = kernels.plan(call, ordered, fused, config)
     layout = plan.layout(call, out, grad_out)
     query, device = call.query, call.query.device
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
@@ -276,6 +315,9 @@ def backward(
     parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
     sizes, scale = tuple(map(plain, layout.sizes)), float(call.scale)
     of_call = (parameters, (*sizes, *layout.extents), captured, scale)
+    shapes = {t.name: x.shape for t, x in zip(kernels.portable.variant.tensors, call.tensors, strict=True)}
+    shares = [_copies(tuple(shapes.get(name, ())), device) for name in plan.targets]
+    of_rows = (*of_call[:3], described([x[0] for x in shares]), scale)
 
     q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
     tiles, key_tiles = -(-q_len // config.queries), -(-call.key.shape[2] // KEYS)
@@ -287,7 +329,8 @@ def backward(
         own, at = kv_own * group, first * group
         run(
             prepare_rows, own * tiles * (config.queries // ROWS),
-            (out, grad_out, grad_lse, shifted, scratch.numbers, scratch.sums, *layout.strides, *of_call, at),
+            (out, grad_out, grad_lse, shifted, scratch.numbers, scratch.sums, call.q_offset, *layout.strides, *of_rows,
+             at),
             plan.prepare,
         )  # fmt: skip
         if plan.turns is not None:
@@ -296,11 +339,28 @@ def backward(
         run(
             attention_backward, kv_own * key_tiles,
             (*inputs, *scratch.blocks, *outputs, scratch.turns, scratch.done, call.q_offset, parameters, *layout.sizes,
-             layout.extents, captured + listed, scale, layout.section, first),
+             layout.extents, captured + listed, described(shares), scale, layout.section, first),
             plan.options,
         )  # fmt: skip
         run(finish_queries, own * tiles * 2, (scratch.sums, dq, sizes, scale, at), plan.finish)
-    return Gradients(dq, dk, dv, {})
+    return Gradients(dq, dk, dv, {name: x.sum(0) for name, x in zip(plan.targets, shares, strict=True)})
+
+
+def _copies(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Zeros [copies, *shape]: programs add to different copies, lest all wait for one entry of a small tensor."""
+    size = math.prod(shape)
+    return torch.zeros(max(1, min(COPIES, COPIED // max(size, 1))), *shape, dtype=torch.float32, device=device)
+
+
+def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> dict[str, Any]:
+    """What `prepare_rows` calls for gradients of what is captured; None where none is wanted of it."""
+    text, module = kernels.portable.emitted(fused, not precise)
+    own, of_rows = kernels.emitted(precise, fused)
+    adds = "add_row_sums" in own.functions
+    names = {"SINK": "sink", "ROW": "row_term", "SINK_GRAD": "sink_grad", "ADD_SINK": "add_sink"}
+    wanted = text.functions if adds or "sink_grad" in text.functions else frozenset[str]()
+    found = {key: getattr(module, name) if name in wanted else None for key, name in names.items()}
+    return {**found, "ADD_ROW_SUMS": of_rows.add_row_sums if adds else None}
 
 
 @dataclass(frozen=True)
@@ -344,14 +404,23 @@ def _loadable(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------- compiling without a launch
 
 
-def build(kernels: Kernels, call: Call, config: Config | None = None, *, ordered: bool = False) -> Any:
+def build(
+    kernels: Kernels,
+    call: Call,
+    config: Config | None = None,
+    *,
+    ordered: bool = False,
+    fused: frozenset[str] = frozenset(),
+) -> Any:
     """The backward kernel compiled ahead of time, with the configuration that is found good unless one is given."""
-    config = config or kernels.choice(call, ordered, compile_ahead).config
+    config = config or kernels.choice(call, ordered, compile_ahead, fused).config
     assert config is not None, "no configuration fits"
-    return _compiled(kernels, call, ordered, config, compile_ahead)
+    return _compiled(kernels, call, ordered, fused, config, compile_ahead)
 
 
-def _compiled(kernels: Kernels, call: Call, ordered: bool, config: Config, compile: Compile) -> Any:
+def _compiled(
+    kernels: Kernels, call: Call, ordered: bool, fused: frozenset[str], config: Config, compile: Compile
+) -> Any:
     compiled: list[Any] = []
 
     def run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -361,5 +430,5 @@ def _compiled(kernels: Kernels, call: Call, ordered: bool, config: Config, compi
     batch, heads, q_len, _ = call.query.shape
     out = torch.empty(batch, heads, q_len, call.value.shape[3], dtype=call.query.dtype, device="meta")
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device="meta")
-    backward(kernels, call, out, lse, out, None, config, ordered=ordered, run=run)
+    backward(kernels, call, out, lse, out, None, config, ordered=ordered, fused=fused, run=run)
     return compiled[0]

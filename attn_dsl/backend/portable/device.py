@@ -172,7 +172,7 @@ def captured(tensors, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _place(tensor, index, VARYING: tl.constexpr):
+def place_of(tensor, index, VARYING: tl.constexpr):
     """`tensor[index]` as a pointer and an offset: what is the same for the tile is added to the pointer in 64 bits,
     the rest to the offset in the width of `k`."""
     pointer = tensor[0]
@@ -191,7 +191,7 @@ def _unsigned(x):
 
 
 @triton.jit
-def _inside(tensor, index, CHECKED: tl.constexpr):
+def lies_in(tensor, index, CHECKED: tl.constexpr):
     """Whether the checked axes of the index lie in the tensor."""
     keep = True
     for axis in tl.static_range(len(index)):
@@ -209,11 +209,11 @@ def element(tensor, index, VARYING: tl.constexpr, CHECKED: tl.constexpr):
     Bit `axis` of VARYING says that the index of the axis varies within the tile, of CHECKED that it is not known to lie
     in the tensor.
     """
-    pointer, offset = _place(tensor, index, VARYING)
+    pointer, offset = place_of(tensor, index, VARYING)
     if CHECKED == 0:
         return tl.load(pointer + offset)
     else:
-        return tl.load(pointer + offset, mask=_inside(tensor, index, CHECKED), other=0)
+        return tl.load(pointer + offset, mask=lies_in(tensor, index, CHECKED), other=0)
 
 
 # ---------------------------------------------------------------- gradients of captured tensors
@@ -247,8 +247,8 @@ def scatter(
     else:
         if MODE == FIXED:
             amount = (amount * tl.load(factors + TARGET)).to(tl.int64)
-        inside = _inside(grad, index, CHECKED)
-        pointer, offset = _place(grad, index, VARYING)
+        inside = lies_in(grad, index, CHECKED)
+        pointer, offset = place_of(grad, index, VARYING)
         if VARYING == 0:
             tl.atomic_add(pointer, amount, mask=inside, sem="relaxed")
         else:

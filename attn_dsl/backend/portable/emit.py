@@ -182,8 +182,8 @@ def emit_module(
     for axis, ranges, tile in (("kv", schedule.kv, ("q0", "q1")), ("q", schedule.q, ("k0", "k1"))):
         _add_ranges(module, axis, ranges, tile)
 
-    targets = _targets(derivatives, frozenset(wanted))
-    sink_targets = [] if variant.sink is None else _targets(gradient(variant.sink), frozenset(wanted))
+    targets = targets_of(derivatives, frozenset(wanted))
+    sink_targets = [] if variant.sink is None else targets_of(gradient(variant.sink), frozenset(wanted))
     names = tuple(dict.fromkeys(target.name for target in (*targets, *sink_targets)))
     if sink_targets:
         _add_sink_gradient(module, sink_targets, names)
@@ -251,7 +251,9 @@ def _depends(nodes: Iterable[Node]) -> frozenset[str]:
     return frozenset().union(*(node.depends for node in nodes))
 
 
-def _targets(score: Gradient, wanted: frozenset[str]) -> list[Target]:
+def targets_of(score: Gradient, wanted: frozenset[str]) -> list[Target]:
+    """What of `wanted` a score or sink reaches, entries of fewer positions first."""
+
     def shares() -> Iterable[Target]:
         for item in (*score.loads, *score.parameters):
             match item:
