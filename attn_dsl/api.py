@@ -20,6 +20,8 @@ from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for
 from attn_dsl.backend.operators import autocast
 from attn_dsl.backend.replay import Replays
+from attn_dsl.backend.schedules import Schedule
+from attn_dsl.backend.schedules import make as make_schedule
 from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
 from attn_dsl.backend.varlen import Packing, check_packed
@@ -101,6 +103,7 @@ class Attention:
         deterministic: bool | None = ...,
         precise: bool = ...,
         float32_precision: Precision = ...,
+        schedule: Schedule | None = ...,
         **bindings: Value,
     ) -> Tensor: ...
 
@@ -122,6 +125,7 @@ class Attention:
         deterministic: bool | None = ...,
         precise: bool = ...,
         float32_precision: Precision = ...,
+        schedule: Schedule | None = ...,
         **bindings: Value,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -142,6 +146,7 @@ class Attention:
         deterministic: bool | None = None,
         precise: bool = False,
         float32_precision: Precision = "ieee",
+        schedule: Schedule | None = None,
         **bindings: Value,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of `query [B, H, Q, D]` to `key [B, HK, KV, D]` and `value [B, HK, KV, DV]`.
@@ -164,12 +169,16 @@ class Attention:
                            `torch.use_deterministic_algorithms` says
         precise            exact functions, where a GPU has approximate ones
         float32_precision  `ieee` or `tf32`: how a GPU multiplies float32
+        schedule    what `schedule` gave for a call like this one, which must be decided by the same; calls find what
+                    was made before without it
         bindings    parameters (numbers; floats also as 0-d tensors, for their gradient) and captured tensors, by name
 
         Returns the output [B, H, Q, DV] in the dtype of `query`. Raises BindingError, before any work.
         """
         choice = (deterministic, precise, float32_precision)
         runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
+        if schedule is not None and not torch.compiler.is_compiling():
+            schedule.check(runs._executable, runs._binder.bind(query, key, value, scale, q_offset, bindings))
         return runs._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
 
     def _of_cache(
@@ -320,6 +329,29 @@ class Attention:
             tensors=cast("dict[str, Tensor]", tensors),
         )
 
+    def schedule(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        q_offset: int | Tensor = 0,
+        backward: bool = True,
+        validate: bool = False,
+        **bindings: Value,
+    ) -> Schedule:
+        """Which tiles calls like this one visit, found now and kept for as long as the result is held.
+
+        Where a mask reads tensors at positions, a GPU lists the tiles, once for tensors that do not change: later
+        calls, in other layers too, find the lists by the tensors' storage and version. Held, they may be read by a CUDA
+        graph; else a graph makes its own, in each replay. `backward` says whether the lists of the backward pass are
+        wanted. The passes run once. The other arguments are those of a call.
+        """
+        call = self._binder.bind(query, key, value, None, q_offset, bindings)
+        if validate:
+            validate_call(self.variant, call)
+        return make_schedule(self._executable, call, options(query.device), backward=backward)
+
     def explain(
         self,
         query: Tensor,
@@ -443,4 +475,4 @@ class Attention:
         return f"Attention({variant.name}({', '.join(names)}))"
 
 
-__all__ = ["Attention", "Call", "Cost", "compile"]
+__all__ = ["Attention", "Call", "Cost", "Schedule", "compile"]

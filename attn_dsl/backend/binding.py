@@ -26,7 +26,7 @@ from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE, is_paged
 
 RESERVED = (
     "query", "key", "value", "scale", "q_offset", "return_lse", "validate", "deterministic", "precise",
-    "float32_precision", "backward",
+    "float32_precision", "backward", "schedule",
 )  # fmt: skip
 _CPU = torch.device("cpu")
 EIGHT_BITS = torch.float8_e4m3fn

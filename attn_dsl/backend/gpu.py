@@ -21,6 +21,7 @@ from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable import launch_decode as decode
 from attn_dsl.backend.portable.run import Runner, launch
 from attn_dsl.errors import BindingError
+from attn_dsl.passes.summaries import reads_at_positions
 
 if TYPE_CHECKING:
     from attn_dsl.backend.binding import Call
@@ -260,10 +261,30 @@ def describe(program: execute.Program, call: portable.Call, found: Route, capabi
         ]
     if choice is not None:
         lines += [f"rejected   {config}: {why}" for config, why in choice.rejected]
+    lines.append(f"schedule   {_schedule(program, call, found, capability)}")
+    return "\n".join(lines)
+
+
+def _schedule(program: execute.Program, call: portable.Call, found: Route, capability: tuple[int, int] | None) -> str:
+    """Which tiles a forward pass visits, and who says so."""
+    lists, choice = program.kernels.lists, found.choice
     segments = program.kernels.schedule.kv.segments
     full = sum(not segment.masked for segment in segments)
-    lines.append(f"schedule   {len(segments) - full} masked and {full} unmasked ranges of key tiles, in closed form")
-    return "\n".join(lines)
+    ranges = f"{len(segments) - full} masked and {full} unmasked ranges of key tiles, in closed form"
+    if lists is None or found.layout is not None:
+        return ranges
+    tile = program.kernels.tiles(call, capability).forward
+    rows, keys = tile.rows, tile.keys
+    if choice is not None and choice.config is not None:
+        rows, keys = choice.config.rows, choice.config.keys
+    read = [f"`{name}`" for name in reads_at_positions(program.variant.mask)]
+    reason = f"the mask reads {', '.join(read)} at positions" if read else f"{ranges}, hold tiles that are empty"
+    made = f"a list of key tiles, since {reason}"
+    if call.query.device.type == "meta":
+        return made
+    kind = program.kernels.kind_of_list(call, rows, keys)
+    assert kind is not None
+    return f"{made}: {kind.described(call.tensors, call.q_offset, call.query.device)}"
 
 
 def describe_backward(

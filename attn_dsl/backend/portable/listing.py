@@ -13,6 +13,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -89,6 +90,14 @@ class Kind:
         source = Source(self.sizes, tensors, self.parameters, q_offset, device)
         return self.lists.find(source, self.shape, self.wide, run)
 
+    def described(self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device) -> str:
+        """How many tiles the list for these tensors holds, for people; waits for the GPU."""
+        found = TileList(*self.find(tensors, q_offset, device))
+        masked, full = found.counts
+        shape, (batch, heads, q_len, kv_len) = self.shape, (self.sizes[i] for i in (0, 1, 3, 4))
+        total = batch * heads * -(-q_len // shape.rows) * -(-kv_len // shape.keys)
+        return f"{masked} masked and {full} full of {total} tiles of {shape.rows} x {shape.keys}, {found.bytes} bytes"
+
 
 @dataclass(frozen=True)
 class TileList:
@@ -147,6 +156,17 @@ class Holder:
     def __init__(self) -> None:
         self.lists: dict[tuple[Key, Shape], TileList] = {}
 
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        token = _holder.set(self)
+        try:
+            yield
+        finally:
+            _holder.reset(token)
+
+
+_holder: ContextVar[Holder | None] = ContextVar("holder", default=None)
+
 
 class Lists:
     """The lists of a variant's calls, and the kernels that make them."""
@@ -159,7 +179,6 @@ class Lists:
         self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
         self._kept: OrderedDict[tuple[Key, Shape], _Kept] = OrderedDict()
         self._options: dict[tuple[Any, ...], Options] = {}
-        self._holder: Holder | None = None
 
     @functools.cached_property
     def emitted(self) -> tuple[Emitted, ModuleType]:
@@ -183,26 +202,13 @@ class Lists:
                 return made.tensors
             kept = self._keep((key, shape), made, source)
         self._kept.move_to_end((key, shape))
-        if self._holder is not None:
-            kept.holders.add(self._holder)
-            self._holder.lists[key, shape] = kept.list
+        holder = _holder.get()
+        if holder is not None:
+            kept.holders.add(holder)
+            holder.lists[key, shape] = kept.list
         if not capturing:
             kept.use()
         return kept.list.tensors
-
-    @contextmanager
-    def hold(self, holder: Holder) -> Iterator[None]:
-        """Let `holder` keep what is found meanwhile, also for CUDA graphs."""
-        self._holder = holder
-        try:
-            yield
-        finally:
-            self._holder = None
-
-    def fits(self, source: Source, holder: Holder) -> bool:
-        """Whether a holder has lists of calls like this one."""
-        key = self._key(source)
-        return key is not None and any(at[0] == key for at in holder.lists)
 
     def _key(self, source: Source) -> Key | None:
         """What a list of the call depends on; None where a tensor does not count its changes."""
