@@ -19,24 +19,27 @@ from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for
 from attn_dsl.backend.operators import autocast
+from attn_dsl.backend.packed import check_packed, checked_ends
 from attn_dsl.backend.replay import Replays
 from attn_dsl.backend.schedules import Schedule
 from attn_dsl.backend.schedules import make as make_schedule
 from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
-from attn_dsl.backend.varlen import Packing, check_packed
 from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
 from attn_dsl.passes.lengths import (
+    KEY_ENDS,
     KV_LEN,
+    LONGEST_KEY,
+    LONGEST_QUERY,
+    OF_PACKED,
     PAGE_TABLE,
-    Q_END,
-    check_name,
+    QUERY_ENDS,
     check_names,
-    with_ends,
     with_lengths,
+    with_packing,
     with_pages,
     with_scales,
 )
@@ -78,7 +81,7 @@ class Attention:
         self._binder = self._executable.binder
         self._replays = Replays(self._executable)
         self._of_caches: dict[tuple[bool, bool, bool], Attention] = {}
-        self._ends: Attention | None = None
+        self._of_packed: Attention | None = None
 
     @property
     def variant(self) -> Variant:
@@ -193,7 +196,7 @@ class Attention:
     ) -> Attention:
         """What runs a call on such a cache; what it captures for that goes to `bindings`."""
         scaled = key_scale is not None or value_scale is not None
-        kind = (kv_len is not None, table is not None, scaled)
+        kind = (kv_len is not None, scaled, table is not None)
         if kind == (False, False, False):
             return self
         if table is not None:
@@ -207,10 +210,10 @@ class Attention:
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _take(self, kind: tuple[bool, bool, bool]) -> bool:
-        """Make what runs calls with lengths, pages, scales, which it captures; a trace does not look inside."""
+        """Make what runs calls with lengths, scales, pages, which it captures; a trace does not look inside."""
         if kind not in self._of_caches:
             variant = self._written
-            for wanted, extend in zip(kind, (with_lengths, with_pages, with_scales), strict=True):
+            for wanted, extend in zip(kind, (with_lengths, with_scales, with_pages), strict=True):
                 variant = extend(variant) if wanted else variant
             self._of_caches[kind] = Attention(variant, self._constants)
         return True
@@ -270,31 +273,35 @@ class Attention:
         longest_query, longest_key  the longest sequences, or more; unless given they are read, and waited for on a GPU
 
         Positions are local to the sequence, `b` is its number, and `Q` and `KV` are the longest, also in the extents of
-        captured tensors. Returns `out [T, H, DV]` and, if asked for, `lse [T, H]`; differentiable. Sequences are laid
-        out as a batch, which takes memory for B times the longest. The other arguments are those of a call.
+        captured tensors. Returns `out [T, H, DV]` and, if asked for, `lse [T, H]`; differentiable. Rows are read where
+        they stand, and nothing is padded. The other arguments are those of a call.
         """
         check_packed(query, key, value)
-        queries = Packing.of("query", query, query_ends, longest_query)
-        keys = queries
-        if key_ends is not None or key.shape[0] != query.shape[0] or longest_key is not None:
-            keys = Packing.of("key", key, query_ends if key_ends is None else key_ends, longest_key)
-        if queries.lengths.shape != keys.lengths.shape:
-            got = f"{queries.lengths.shape[0]} and {keys.lengths.shape[0]}"
+        if key_ends is None and key.shape[0] == query.shape[0] and longest_key is None:
+            key_ends, longest_key = query_ends, longest_query = checked_ends("query", query, query_ends, longest_query)
+        else:
+            key_ends = query_ends if key_ends is None else key_ends
+            query_ends, longest_query = checked_ends("query", query, query_ends, longest_query)
+            key_ends, longest_key = checked_ends("key", key, key_ends, longest_key)
+        if query_ends.shape != key_ends.shape:
+            got = f"{query_ends.shape[0] - 1} and {key_ends.shape[0] - 1}"
             raise BindingError(f"the ends of `key`: expected as many sequences as those of `query`, got {got}")
-        self._take_ends()
-        assert self._ends is not None
-        bindings |= {KV_LEN: keys.lengths, Q_END: queries.lengths}
+        self._take_packing()
+        assert self._of_packed is not None
+        bindings |= {QUERY_ENDS: query_ends, KEY_ENDS: key_ends}
+        bindings |= {LONGEST_QUERY: longest_query, LONGEST_KEY: longest_key}
         choice = (deterministic, precise, float32_precision)
-        inputs = queries.batch(query), keys.batch(key), keys.batch(value)
-        out, lse = self._ends._run(*inputs, scale, 0, True, False, choice, bindings)
-        return (queries.pack(out), queries.pack(lse)) if return_lse else queries.pack(out)
+        query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        out, lse = self._of_packed._run(query, key, value, scale, 0, True, False, choice, bindings)
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        return (out, lse) if return_lse else out
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _take_ends(self) -> bool:
-        """As `_take_lengths`, for packed sequences."""
-        if self._ends is None:
-            check_name(self._written, Q_END)
-            self._ends = Attention(with_ends(self._written), self._constants)
+    def _take_packing(self) -> bool:
+        """As `_take`, for packed sequences."""
+        if self._of_packed is None:
+            check_names(self._written, OF_PACKED)
+            self._of_packed = Attention(with_packing(self._written), self._constants)
         return True
 
     def ir(self, after: str | None = None) -> str:

@@ -22,7 +22,17 @@ from attn_dsl.ir.nodes import Binary, BinaryOp, Const, Load, Node, Param, Size, 
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant
 from attn_dsl.passes.bake import coerce
-from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE, is_paged, is_scaled
+from attn_dsl.passes.lengths import (
+    KEY_SCALE,
+    LONGEST_KEY,
+    LONGEST_QUERY,
+    PAGE_TABLE,
+    QUERY_ENDS,
+    VALUE_SCALE,
+    is_packed,
+    is_paged,
+    is_scaled,
+)
 
 RESERVED = (
     "query", "key", "value", "scale", "q_offset", "return_lse", "validate", "deterministic", "precise",
@@ -40,9 +50,9 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 class Call:
     """A call that fits its variant.
 
-    `query [B, H, Q, D]`, `key [B, HK, KV, D]`, `value [B, HK, KV, DV]` of one dtype on one device; `q_offset` is a
-    number or int64 [B]; `sizes` has `B H HK Q KV D` and the extents that tensors bind; `parameters` are numbers or,
-    floats only, 0-d tensors.
+    `query [B, H, Q, D]`, `key [B, HK, KV, D]`, `value [B, HK, KV, DV]` of one dtype on one device, unless the binder
+    says otherwise (`layout`); `q_offset` is a number or int64 [B]; `sizes` has `B H HK Q KV D` and the extents that tensors
+    bind; `parameters` are numbers or, floats only, 0-d tensors.
     """
 
     query: Tensor
@@ -71,6 +81,7 @@ class Binder:
                 raise BindingError(f"`{variant.name}` declares `{name}`, which is an argument of every call: rename it")
         self.variant = variant
         self.paged, self.scaled = is_paged(variant), is_scaled(variant)
+        self.packed = is_packed(variant)
         self.names = frozenset(names)
         self.dtypes = {t.name: cast(torch.dtype, getattr(torch, t.dtype.value)) for t in variant.tensors}
         self.signature = Signature.of(variant)
@@ -86,6 +97,11 @@ class Binder:
         if self.paged:
             return "keys and values are in pages" + " of 8 bits" * self.scaled
         return "keys and values are of 8 bits" if self.scaled else None
+
+    @property
+    def layout(self) -> str | None:
+        """How the tensors of a call are laid out, where they are not `[B, H, Q, D]`, `[B, HK, KV, D]` of one dtype."""
+        return "sequences are packed" if self.packed else self.stored
 
     def _function(self, name: str, results: Sequence[Any]) -> Any:
         source = "import math\n" + emit(name, ("scalars",), tuple(results), self.signature, PythonDialect())
@@ -108,6 +124,9 @@ class Binder:
         sizes = {"B": batch, "H": heads, "HK": key.shape[1], "Q": q_len, "KV": key.shape[2], "D": dim}
         if self.paged:
             sizes["KV"] *= bindings[PAGE_TABLE].shape[1]
+        if self.packed:
+            batch = sizes["B"] = bindings[QUERY_ENDS].shape[0] - 1
+            sizes |= {"Q": bindings[LONGEST_QUERY], "KV": bindings[LONGEST_KEY]}
         if bindings.keys() - self.names:
             raise BindingError(self._unknown(next(name for name in bindings if name not in self.names)))
         parameters = {p.name: self._parameter(p, bindings, query.device) for p in self.variant.parameters}

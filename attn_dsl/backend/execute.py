@@ -222,6 +222,11 @@ def _cpu_backward(
 
     problem = cpu.problem_of(program.variant, program.schedule, call)
     found = cpu.backward(problem, call, *outputs[:2], grad_out, grad_lse, wanted)
+    if program.binder.packed:
+        from attn_dsl.backend.packed import forward as packed_forward
+
+        out, lse = packed_forward(program, call)
+        return out, lse, lse.new_empty(0)
     return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
 
 
@@ -242,6 +247,10 @@ def _gpu_backward(
     outputs: Outputs,
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    if program.binder.packed:
+        from attn_dsl.backend.packed import backward as packed_backward
+
+        return packed_backward(program, call, outputs, grad_out, grad_lse, wanted)
     wanted: frozenset[str],
 ) -> Gradients:
     from attn_dsl.backend.gpu import backward

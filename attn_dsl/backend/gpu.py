@@ -79,10 +79,10 @@ def route(
     """
     if program.binder.scaled and ((capability or _capability(call.query.device) or (8, 9)) < (8, 9)):
         raise BindingError("`key`: float8_e4m3fn needs a GPU of compute capability 8.9 or later")
-    if decodes and (reason := decode.reason(call)):
+    if decodes and not program.binder.packed and (reason := decode.reason(call)):
         return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
-    if stored := program.binder.stored:
-        return Route(PORTABLE, f"{stored}, which the Hopper kernels do not read")
+    if layout := program.binder.layout:
+        return Route(PORTABLE, f"{layout}, which the Hopper kernels do not read")
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return Route(PORTABLE, reason)
@@ -169,8 +169,8 @@ def backward_route(
     compile: Compile | None = None,
 ) -> BackwardRoute:
     """Which kernels the backward pass of a call takes, as `route`; `wanted` are its gradients of what is captured."""
-    if stored := program.binder.stored:
-        return BackwardRoute(PORTABLE, stored, None, wanted)
+    if layout := program.binder.layout:
+        return BackwardRoute(PORTABLE, f"{layout}, which the Hopper kernels do not read", None, wanted)
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return BackwardRoute(PORTABLE, reason, None, wanted)
@@ -292,7 +292,7 @@ def describe_backward(
 ) -> str:
     """`explain` of the route of a backward pass."""
     if program.binder.stored:
-        return f"backward   none, since {found.reason}"
+        return f"backward   none, since {program.binder.stored}"
     choice = found.choice
     if choice is not None and choice.config is not None and choice.build is not None:
         spilled = choice.build.spilled

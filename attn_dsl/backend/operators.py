@@ -176,8 +176,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     program, call, options = _bound(*arguments)
     batch, heads, q_len, _ = call.query.shape
-    out = call.query.new_empty((batch, heads, q_len, call.value.shape[3]))
-    lse = call.query.new_empty((batch, heads, q_len), dtype=lse_dtype(call.query.dtype, options))
+    rows = (batch, q_len, heads) if program.binder.packed else (batch, heads, q_len)
+    out = call.query.new_empty((*rows, call.value.shape[3]))
+    lse = call.query.new_empty(rows, dtype=lse_dtype(call.query.dtype, options))
+    if program.binder.packed:
+        out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     keeps = options.backend != CPU and program.has_row_term
     return out, lse, torch.empty_like(lse) if keeps else lse.new_empty(0)
 

@@ -63,7 +63,7 @@ class Replays:
 
     def remember(self, key: Key, call: Call, options: Options) -> None:
         """Let later calls of this kind, which was bound as `call`, be replayed."""
-        if any(isinstance(x, Tensor) for x in call.parameters.values()):
+        if self.program.binder.packed or any(isinstance(x, Tensor) for x in call.parameters.values()):
             return
         from attn_dsl.backend.gpu import route
         from attn_dsl.backend.portable import launch_decode

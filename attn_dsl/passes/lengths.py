@@ -2,7 +2,7 @@
 
 A length is a conjunct of the mask like any other, `k < kv_len[b]`, so the proofs find the tiles that end there, on
 the device, and each backend runs it as it is. `KV` stays the capacity of the cache. What else the kernels must know is
-declared last, as captured tensors that no expression reads:
+declared before all else, as captured tensors:
 
     page_table: int32[B, pages]                  the keys stand in pages; `KV` is what the table has room for
     key_scale, value_scale: float32[slabs, HK]   what keys and values in 8 bits are multiplied by, for each page (or
@@ -15,28 +15,30 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attn_dsl.errors import BindingError
-from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, CompareOp, Const, Index, K, Load, Node, Q, Size
+from attn_dsl.ir.nodes import (
+    TRUE,
+    Binary,
+    BinaryOp,
+    Compare,
+    CompareOp,
+    Const,
+    Index,
+    K,
+    Load,
+    Node,
+    Param,
+    Q,
+    Size,
+    substitute,
+)
 from attn_dsl.ir.types import DType, Type
-from attn_dsl.ir.variant import Parameter, Tensor, Variant
+from attn_dsl.ir.variant import Parameter, Tensor, Variant, rewrite_variant
 
 KV_LEN, PAGE_TABLE, KEY_SCALE, VALUE_SCALE = "kv_len", "page_table", "key_scale", "value_scale"
 QUERY_ENDS, KEY_ENDS, LONGEST_QUERY, LONGEST_KEY = "query_ends", "key_ends", "longest_query", "longest_key"
 OF_CALLS = (KV_LEN, PAGE_TABLE, KEY_SCALE, VALUE_SCALE)
 OF_PACKED = (QUERY_ENDS, KEY_ENDS, LONGEST_QUERY, LONGEST_KEY)
-
-
-Q_END = "q_end"
-
-
-def check_name(variant: Variant, name: str = KV_LEN) -> None:
-    check_names(variant, (name,))
-
-
-def with_ends(variant: Variant) -> Variant:
-    """`with_lengths`, with `tensor q_end: int32[B]` besides: queries from position `q_end[b]` on see nothing."""
-    variant = with_lengths(variant)
-    tensors = (*variant.tensors, Tensor(Q_END, DType.INT32, (Size("B"),)))
-    return replace(variant, tensors=tensors, mask=_before(variant.mask, Q, Load(Q_END, (Index("b"),), Type.INT)))
+SEQUENCE, SEQUENCES = "sequence_of_the_call", "sequences_of_the_call"
 
 
 def check_names(variant: Variant, names: tuple[str, ...] = OF_CALLS) -> None:
@@ -53,9 +55,9 @@ def with_lengths(variant: Variant) -> Variant:
 
 
 def with_pages(variant: Variant) -> Variant:
-    """The variant with `tensor page_table: int32[B, pages]`."""
+    """The variant with `tensor page_table: int32[B, pages]`; scales, if there are any, come first."""
     table = Tensor(PAGE_TABLE, DType.INT32, (Size("B"), Size("pages_of_a_sequence")))
-    return replace(variant, tensors=(*variant.tensors, table))
+    return replace(variant, tensors=(table, *variant.tensors))
 
 
 def with_scales(variant: Variant) -> Variant:
@@ -63,7 +65,7 @@ def with_scales(variant: Variant) -> Variant:
     scales = (
         Tensor(name, DType.FLOAT32, (Size("slabs_of_the_cache"), Size("HK"))) for name in (KEY_SCALE, VALUE_SCALE)
     )
-    return replace(variant, tensors=(*variant.tensors, *scales))
+    return replace(variant, tensors=(*scales, *variant.tensors))
 
 
 def with_packing(variant: Variant) -> Variant:
@@ -76,8 +78,23 @@ def with_packing(variant: Variant) -> Variant:
     ends = (Tensor(name, DType.INT32, (one_more,)) for name in (QUERY_ENDS, KEY_ENDS))
     longest = (Parameter(name, Type.INT) for name in (LONGEST_QUERY, LONGEST_KEY))
     return replace(
-        variant, parameters=(*variant.parameters, *longest), tensors=(*variant.tensors, *ends), mask=mask
+        variant, parameters=(*variant.parameters, *longest), tensors=(*ends, *variant.tensors), mask=mask
     )  # fmt: skip
+
+
+def one_sequence(variant: Variant, *, ends: bool) -> Variant:
+    """Of a packed variant, that of one sequence, a batch of 1: `b`, `B`, `Q` and `KV` are parameters. Its lengths are
+    those of its query and key unless it `ends` where the packed ones say."""
+    if not ends:
+        known: dict[Node, Node] = {Compare(CompareOp.LT, K, sequence_length(KEY_ENDS)): TRUE}
+        known[Compare(CompareOp.LT, Q, sequence_length(QUERY_ENDS))] = TRUE
+        variant = replace(variant, mask=substitute(variant.mask, known))
+    names = {Index("b"): SEQUENCE, Size("B"): SEQUENCES, Size("Q"): LONGEST_QUERY, Size("KV"): LONGEST_KEY}
+    own: dict[Node, Node] = {node: Param(name, Type.INT) for node, name in names.items()}
+    found = rewrite_variant(variant, lambda node: own.get(node, node))
+    return replace(
+        found, parameters=(*found.parameters, *(Parameter(name, Type.INT) for name in (SEQUENCE, SEQUENCES)))
+    )
 
 
 def sequence_length(ends: str) -> Node:
@@ -99,4 +116,5 @@ def is_scaled(variant: Variant) -> bool:
 
 
 def is_packed(variant: Variant) -> bool:
-    return any(tensor.name == QUERY_ENDS for tensor in variant.tensors)
+    declared = {tensor.name for tensor in variant.tensors} | {parameter.name for parameter in variant.parameters}
+    return QUERY_ENDS in declared and SEQUENCE not in declared

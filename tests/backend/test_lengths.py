@@ -1,9 +1,10 @@
-"""Lengths of each batch entry in the portable kernels, both passes: `TRITON_INTERPRET=1 pytest tests/backend`."""
+"""Packed sequences in the portable kernels, both passes, beside the CPU's loop over them:
+`TRITON_INTERPRET=1 pytest tests/backend`."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,27 +12,45 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from portable_support import Problem, assert_close, compiled, program_of
-from variant_cases import Case, Sizes
+from portable_support import Problem, Result, assert_close, compiled, differentiated, program_of
+from torch import Tensor
 
-from attn_dsl.passes.lengths import with_ends
+from attn_dsl.backend import operators
+from attn_dsl.backend.execute import Options
+from attn_dsl.passes.lengths import with_packing
+
+BIAS = "attention biased\ntensor w: float32[B, Q]\nscore = score * w[b, q] + 0.1 * b\nmask = q >= k\nsink = 0.5\n"
+CASES: dict[str, dict[str, Any]] = {
+    "noop": {},
+    "sliding_window": {"window": 20},
+    "gpt_oss": {"window": 9, "sinks": torch.tensor([0.5, -0.1])},
+    BIAS: {"w": torch.linspace(0.5, 1.5, 5 * 40).view(5, 40)},
+}
 
 
-@pytest.mark.parametrize("name", ["noop", "causal", "sliding_window", "alibi", "gpt_oss"])
-def test_rows_and_keys_past_the_ends_take_no_part(name: str) -> None:
-    case = Case(name, {}, Sizes(B=4, H=2, HK=1, Q=19, KV=35, D=16, DV=16))
-    variant = program_of(name).variant
-    parameters = {"window": 20} if "window" in {p.name for p in variant.parameters} else {}
-    lengths = {
-        "kv_len": torch.tensor([35, 20, 0, 33], dtype=torch.int32),
-        "q_end": torch.tensor([19, 16, 5, 0], dtype=torch.int32),
-    }
-    query, key, value = case.inputs()
-    bindings = {**parameters, **case.tensors(), **lengths}
-    problem = Problem(compiled(with_ends(variant)), query, key, value, bindings)
+def ends(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def run(problem: Problem, backend: str, upstream: tuple[Tensor, Tensor]) -> Result:
+    leaves, bindings = problem.leaves()
+    inputs = leaves["query"], leaves["key"], leaves["value"]
+    call = problem.program.binder.bind(*inputs, None, 0, bindings)
+    out, lse = operators.attention(problem.program, call, Options(backend))
+    return differentiated(out, lse, leaves, upstream)
+
+
+@pytest.mark.parametrize(("name", "keys"), [
+    ("noop", (9, 33, 0, 2, 7)), ("sliding_window", (5, 1, 40, 0, 17)), ("gpt_oss", (5, 1, 40, 0, 17)),
+    (BIAS, (7, 33, 0, 2, 20)),
+])  # fmt: skip
+def test_packed_sequences_equal_the_loop_forward_and_backward(name: str, keys: tuple[int, ...]) -> None:
+    queries, generator = (5, 1, 40, 0, 17), torch.Generator().manual_seed(3)
+    shapes = (sum(queries), 2, 16), (sum(keys), 1, 16), (sum(keys), 1, 24)
+    inputs = [torch.randn(shape, generator=generator).transpose(0, 1)[None] for shape in shapes]
+    packing = {"query_ends": ends(*queries), "key_ends": ends(*keys), "longest_query": 40, "longest_key": 40}
+    problem = Problem(compiled(with_packing(program_of(name).variant)), *inputs, {**CASES[name], **packing})
     upstream = problem.upstream()
-    truth = problem.truth(upstream)
-    assert_close(problem.portable(upstream), truth, 3e-5)
-    for b, (rows, keys) in enumerate(zip(lengths["q_end"], lengths["kv_len"], strict=True)):
-        query[b, :, rows:] = key[b, :, keys:] = value[b, :, keys:] = torch.nan
-    assert_close(replace(problem, query=query, key=key, value=value).portable(upstream), truth, 3e-5)
+    expected, found = (run(problem, backend, upstream) for backend in ("cpu", "portable"))
+    assert found.out.transpose(1, 2).is_contiguous() and found.lse.transpose(1, 2).is_contiguous()
+    assert_close(found, expected, 3e-5)

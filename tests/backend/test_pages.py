@@ -62,8 +62,8 @@ def problem(name: str, tokens: int, **bindings: Any) -> Problem:
 
 
 def run(found: Problem, cache: Cache, decode: bool, splits: int, keys: int, **scales: Tensor) -> Result:
-    variant = with_pages(found.program.variant)
-    program = compiled(with_scales(variant) if scales else variant)
+    variant = found.program.variant
+    program = compiled(with_pages(with_scales(variant) if scales else variant))
     bindings = {**found.all_bindings, "page_table": cache.table, **scales}
     call = program.binder.bind(found.query, cache.key, cache.value, None, found.q_offset, bindings)
     bound = portable_call(program, call, Options("decode"))

@@ -15,13 +15,16 @@ import triton.language as tl
 
 from attn_dsl.backend.portable.device import (
     LOG2E,
+    bounds_of,
     captured,
     count,
     first_position,
+    first_tile,
     inner_products,
     load_rows,
     nth,
     own_mask,
+    packed_program,
     program,
     scalar,
     scalars_of,
@@ -42,7 +45,7 @@ def attention_delta(
         out, grad_out, grad_lse, lse, numbers, q_offset, out_strides, grad_strides, parameters, sizes, tensors, grads,
         peaks, factors, scale, SINK: tl.constexpr, ROW: tl.constexpr, SINK_GRAD: tl.constexpr, SCATTER: tl.constexpr,
         MODE: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
-        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr
+        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr = False
 ):  # fmt: skip
     """numbers [B, H, `padded(Q)`, 2] float32: lse in base 2 and delta; one program for BM rows of one batch and head.
 
@@ -54,9 +57,17 @@ def attention_delta(
     """
     out_strides, grad_strides = strides_of(out_strides, UNIT), strides_of(grad_strides, UNIT)
     heads, q_len = scalar(sizes[1], False), scalar(sizes[3], False)
-    tiles = padded(q_len) // BM
-    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    if PACKED:  # BM is ROWS
+        ends = captured(tensors, True)[0]
+        tile, b, h = packed_program(ends, scalar(sizes[0], False), heads, BM)
+        first_row, q_len = bounds_of(ends, b)
+        pair, numbers = h, numbers_of(numbers, ends, b, heads)
+        out, grad_out = out + first_row * out_strides[2], grad_out + first_row * grad_strides[2]
+        b, h = b.to(tl.int64), h.to(tl.int64)
+    else:
+        tiles = padded(q_len) // BM
+        pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+        b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     lines = tl.arange(0, BM)
     inside = lines < q_len - tile * BM
     first = (tile * BM).to(tl.int64)
@@ -67,13 +78,20 @@ def attention_delta(
     total = tl.zeros([BM], tl.float32)
     for i in tl.static_range(len(o)):
         total += tl.sum(o[i].to(tl.float32) * g[i].to(tl.float32), 1)
-    place = pair.to(tl.int64) * q_len + first + lines
+    if PACKED:
+        place = (first_row + first + lines) * heads + h
+    else:
+        place = pair.to(tl.int64) * q_len + first + lines
     if grad_lse is not None:
         total -= tl.load(grad_lse + place, mask=inside, other=0.0)
     l = tl.load(lse + place, mask=inside, other=float("-inf"))
     pairs = tl.join(tl.where(l == float("-inf"), float("inf"), l * LOG2E), total)
     numbers += pair.to(tl.int64) * padded(q_len) * 2 + first * 2
-    tl.store(numbers + lines[:, None] * 2 + tl.arange(0, 2)[None, :], pairs)
+    places = numbers + lines[:, None] * 2 + tl.arange(0, 2)[None, :]
+    if PACKED:  # a tile that its sequence does not need
+        tl.store(places, pairs, mask=first + tl.zeros_like(pairs) < padded(q_len))
+    else:
+        tl.store(places, pairs)
 
     if SINK_GRAD is not None:
         scalars, tensors = scalars_of(parameters + sizes + (scalar(scale, False),), WIDE), captured(tensors, WIDE)
@@ -94,6 +112,12 @@ def attention_delta(
 def padded(rows):
     """How many rows the row numbers are kept for: whole tiles of any shape."""
     return tl.cdiv(rows, ROWS) * ROWS
+
+
+@triton.jit
+def numbers_of(numbers, ends, b, heads):
+    """Those of a packed sequence, whose heads follow each other within the tiles of the sequence."""
+    return numbers + first_tile(ends, b, ROWS).to(tl.int64) * ROWS * heads * 2
 
 
 @triton.jit
@@ -213,19 +237,31 @@ def attention_keys_backward(
         SKIP: tl.constexpr, KEY_GRAD: tl.constexpr, FULL_KEY_GRAD: tl.constexpr, SCATTER: tl.constexpr,
         TOTALS: tl.constexpr, MODE: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
         DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr
+        UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+        PACKED: tl.constexpr = False
 ):  # fmt: skip
     """dK [B, HK, KV, D] and dV [B, HK, KV, DV]: one program owns BN keys and loops over the heads of their group."""
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
     dk_strides, dv_strides = strides_of(dk_strides, UNIT), strides_of(dv_strides, UNIT)
     batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
-    tiles = tl.cdiv(kv_len, BN)
-    tile, pair = program(tiles, batch * kv_heads, section)
-    tile = tiles - 1 - tile  # under a causal mask the first keys have the most queries
-    b, hk = pair // kv_heads, pair % kv_heads
+    wide = captured(tensors, True)
+    if PACKED:
+        ends, key_ends = wide[0], wide[1]
+        tile, b, hk = packed_program(key_ends, batch, kv_heads, BN)
+        pair, numbers = hk, numbers_of(numbers, ends, b, heads)
+        first_row, q_len = bounds_of(ends, b)
+        first_key, kv_len = bounds_of(key_ends, b)
+        query, grad_out = query + first_row * query_strides[2], grad_out + first_row * grad_strides[2]
+        key, value = key + first_key * key_strides[2], value + first_key * value_strides[2]
+        dk_out, dv_out = dk_out + first_key * dk_strides[2], dv_out + first_key * dv_strides[2]
+    else:
+        tiles = tl.cdiv(kv_len, BN)
+        tile, pair = program(tiles, batch * kv_heads, section)
+        tile = tiles - 1 - tile  # under a causal mask the first keys have the most queries
+        b, hk = pair // kv_heads, pair % kv_heads
     scale = scalar(scale, False)
-    scalars_64, wide = scalars_of(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars_64 = scalars_of(parameters + sizes + (scale,), True)
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 
@@ -367,18 +403,29 @@ def attention_queries_backward(
         SCATTER_PAIRS: tl.constexpr, SCATTER_FULL_PAIRS: tl.constexpr, TOTALS: tl.constexpr, MODE: tl.constexpr,
         D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr,
         DV1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr,
-        WIDE: tl.constexpr, PRECISION: tl.constexpr
+        WIDE: tl.constexpr, PRECISION: tl.constexpr, PACKED: tl.constexpr = False
 ):  # fmt: skip
     """dQ [B, H, Q, D]: one program owns BM queries of one batch and head."""
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, grad_strides = strides_of(value_strides, UNIT), strides_of(grad_strides, UNIT)
     dq_strides = strides_of(dq_strides, UNIT)
     batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
-    tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
-    b, h = pair // heads, pair % heads
+    wide = captured(tensors, True)
+    if PACKED:
+        ends, key_ends = wide[0], wide[1]
+        tile, b, h = packed_program(ends, batch, heads, BM)
+        first_row, q_len = bounds_of(ends, b)
+        first_key, kv_len = bounds_of(key_ends, b)
+        pair, numbers = h, numbers_of(numbers, ends, b, heads)
+        query, grad_out = query + first_row * query_strides[2], grad_out + first_row * grad_strides[2]
+        key, value = key + first_key * key_strides[2], value + first_key * value_strides[2]
+        dq_out = dq_out + first_row * dq_strides[2]
+    else:
+        tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
+        b, h = pair // heads, pair % heads
     hk = h // (heads // kv_heads)
     scale = scalar(scale, False)
-    scalars_64, wide = scalars_of(parameters + sizes + (scale,), True), captured(tensors, True)
+    scalars_64 = scalars_of(parameters + sizes + (scale,), True)
     scalars, tensors = scalars_of(parameters + sizes + (scale,), WIDE), captured(tensors, WIDE)
     grads = captured(grads, WIDE)
 

@@ -446,6 +446,38 @@ def first_position(q_offset, b, TYPE: tl.constexpr):
         return q_offset.to(TYPE)
 
 
+# ---------------------------------------------------------------- packed sequences
+#
+# Sequences stand one behind the other, [1, H, rows of all, D] with a batch stride of 0; ends, int32 [B + 1], are their
+# cumulative lengths. The ends of queries and of keys stand first in `tensors`. Without knowing the lengths, the host
+# launches for `rows // ROWS + B` tiles: sequence b has the tiles from ends[b] // ROWS + b on, which is enough for it.
+
+
+@triton.jit
+def bounds_of(ends, b):
+    """(first row, rows) of a sequence."""
+    first = tl.load(ends[0] + b * ends[2][0])
+    return first.to(tl.int64), tl.load(ends[0] + (b + 1) * ends[2][0]) - first
+
+
+@triton.jit
+def first_tile(ends, b, ROWS: tl.constexpr):
+    """The number of the first tile of a sequence among those of all."""
+    return tl.load(ends[0] + b * ends[2][0]) // ROWS + b
+
+
+@triton.jit
+def packed_program(ends, batch, heads, ROWS: tl.constexpr):
+    """(tile, b, h) of this program: the heads of a tile side by side, the last tile of a sequence first."""
+    number = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    b = -1
+    for first in range(0, batch, 64):
+        sequences = first + tl.arange(0, 64)
+        begins = tl.load(ends[0] + sequences * ends[2][0], mask=sequences < batch, other=0)
+        b += tl.sum(((sequences < batch) & (begins // ROWS + sequences <= number)).to(tl.int32))
+    return number - first_tile(ends, b, ROWS), b, tl.program_id(0) % heads
+
+
 # ---------------------------------------------------------------- pages and scales
 #
 # A cache in pages is [pages, HK, PAGE, D]; row b of the page table, int32 [B, pages of a sequence], names the pages of
@@ -457,12 +489,12 @@ def slab(tile, b, hk, tensors, BN: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.
     """Where a tile of BN keys stands: ([page], [key scale, value scale]), the page if PAGE is not 0, and the scales if
     SCALED. Each is a number where a page holds whole tiles, else [BN].
 
-    The table and the scales stand last in `tensors`. A tile past the end of the table has the last page.
+    The table and the scales stand first in `tensors`. A tile past the end of the table has the last page.
     """
     result = ()
     place = b.to(tl.int64)
     if PAGE > 0:
-        table = tensors[len(tensors) - (3 if SCALED else 1)]
+        table = tensors[0]
         if PAGE >= BN:
             number = tile // (PAGE // BN)
         else:
@@ -471,7 +503,7 @@ def slab(tile, b, hk, tensors, BN: tl.constexpr, PAGE: tl.constexpr, SCALED: tl.
         place = tl.load(table[0] + place * table[2][0] + number * table[2][1]).to(tl.int64)
         result = (place,)
     if SCALED:
-        for i in tl.static_range(len(tensors) - 2, len(tensors)):
+        for i in tl.static_range(1 if PAGE > 0 else 0, 3 if PAGE > 0 else 2):
             scale = tensors[i]
             result = result + (tl.load(scale[0] + place * scale[2][0] + hk * scale[2][1]),)
     return result

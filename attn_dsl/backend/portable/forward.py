@@ -4,7 +4,7 @@ Softmax runs online, in base 2: with x the logit times log2(e), m the running ro
 p = 2 ** (x - m). A sink is a logit without a value: m starts at it, and l at 1.
 """
 
-# ruff: noqa: E741 (l is the row sum; static conditions as Triton knows them)
+# ruff: noqa: E741, SIM108 (l is the row sum; static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -13,6 +13,7 @@ from attn_dsl.backend.portable.device import (
     LN2,
     LOG2E,
     along_keys,
+    bounds_of,
     captured,
     count,
     first_position,
@@ -20,6 +21,7 @@ from attn_dsl.backend.portable.device import (
     load_rows,
     nth,
     own_mask,
+    packed_program,
     place_rows,
     program,
     round_rows,
@@ -92,22 +94,30 @@ def attention_forward(
         SINK: tl.constexpr, KV_RANGES: tl.constexpr, SKIP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
         D1: tl.constexpr, DV: tl.constexpr, DV0: tl.constexpr, DV1: tl.constexpr, BM: tl.constexpr,
         BN: tl.constexpr, UNIT: tl.constexpr, CONTIGUOUS: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-        PAGE: tl.constexpr = 0, SCALED: tl.constexpr = False
+        PAGE: tl.constexpr = 0, SCALED: tl.constexpr = False, PACKED: tl.constexpr = False
 ):  # fmt: skip
     """out [B, H, Q, DV], lse [B, H, Q] and, where ROW is given, `shifted` [B, H, Q]: lse without the row term.
 
     sizes are (B, H, HK, Q, KV, D, extents...), `q_offset` is a number or a pointer to [B]. SINK gives the sink's logit.
     SCORE maps products of query and key to base-2 logits without the row term, FULL_SCORE does so on full tiles; where
     it is None, the logit is FACTOR times the product. Where SLOPE is given, slope * (k - q) is added, in base 2. PAGE
-    and SCALED say how keys and values are stored, see `slab`.
+    and SCALED say how keys and values are stored, see `slab`; if PACKED, lse and `shifted` are [rows of all, H].
     """
     query_strides, key_strides = strides_of(query_strides, UNIT), strides_of(key_strides, UNIT)
     value_strides, out_strides = strides_of(value_strides, UNIT), strides_of(out_strides, UNIT)
     batch, heads, kv_heads, q_len, kv_len = scalars_of(sizes, False)[:5]
-    tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
-    b, h = pair // heads, pair % heads
-    hk = h // (heads // kv_heads)
     wide = captured(tensors, True)
+    if PACKED:
+        ends, key_ends = wide[0], wide[1]
+        tile, b, h = packed_program(ends, batch, heads, BM)
+        first_row, q_len = bounds_of(ends, b)
+        first_key, kv_len = bounds_of(key_ends, b)
+        query, out = query + first_row * query_strides[2], out + first_row * out_strides[2]
+        key, value = key + first_key * key_strides[2], value + first_key * value_strides[2]
+    else:
+        tile, pair = program(tl.cdiv(q_len, BM), batch * heads, section)
+        b, h = pair // heads, pair % heads
+    hk = h // (heads // kv_heads)
     scale = scalar(scale, False)
     scalars_64 = scalars_of(parameters + sizes + (scale,), True)
     scalars = scalars_of(parameters + sizes + (scale,), WIDE)
@@ -194,7 +204,10 @@ def attention_forward(
     out += b64 * out_strides[0] + h64 * out_strides[1]
     out += (tile * BM).to(tl.int64) * out_strides[2]
     store_rows(out, rows, out_strides, inside, acc, True, DV, DV0, DV1)
-    place = pair.to(tl.int64) * q_len + tile * BM + rows
+    if PACKED:
+        place = (first_row + tile * BM + rows) * heads + h
+    else:
+        place = pair.to(tl.int64) * q_len + tile * BM + rows
     if ROW is not None:
         tl.store(shifted + place, result, mask=inside)
     tl.store(lse + place, result + row, mask=inside)

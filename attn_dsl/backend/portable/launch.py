@@ -102,7 +102,7 @@ class Kernels:
         """Lists of the tiles to visit, where ranges in closed form hold others too; None where they do not."""
         ranges = self.schedule.kv, self.schedule.q
         closed = not reads_at_positions(self.variant.mask) and all(axis.skip is FALSE for axis in ranges)
-        if closed or self.paged or self.scaled:
+        if closed or self.paged or self.scaled or self.packed:
             return None
         claims = derive_claims(self.variant, saturations=self.split[1])
         return listing.Lists(self.variant, self.extents, claims)
@@ -235,8 +235,29 @@ class Plan:
     def sizes(self) -> tuple[int, ...]:
         return tuple(map(plain, self.call.sizes))
 
+    def tiles_of(self, x: Tensor, rows: int) -> int:
+        """How many tiles of rows of one head there are, or may be where sequences are packed."""
+        batch, _, length, _ = x.shape
+        return length // rows + self.call.sizes[0] if self.kernels.packed else batch * -(-length // rows)
+
+    def strides(self, x: Tensor, unit: int) -> tuple[int, int, int, int]:
+        """`in_units`; packed sequences have no stride of the batch."""
+        batch, *rest = in_units(x, unit)
+        return (plain(0) if self.kernels.packed else batch, *rest)  # type: ignore[return-value]
+
     def section(self, group: int) -> int:
         return section(self.call.key, self.call.value, group, self.call.sizes[4])
+
+
+def outputs(call: Call, packed: bool) -> tuple[Tensor, Tensor]:
+    """Where `out [B, H, Q, DV]` and `lse [B, H, Q]` are written; of packed sequences, row by row."""
+    batch, heads, rows = call.query.shape[:3]
+    width, device = call.value.shape[3], call.query.device
+    if not packed:
+        lse = torch.empty((batch, heads, rows), dtype=torch.float32, device=device)
+        return call.result("out", (batch, heads, rows, width)), lse
+    lse = torch.empty((1, rows, heads), dtype=torch.float32, device=device).transpose(1, 2)
+    return call.result("out", (1, rows, heads, width)).transpose(1, 2), lse
 
 
 def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,9 +265,7 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
     row terms, which `backward` wants; it is `lse` itself where there are none."""
     plan = Plan.of(kernels, call, frozenset(), run)
     query, key, value = call.query, call.key, call.value
-    batch, heads, q_len = query.shape[:3]
-    out = call.result("out", (batch, heads, q_len, value.shape[3]))
-    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
+    out, lse = outputs(call, kernels.packed)
     shifted = torch.empty_like(lse) if "row_term" in plan.emitted.functions else lse
     shapes: tuple[Any, ...] = (
         query.shape,
@@ -336,11 +355,11 @@ def _forward_layout(plan: Plan, out: Tensor) -> _Layout:
             ROW="row_term", SINK="sink",
         )  # fmt: skip
         functions |= plan.ranges(KV_RANGES="kv_ranges", SKIP="kv_skip")
-        return {**functions, **plan.common, **tile_options(tile), **plan.storage}
+        return {**functions, **plan.common, **tile_options(tile), **plan.storage, "PACKED": plan.kernels.packed}
 
     return _Layout(
-        query.shape[0] * query.shape[1] * -(-query.shape[2] // tile.rows),
-        tuple(in_units(tensor, unit) for tensor in (query, key, value, out)),
+        query.shape[1] * plan.tiles_of(query, tile.rows),
+        tuple(plan.strides(tensor, unit) for tensor in (query, key, value, out)),
         plan.sizes,
         plan.section(query.shape[1] // key.shape[1]),
         plan.options("forward", unit, dense_columns(query, key, value), options),
@@ -408,7 +427,9 @@ def _backward(
     names = plan.emitted.targets
     dtype = torch.int64 if deterministic else torch.float32
     sums = [torch.zeros(_shape(variant, plan.call, name), dtype=dtype, device=out.device) for name in names]
-    given = (out, shifted, grad_out, None if grad_lse is None else grad_lse.float().contiguous(), sums)
+    if grad_lse is not None:
+        grad_lse = _by_row(grad_lse.float(), plan.kernels.packed)
+    given = (out, _by_row(shifted, plan.kernels.packed), grad_out, grad_lse, sums)
     if not (deterministic and sums):
         dq, dk, dv = _gradients(plan, *given, None, None, device.ADD.value, everything)
         return Gradients(dq, dk, dv, dict(zip(names, sums, strict=True)))
@@ -418,6 +439,11 @@ def _backward(
     dq, dk, dv = _gradients(plan, *given, peaks, factors, device.FIXED.value, everything)
     floats = [(total.double() / factor.double()).float() for total, factor in zip(sums, factors, strict=True)]
     return Gradients(dq, dk, dv, dict(zip(names, floats, strict=True)))
+
+
+def _by_row(x: Tensor, packed: bool) -> Tensor:
+    """Numbers of rows `[B, H, Q]` as the kernels take them: dense, those of packed sequences row by row."""
+    return x.transpose(1, 2).contiguous() if packed else x.contiguous()
 
 
 def _shape(variant: Variant, call: Call, name: str) -> tuple[int, ...]:
@@ -448,17 +474,17 @@ class _BackwardLayout:
     rows: tuple[int, tuple[Any, ...], Options]
     keys: tuple[int, tuple[Any, ...], int, Options]
     queries: tuple[int, tuple[Any, ...], int, Options]
-    padded: int
+    numbered: int
     sizes: tuple[int, ...]
     has_sink: bool
 
 
 def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _BackwardLayout:
     query, key, value = plan.call.query, plan.call.key, plan.call.value
-    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    heads, kv_heads, packed = query.shape[1], key.shape[1], plan.kernels.packed
     dq, dk, dv = _inner(plan.call, "meta")
     unit = unit_of(query, key, value, grad_out, dq, dk, dv)
-    strides = tuple(in_units(tensor, unit) for tensor in (query, key, value, grad_out))
+    strides = tuple(plan.strides(tensor, unit) for tensor in (query, key, value, grad_out))
     contiguous, tiles = dense_columns(query, key, value, grad_out), plan.tiles
 
     def options(which: str, totals: int, tile: Tile, ranges: dict[str, str], **names: str) -> Options:
@@ -468,20 +494,23 @@ def _backward_layout(plan: Plan, out: Tensor, grad_out: Tensor, mode: int) -> _B
                 KEY_MASK="key_mask", QUERY_MASK="query_mask", **names,
             )  # fmt: skip
             functions |= plan.ranges(**ranges)
-            return {**functions, "TOTALS": totals, "MODE": mode, **plan.common, **tile_options(tile)}
+            return {
+                **functions, "TOTALS": totals, "MODE": mode, **plan.common, **tile_options(tile), "PACKED": packed
+            }  # fmt: skip
 
         return plan.options(f"{which} {mode}", unit, contiguous, make)
 
-    rows, numbered, sink = 64, padded_rows(q_len), "sink_grad" in plan.emitted.functions
+    rows, sink = (padded_rows(1) if packed else 64), "sink_grad" in plan.emitted.functions
+    numbered = padded_rows(1) * plan.tiles_of(query, padded_rows(1))
     own = unit_of(out, grad_out)
     return _BackwardLayout(
-        (batch * heads * (numbered // rows), (in_units(out, own), in_units(grad_out, own)),
+        (heads * (numbered // rows), (plan.strides(out, own), plan.strides(grad_out, own)),
          plan.options(f"rows {mode}", own, dense_columns(grad_out), lambda: _rows_options(plan, rows, sink, mode))),
-        (batch * kv_heads * -(-kv_len // tiles.keys.keys), (*strides, in_units(dk, unit), in_units(dv, unit)),
+        (kv_heads * plan.tiles_of(key, tiles.keys.keys), (*strides, plan.strides(dk, unit), plan.strides(dv, unit)),
          plan.section(1),
          options("keys", plan.emitted.key_totals, tiles.keys, {"Q_RANGES": "q_ranges", "SKIP": "q_skip"},
                  KEY_GRAD="key_grad", FULL_KEY_GRAD="full_key_grad", SCATTER="add_key_sums")),
-        (batch * heads * -(-q_len // tiles.queries.rows), (*strides, in_units(dq, unit)),
+        (heads * plan.tiles_of(query, tiles.queries.rows), (*strides, plan.strides(dq, unit)),
          plan.section(heads // kv_heads),
          options("queries", plan.emitted.query_totals, tiles.queries, {"KV_RANGES": "kv_ranges", "SKIP": "kv_skip"},
                  QUERY_GRAD="query_grad", FULL_QUERY_GRAD="full_query_grad", SCATTER="add_query_sums",
@@ -499,7 +528,7 @@ def _inner(call: Call, device: str | None = None) -> tuple[Tensor, Tensor, Tenso
 
 def _rows_options(plan: Plan, rows: int, sink: bool, mode: int) -> dict[str, Any]:
     functions: dict[str, Any] = plan.named(SINK="sink", ROW="row_term", SINK_GRAD="sink_grad", SCATTER="add_sink")
-    common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")} | {"BM": rows}
+    common = {name: plan.common[name] for name in ("DV", "DV0", "DV1")} | {"BM": rows, "PACKED": plan.kernels.packed}
     if sink:
         return {**functions, **common, "MODE": mode, "WIDE": plan.common["WIDE"]}
     return {**dict.fromkeys(functions), **common, "MODE": device.ADD.value, "WIDE": False}  # the same for all variants
@@ -525,7 +554,7 @@ def _gradients(
     query, key, value = call.query, call.key, call.value
     shapes: tuple[Any, ...] = (
         mode, query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride(), out.stride(),
-        grad_out.stride(), call.extents,
+        grad_out.stride(), call.sizes,
     )  # fmt: skip
     if call.results:
         shapes += (call.result_strides,)
@@ -534,7 +563,7 @@ def _gradients(
         if len(plan.backward_layouts) >= LAYOUTS:
             plan.backward_layouts.clear()
         layout = plan.backward_layouts[shapes] = _backward_layout(plan, out, grad_out, mode)
-    numbers = torch.empty((*query.shape[:2], layout.padded, 2), dtype=torch.float32, device=query.device)
+    numbers = torch.empty((query.shape[1], layout.numbered, 2), dtype=torch.float32, device=query.device)
     dq, dk, dv = _inner(call)
     parameters, scale = tuple(map(number, call.parameters)), number(float(call.scale))
 
@@ -544,7 +573,8 @@ def _gradients(
     programs, strides, options = layout.rows
     of_sink = (call.q_offset, *strides, *end(described(call.tensors)))
     if not layout.has_sink:
-        of_sink = (0, *strides, (), layout.sizes[:6], (), (), None, None, 1.0)
+        ends = described(call.tensors[:1]) if plan.kernels.packed else ()
+        of_sink = (0, *strides, (), layout.sizes[:6], ends, (), None, None, 1.0)
     rows = (out, grad_out, grad_lse, lse, numbers, *of_sink)
     plan.run(backward_kernels.attention_delta, programs, rows, options)
     inputs = (query, key, value, grad_out, numbers)
