@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.order import Residues
+    from attn_dsl.passes.order_by_data import Sorted
     from attn_dsl.passes.prove import Proof
 
 CPU, GPU, PORTABLE, HOPPER, DECODE = "cpu", "gpu", "portable", "hopper", "decode"
@@ -77,11 +78,12 @@ class Program:
         self._proof = proof
 
     @functools.cached_property
-    def orders(self) -> tuple[Residues, ...]:
+    def orders(self) -> tuple[Residues | Sorted, ...]:
         """The orders of positions that the mask speaks of."""
         from attn_dsl.passes.order import residues
+        from attn_dsl.passes.order_by_data import sorts
 
-        return tuple(residues(self.variant))
+        return (*residues(self.variant), *sorts(self.variant))
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -144,12 +146,17 @@ class Gradients:
 
 def forward(program: Program, call: Call, options: Options) -> Outputs:
     """Run the forward pass; nothing is saved."""
+    if options.backend not in (CPU, GPU, PORTABLE, HOPPER, DECODE):
+        raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper, decode")
+    ordered = reordered(program, call, options)
+    return run_forward(program, call, options) if ordered is None else ordered.forward()
+
+
+def run_forward(program: Program, call: Call, options: Options, results: Mapping[str, Tensor] | None = None) -> Outputs:
+    """`forward` in the order of the call; a GPU writes `out` where `results` say."""
     if options.backend == CPU:
         return _cpu_forward(program, call)
-    if options.backend in (GPU, PORTABLE, HOPPER, DECODE):
-        found = reordered(program, call, options)
-        return _gpu_forward(program, call, options) if found is None else found.forward()
-    raise BindingError(f"no backend `{options.backend}`; the backends are cpu, gpu, portable, hopper, decode")
+    return _gpu_forward(program, call, options, results or {})
 
 
 def backward(
@@ -170,13 +177,28 @@ def backward(
     if ordered is not None:
         found = ordered.backward(outputs, grad_out, grad_lse, wanted)
     else:
-        run = _cpu_backward if options.backend == CPU else _gpu_backward
-        found = run(program, call, options, outputs, grad_out, grad_lse, wanted)
+        found = run_backward(program, call, options, outputs, grad_out, grad_lse, wanted)
     given: dict[str, Any] = {**call.tensors, **call.parameters}
     captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
     return Gradients(
         _fitted(found.query, call.query), _fitted(found.key, call.key), _fitted(found.value, call.value), captured
     )
+
+
+def run_backward(
+    program: Program,
+    call: Call,
+    options: Options,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+    results: Mapping[str, Tensor] | None = None,
+) -> Gradients:
+    """`backward` in the order of the call; a GPU writes `dq`, `dk` and `dv` where `results` say, if it can."""
+    if options.backend == CPU:
+        return _cpu_backward(program, call, options, outputs, grad_out, grad_lse, wanted)
+    return _gpu_backward(program, call, options, outputs, grad_out, grad_lse, wanted, results or {})
 
 
 def reordered(program: Program, call: Call, options: Options) -> Ordered | None:
@@ -200,6 +222,11 @@ def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
 def _cpu_forward(program: Program, call: Call) -> Outputs:
     from attn_dsl.backend.cpu import attention as cpu
 
+    if program.binder.packed:
+        from attn_dsl.backend.packed import forward as packed_forward
+
+        out, lse = packed_forward(program, call)
+        return out, lse, lse.new_empty(0)
     problem = cpu.problem_of(program.variant, program.schedule, call)
     if program.binder.stored:
         from attn_dsl.backend.cpu.pages import gathered
@@ -220,23 +247,23 @@ def _cpu_backward(
 ) -> Gradients:
     from attn_dsl.backend.cpu import attention as cpu
 
+    if program.binder.packed:
+        from attn_dsl.backend.packed import backward as packed_backward
+
+        return packed_backward(program, call, outputs, grad_out, grad_lse, wanted)
     problem = cpu.problem_of(program.variant, program.schedule, call)
     found = cpu.backward(problem, call, *outputs[:2], grad_out, grad_lse, wanted)
-    if program.binder.packed:
-        from attn_dsl.backend.packed import forward as packed_forward
-
-        out, lse = packed_forward(program, call)
-        return out, lse, lse.new_empty(0)
     return Gradients(found.query, found.key, found.value, found.tensors | found.parameters)
 
 
 # ---------------------------------------------------------------- the GPU backends
 
 
-def _gpu_forward(program: Program, call: Call, options: Options) -> Outputs:
+def _gpu_forward(program: Program, call: Call, options: Options, results: Mapping[str, Tensor]) -> Outputs:
     from attn_dsl.backend.gpu import forward
 
-    out, lse, shifted = forward(program, portable_call(program, call, options), options.backend)
+    bound = replace(portable_call(program, call, options), results=results)
+    out, lse, shifted = forward(program, bound, options.backend)
     return out, lse, lse.new_empty(0) if shifted is lse else shifted
 
 
@@ -247,18 +274,15 @@ def _gpu_backward(
     outputs: Outputs,
     grad_out: Tensor,
     grad_lse: Tensor | None,
-    if program.binder.packed:
-        from attn_dsl.backend.packed import backward as packed_backward
-
-        return packed_backward(program, call, outputs, grad_out, grad_lse, wanted)
     wanted: frozenset[str],
+    results: Mapping[str, Tensor],
 ) -> Gradients:
     from attn_dsl.backend.gpu import backward
 
     out, lse, shifted = outputs
     device = call.query.device
     leaves = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
-    bound = portable_call(program, replace(call, parameters=leaves), options)
+    bound = replace(portable_call(program, replace(call, parameters=leaves), options), results=results)
     shifted = shifted if program.has_row_term else lse
     found = backward(program, bound, options, out, shifted, grad_out, grad_lse, wanted)
     return Gradients(found.query, found.key, found.value, found.captured)

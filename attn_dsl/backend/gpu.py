@@ -225,7 +225,7 @@ def explain(program: Program, call: Call) -> str:
         lines.append(f"order      {chosen.why}")
     if ordered := order.ordered(of, call, Options(GPU)):
         lines[0] += f"; {ordered.laid_out}"
-        of, bound = ordered.program, ordered.call
+        of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     capability = _capability(call.query.device)

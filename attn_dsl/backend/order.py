@@ -1,190 +1,113 @@
-"""Calls in an order of positions in which their mask is dense (`passes/order.py`): tensors in, results back.
+"""Calls in an order of positions in which their mask is dense: tensors in, results back in the order of the caller.
 
-The tensors of a call are seen in the new order by their strides, and results are written so that they come out in the
-order of the caller. Where strides cannot say it, or the lengths are no multiple of the modulus, one copy of a tensor is
-made that is laid out as they need it.
+`passes/order.py` and `passes/order_by_data.py` say which orders a mask speaks of, and rewrite the variant; `layouts.py`
+lays out the tensors. Here an order is chosen, by the pairs that are visited in it, and its program is run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from attn_dsl.backend import gpu
+from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cost import visited_tiles
 from attn_dsl.backend.cpu.functions import schedule_functions
-from attn_dsl.backend.execute import CPU, DECODE, Gradients, Options, Outputs, Program, portable_call, program_for
-from attn_dsl.backend.portable import launch_decode as decode
-from attn_dsl.backend.portable.launch import Call as PortableCall
+from attn_dsl.backend.execute import CPU, DECODE, GPU, Gradients, Options, Outputs, Program, portable_call, program_for
+from attn_dsl.backend.layouts import Classes, Layout, Permutation
 from attn_dsl.ir.infix import infix
 from attn_dsl.passes.order import Place, Residues, number
+from attn_dsl.passes.order_by_data import Sorted
+
+if TYPE_CHECKING:  # it loads Triton
+    from attn_dsl.backend.portable.launch import Call as PortableCall
 
 BLOCK = (128, 128)
 """The tile shape for which visited pairs are counted."""
 GAIN = 0.9
 """An order must leave so much of the pairs that are visited without it, or less."""
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Tensors [B, H, S, D] and lines [B, H, S] as `count` interleaved sequences, placed as `Place` says.
-
-    `batch` is that of the call. Sequences are as long as the longest; what one lacks is filled up.
-    """
-
-    count: int
-    place: Place
-    batch: int
-
-    def is_view(self, x: Tensor) -> bool:
-        """Whether strides alone can say it."""
-        (batch, heads, rows, _), stride = x.shape, x.stride()
-        if rows % self.count:
-            return False
-        match self.place:
-            case Place.BATCH:
-                return batch == 1
-            case Place.HEAD:
-                return heads == 1 or stride[2] == heads * stride[1]
-            case Place.PAIR:
-                return 1 in (batch, heads) or stride[0] == heads * stride[1]
-
-    def new(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An empty tensor for as many rows as all sequences have, laid out so that they are a view."""
-        batch, heads, rows, dim = shape
-        rows += -rows % self.count
-        if self.place is Place.HEAD:
-            return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
-        return like.new_empty(batch, heads, rows, dim)
-
-    def split(self, x: Tensor) -> Tensor:
-        """A tensor [B, H, S, D] in this order, as a view of itself or of a copy with rows of zeros at the end."""
-        if not self.is_view(x):
-            rows, copy = x.shape[2], self.new(x.shape, x)
-            copy[:, :, :rows].copy_(x)
-            copy[:, :, rows:].zero_()
-            x = copy
-        return self.view(x)
-
-    def view(self, x: Tensor) -> Tensor:
-        """`split` without a copy."""
-        (batch, heads, rows, dim), (by_batch, by_head, by_row, by_column) = x.shape, x.stride()
-        match self.place:
-            case Place.BATCH:
-                outer = by_row, by_head
-            case Place.HEAD:
-                outer = by_batch, by_row if heads == 1 else by_head
-            case Place.PAIR:
-                outer = by_batch if heads == 1 else by_head, by_row
-        shape = (*self.outer(batch, heads), rows // self.count, dim)
-        return x.as_strided(shape, (*outer, by_row * self.count, by_column), x.storage_offset())
-
-    def outer(self, batch: int, heads: int) -> tuple[int, int]:
-        """The batch and heads of what has such in the order of the caller."""
-        match self.place:
-            case Place.BATCH:
-                return self.count, heads
-            case Place.HEAD:
-                return batch, self.count * heads
-            case Place.PAIR:
-                return batch * heads, self.count
-
-    def split_line(self, x: Tensor, filler: float) -> Tensor:
-        """Numbers of rows [B, H, S] in this order, contiguous."""
-        batch, heads, rows = x.shape
-        x = torch.nn.functional.pad(x, (0, -rows % self.count), value=filler).view(batch, heads, -1, self.count)
-        x = x.permute(0, 1, 3, 2) if self.place is Place.PAIR else x.permute(0, 3, 1, 2)
-        return x.reshape(*self.outer(batch, heads), -1).contiguous()
-
-    def join(self, x: Tensor, rows: int) -> Tensor:
-        """The first rows, in the order of the caller, of what a kernel made in this one: [..., S / d] or with D."""
-        first = (self.batch, -1, self.count) if self.place is Place.PAIR else (self.batch, self.count, -1)
-        x = x.reshape(*first, *x.shape[2:])
-        return x.movedim(2 if self.place is Place.PAIR else 1, 3).flatten(2, 3)[:, :, :rows]
+SHORT = 512
+"""Fewer keys are few tiles in any order."""
+KEPT = 4096
+"""So many choices are remembered."""
+SORTS = 64
+"""So many sorts are remembered, of tensors that somebody holds."""
 
 
 @dataclass(frozen=True)
 class Ordered:
-    """A call in residue classes: the program over positions within a class, and the tensors so seen."""
+    """A call in another order: the program over positions in that order, and its call."""
 
-    classes: Classes
+    layout: Layout
     program: Program
-    call: PortableCall
+    call: Call
     given: Call
     options: Options
-
-    @staticmethod
-    def of(residues: Residues, program: Program, call: Call, options: Options, count: int) -> Ordered:
-        classes = Classes(count, _place(call, count), call.query.shape[0])
-        ragged = call.key.shape[2] % count != 0
-        inner = _program(program, residues, classes.place, ragged)
-        named = {residues.size_name(name): size for name, size in call.sizes.items()}
-        wanted = [p.name for p in inner.variant.parameters]
-        query, key, value = (classes.split(x) for x in (call.query, call.key, call.value))
-        sizes = zip(
-            ("B", "H", "HK", "Q", "KV"), (*query.shape[:2], key.shape[1], query.shape[2], key.shape[2]), strict=True
-        )
-        known = {name: x.to(query.device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
-        bound = replace(
-            call,
-            query=query,
-            key=key,
-            value=value,
-            sizes={**call.sizes, **dict(sizes)},
-            parameters={name: known[name] if name in known else named[name] for name in wanted},
-            q_offset=call.q_offset // count,
-        )
-        return Ordered(classes, inner, portable_call(inner, bound, options), call, options)
 
     @property
     def laid_out(self) -> str:
         """How the tensors come into this order."""
         given = {"query": self.given.query, "key": self.given.key, "value": self.given.value}
-        copied = [f"`{name}`" for name, x in given.items() if not self.classes.is_view(x)]
+        copied = [f"`{name}`" for name, x in given.items() if not self.layout.is_view(x)]
         return f"{', '.join(copied)} copied" if copied else "nothing copied"
 
     def forward(self) -> Outputs:
-        out = self._output(self.given.query)
-        call = replace(self.call, results={"out": self.classes.view(out)})
-        _, lse, shifted = gpu.forward(self.program, call, self.options.backend)
-        rows = self.given.query.shape[2]
-        line = self.classes.join(lse, rows)
-        return out[:, :, :rows], line, line.new_empty(0) if shifted is lse else self.classes.join(shifted, rows)
+        layout, rows = self.layout, self.given.query.shape[2]
+        if self.options.backend == CPU:
+            out, lse, none = execute.run_forward(self.program, self.call, self.options)
+            return layout.join(out, rows), layout.join(lse, rows), none
+        target = self._target(self.given.query)
+        results = {} if target is None else {"out": target[1]}
+        out, lse, shifted = execute.run_forward(self.program, self.call, self.options, results)
+        out = layout.join(out, rows) if target is None else target[0][:, :, :rows]
+        return out, layout.join(lse, rows), layout.join(shifted, rows) if shifted.numel() else shifted
 
-    def _output(self, like: Tensor) -> Tensor:
-        return self.classes.new((*self.given.query.shape[:3], self.given.value.shape[3]), like)
+    def _target(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.layout.target((*self.given.query.shape[:3], self.given.value.shape[3]), like)
 
     def backward(
         self, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None, wanted: frozenset[str]
     ) -> Gradients:
-        classes, given = self.classes, self.given
+        layout, given = self.layout, self.given
         out, lse, shifted = outputs
-        line = classes.split_line(shifted if self.program.has_row_term else lse, float("-inf"))
-        grad_lse = None if grad_lse is None else classes.split_line(grad_lse, 0.0)
+        lines = [layout.split_line(x, float("-inf")) if x.numel() else x for x in (lse, shifted)]
+        grad_lse = None if grad_lse is None else layout.split_line(grad_lse, 0.0)
         inputs = {"dq": given.query, "dk": given.key, "dv": given.value}
-        results = {name: classes.new(x.shape, x) for name, x in inputs.items()}
-        call = replace(self.call, results={name: classes.view(x) for name, x in results.items()})
-        found = gpu.backward(
-            self.program, call, self.options, classes.split(out), line, classes.split(grad_out), grad_lse, wanted
+        targets = {} if self.options.backend == CPU else {n: layout.target(x.shape, x) for n, x in inputs.items()}
+        results = {name: target[1] for name, target in targets.items() if target is not None}
+        saved = (layout.split(out), lines[0], lines[1])
+        found = execute.run_backward(
+            self.program, self.call, self.options, saved, layout.split(grad_out), grad_lse, wanted, results
         )
-        grads = zip(results.items(), (found.query, found.key, found.value), strict=True)
-        dq, dk, dv = (
-            x[:, :, :rows] if grad is call.results[name] else classes.join(grad, rows)
-            for (name, x), grad in grads
-            for rows in [inputs[name].shape[2]]
-        )
+
+        def joined(name: str, grad: Tensor, inner: Tensor) -> Tensor:
+            rows, target = inputs[name].shape[2], targets.get(name)
+            if target is not None and grad is target[1]:
+                return target[0][:, :, :rows]
+            return layout.join(grad.reshape(inner.shape), rows, keys=name != "dq")
+
+        dq = joined("dq", found.query, self.call.query)
+        dk, dv = joined("dk", found.key, self.call.key), joined("dv", found.value, self.call.value)
         return Gradients(dq, dk, dv, found.captured)
 
-    def replay(self, made: Callable[[Program, PortableCall, Options], Inner]) -> Replay:
-        """What runs the forward pass of calls of this kind, by what `made` makes of the inner call."""
-        out = self._output(torch.empty(0, dtype=self.given.query.dtype, device="meta"))
-        call = replace(self.call, results={"out": self.classes.view(out)})
-        return Replay(self.classes, made(self.program, call, self.options), tuple(out.shape))
+    def replay(self, made: Callable[[Program, PortableCall, Options], Inner]) -> Replay | None:
+        """What runs the forward pass of calls of this kind, by what `made` makes of the inner call.
+
+        None where the order depends on what tensors hold.
+        """
+        target = self._target(torch.empty(0, dtype=self.given.query.dtype, device="meta"))
+        if target is None:
+            return None
+        assert isinstance(self.call.q_offset, int)
+        bound = replace(portable_call(self.program, self.call, self.options), results={"out": target[1]})
+        shape = tuple(target[0].shape)
+        return Replay(self.layout, made(self.program, bound, self.options), shape, self.call.q_offset)
 
 
 class Inner(Protocol):
@@ -197,111 +120,260 @@ class Inner(Protocol):
         q_offset: int | Tensor,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse) of a call in residue classes."""
+        """(out, lse) of a call in another order."""
 
 
 @dataclass(frozen=True)
 class Replay:
     """The forward pass of one kind of call; `out` is the shape of its output with the rows that fill it up."""
 
-    classes: Classes
+    layout: Layout
     inner: Inner
     out: tuple[int, ...]
+    start: int
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
     ) -> tuple[Tensor, Tensor]:
         """(out, lse), not differentiable."""
-        classes, rows = self.classes, query.shape[2]
-        q, k, v = (classes.split(x) for x in (query, key, value))
-        made = classes.new(self.out, query)
-        _, lse = self.inner.run(q, k, v, tensors, q_offset // classes.count, classes.view(made))
-        return made[:, :, :rows], classes.join(lse, rows)
+        layout, rows = self.layout, query.shape[2]
+        target = layout.target(self.out, query)
+        assert target is not None
+        inputs = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
+        _, lse = self.inner.run(*inputs, tensors, self.start, target[1])
+        return target[0][:, :, :rows], layout.join(lse, rows)
+
+
+# ---------------------------------------------------------------- which order
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for a kind of call: the classes, or the order as given, and why."""
+    """What was decided for a kind of call: an order, or none, and why. count: of residue classes."""
 
-    residues: Residues | None
-    count: int
+    order: Residues | Sorted | None
     why: str
+    count: int = 1
 
 
 def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
     """The call in a better order than its own, or None."""
     found = choice(program, call, options)
-    if found is None or found.residues is None:
-        return None
-    return Ordered.of(found.residues, program, call, options, found.count)
+    match found.order if found is not None else None:
+        case Residues() as order:
+            assert found is not None
+            return _in_classes(order, program, call, options, found.count)
+        case Sorted() as order:
+            return _by_data(order, program, call, options)
+        case None:
+            return None
 
 
 def choice(program: Program, call: Call, options: Options) -> Choice | None:
     """Which order a call takes; None where its mask speaks of none, or its kernels take the given order alone."""
-    if not program.orders or program.binder.stored or options.backend in (CPU, DECODE):
+    if not program.orders or program.binder.layout or options.backend == DECODE:
         return None
     if isinstance(call.q_offset, Tensor):
-        return None
+        return Choice(None, "as given, since `q_offset` is a tensor")
     numbers = tuple((name, x) for name, x in call.parameters.items() if isinstance(x, int))
     key = (numbers, tuple(call.sizes.items()), call.q_offset, options.backend)
     kept = program.choices
     if key not in kept:
-        if len(kept) >= 4096:
+        if len(kept) >= KEPT:
             kept.clear()
         kept[key] = _decided(program, call, options)
     return kept[key]
 
 
 def _decided(program: Program, call: Call, options: Options) -> Choice:
-    if options.backend == "gpu" and decode.reason(portable_call(program, call, options)):
-        return Choice(None, 1, "as given, for few queries")
-    start = call.q_offset
-    assert isinstance(start, int)
-    before = _visited(program, call.sizes, call.parameters, start)
-    best = Choice(None, 1, "as given: no residue class is fewer pairs")
-    least = None if before is None else before * GAIN
-    for residues in program.orders:
-        count = number(residues.modulus, call.parameters)
-        if count is None or count < 2 or start % count:
-            continue
-        ragged = call.sizes["KV"] % count != 0
-        inner = _program(program, residues, Place.BATCH, ragged)
-        named = {residues.size_name(name): size for name, size in call.sizes.items()}
-        lengths = {name: -(-call.sizes[name] // count) for name in ("Q", "KV")}
-        sizes = {**call.sizes, "B": count, **lengths}
-        pairs = _visited(inner, sizes, {**call.parameters, **named}, start // count)
-        after = None if pairs is None else pairs * call.sizes["B"]
+    if options.backend == GPU and _decodes(program, call, options):
+        return Choice(None, "as given, for few queries")
+    before = _visited(program, call.sizes, call.parameters, call.q_offset)
+    best, least = Choice(None, "as given: no other visits fewer pairs"), None if before is None else before * GAIN
+    for found, after in _classes(program, call):
         if least is None or (after is not None and after < least):
-            what = f"{count} residue classes of {infix(residues.modulus)}"
             saved = "" if before is None or after is None else f": {after:,} pairs visited instead of {before:,}"
-            best, least = Choice(residues, count, what + saved), after
+            best, least = replace(found, why=found.why + saved), after
+    if best.order is None:
+        best = next(_sorts(program, call), best)
     return best
 
 
-def _visited(program: Program, sizes: Mapping[str, int], parameters: Mapping[str, Any], q_offset: int) -> int | None:
+def _decodes(program: Program, call: Call, options: Options) -> bool:
+    from attn_dsl.backend.portable import launch_decode
+
+    return launch_decode.reason(portable_call(program, call, options)) is not None
+
+
+def _classes(program: Program, call: Call) -> Iterator[tuple[Choice, int | None]]:
+    """Choices of residue classes, and the pairs that each visits, where that is known."""
+    start = call.q_offset
+    assert isinstance(start, int)
+    for order in program.orders:
+        count = number(order.modulus, call.parameters) if isinstance(order, Residues) else None
+        if count is None or count < 2 or start % count or not isinstance(order, Residues):
+            continue
+        inner = _program(program, order, Place.BATCH, call.sizes["KV"] % count != 0)
+        lengths = {name: -(-call.sizes[name] // count) for name in ("Q", "KV")}
+        sizes = {**call.sizes, "B": count, **lengths}
+        pairs = _visited(inner, sizes, {**call.parameters, **_named(order, call)}, start // count)
+        what = f"{count} residue classes of {infix(order.modulus)}"
+        yield Choice(order, what, count), None if pairs is None else pairs * call.sizes["B"]
+
+
+def _sorts(program: Program, call: Call) -> Iterator[Choice]:
+    """Choices of an order by data, for calls whose queries and keys are the same positions."""
+    sizes = call.sizes
+    if call.q_offset or sizes["Q"] != sizes["KV"] or sizes["KV"] < SHORT:
+        return
+    for order in program.orders:
+        if isinstance(order, Sorted):
+            name = order.tensor.name
+            whole = call.tensors[name].shape[order.axis] == sizes["KV"]
+            if whole and ("h" not in order.indices or sizes["H"] == sizes["HK"]):
+                yield Choice(order, f"sorted by `{name}`, since pairs with unlike elements are not kept")
+
+
+def _visited(
+    program: Program, sizes: Mapping[str, int], parameters: Mapping[str, Any], q_offset: int | Tensor
+) -> int | None:
     """Pairs of the whole tiles that the schedule ranges over; None where that depends on what tensors hold."""
     functions = schedule_functions(program.variant, program.schedule)
-    if functions.slots:
+    if functions.slots or isinstance(q_offset, Tensor):
         return None
     scalars = tuple({**parameters, **sizes}[name] for name in program.binder.scalars)
     return visited_tiles(functions, sizes, scalars, q_offset, BLOCK) * BLOCK[0] * BLOCK[1]
 
 
+# ---------------------------------------------------------------- residue classes
+
+
+def _in_classes(order: Residues, program: Program, call: Call, options: Options, count: int) -> Ordered:
+    layout = Classes(count, _place(call, count), call.query.shape[0])
+    inner = _program(program, order, layout.place, call.key.shape[2] % count != 0)
+    assert isinstance(call.q_offset, int)
+    known = {**_named(order, call), **call.parameters}
+    parameters = {parameter.name: known[parameter.name] for parameter in inner.variant.parameters}
+    return _laid_out(layout, inner, call, options, parameters, call.tensors, call.q_offset // count)
+
+
+def _laid_out(
+    layout: Layout,
+    inner: Program,
+    call: Call,
+    options: Options,
+    parameters: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    q_offset: int,
+) -> Ordered:
+    query = layout.split(call.query)
+    key, value = layout.split(call.key, keys=True), layout.split(call.value, keys=True)
+    (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = query.shape, key.shape
+    sizes = {**call.sizes, "B": batch, "H": heads, "HK": kv_heads, "Q": q_len, "KV": kv_len}
+    bound = replace(
+        call,
+        query=query,
+        key=key,
+        value=value,
+        sizes=sizes,
+        parameters=parameters,
+        tensors={tensor.name: tensors[tensor.name] for tensor in inner.variant.tensors},
+        q_offset=q_offset,
+    )
+    return Ordered(layout, inner, bound, call, options)
+
+
+def _named(order: Residues, call: Call) -> dict[str, int]:
+    """Sizes of the call by the names of the parameters that stand for them."""
+    return {order.size_name(name): size for name, size in call.sizes.items()}
+
+
 def _place(call: Call, count: int) -> Place:
     """Where the residue stands so that the fewest tensors are copied."""
-    if call.query.shape[0] == 1:
+    batch = call.query.shape[0]
+    if batch == 1:
         return Place.BATCH
     if call.query.shape[1] != call.key.shape[1]:
         return Place.HEAD
     views = {
-        place: sum(Classes(count, place, call.query.shape[0]).is_view(x) for x in (call.query, call.key, call.value))
+        place: sum(Classes(count, place, batch).is_view(x) for x in (call.query, call.key, call.value))
         for place in (Place.PAIR, Place.HEAD)
     }
     return max(views, key=lambda place: views[place])
 
 
-def _program(program: Program, residues: Residues, place: Place, ragged: bool) -> Program:
-    key = (residues.modulus, place, ragged)
+def _program(program: Program, order: Residues, place: Place, ragged: bool) -> Program:
+    key = (order.modulus, place, ragged)
     if key not in program.reordered:
-        program.reordered[key] = program_for(residues.reordered(place, ragged=ragged))
+        program.reordered[key] = program_for(order.reordered(place, ragged=ragged))
     return program.reordered[key]
+
+
+# ---------------------------------------------------------------- orders by data
+
+
+def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> Ordered:
+    key = (order.tensor.name,)
+    if key not in program.reordered:
+        program.reordered[key] = program_for(order.reordered())
+    found = _sort(order, call.tensors[order.tensor.name])
+    heads, kv_heads = call.query.shape[1], call.key.shape[1]
+    layout = Permutation(_spread(order, found.order, kv_heads, heads), _spread(order, found.order, kv_heads, kv_heads))
+    tensors = {**call.tensors, order.sorted_name: found.elements, order.order_name: found.places}
+    return _laid_out(layout, program.reordered[key], call, options, call.parameters, tensors, 0)
+
+
+def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
+    """The places [B or 1, H or 1, S] in the order, for so many heads."""
+    index = index.movedim(order.axis, -1)
+    beside = [name for axis, name in enumerate(order.indices) if axis != order.axis]
+    if beside in (["h", "b"], ["hk", "b"]):
+        index = index.transpose(0, 1)
+    if "b" not in beside:
+        index = index.unsqueeze(0)
+    if not {"h", "hk"} & set(beside):
+        return index.unsqueeze(1)
+    return index.repeat_interleave(heads // kv_heads, 1) if "hk" in beside and heads != kv_heads else index
+
+
+@dataclass(frozen=True)
+class _Sort:
+    """A tensor in its order: elements, and where they were, int64 and int32."""
+
+    elements: Tensor
+    order: Tensor
+    places: Tensor
+
+
+_sorts_made: OrderedDict[tuple[Any, ...], tuple[Any, _Sort]] = OrderedDict()
+
+
+def _sort(order: Sorted, tensor: Tensor) -> _Sort:
+    """Sorted along the axis of positions, equal elements in the order given; found again while the tensor is as it was.
+
+    A CUDA graph that is captured sorts for itself, in each replay.
+    """
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _sorted(order, tensor)
+    storage = tensor.untyped_storage()
+    known: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    key = (
+        storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device,
+        tensor._version, order.axis,
+    )  # fmt: skip
+    found = _sorts_made.get(key)
+    if found is not None and found[0] == known:
+        _sorts_made.move_to_end(key)
+        return found[1]
+    for expired in [at for at, (held, _) in _sorts_made.items() if held.expired()]:
+        del _sorts_made[expired]
+    made = _sorted(order, tensor)
+    _sorts_made[key] = known, made
+    while len(_sorts_made) > SORTS:
+        _sorts_made.popitem(last=False)
+    return made
+
+
+def _sorted(order: Sorted, tensor: Tensor) -> _Sort:
+    elements, places = torch.sort(tensor, dim=order.axis, stable=True)
+    return _Sort(elements, places, places.to(torch.int32))

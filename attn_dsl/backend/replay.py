@@ -72,7 +72,8 @@ class Replays:
             self.known.clear()
         ordered = reordered(self.program, call, options)
         if ordered is not None:
-            self.known[key] = ordered.replay(_of_rows)
+            if (found := ordered.replay(_of_rows)) is not None:
+                self.known[key] = found
             return
         bound = portable_call(self.program, call, options)
         layout = None if options.backend == PORTABLE else route(self.program, bound).layout

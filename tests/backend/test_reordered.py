@@ -17,6 +17,7 @@ from portable_support import Problem, assert_close, program_of
 from attn_dsl.backend import execute, order
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import Options, Program
+from attn_dsl.backend.layouts import Classes, Permutation
 from attn_dsl.passes.order import Place
 
 PORTABLE = Options("portable")
@@ -64,7 +65,7 @@ def test_a_dilated_window_agrees_forward_and_backward(shape: tuple[int, ...], ro
     query = tensor(batch, heads, q_len, rows_first=rows_first)
     problem = Problem(program, query, key, value, {"window": 17, "dilation": 3}, start)
     found = order.ordered(program, bound(program, problem), PORTABLE)
-    assert found is not None and found.classes.place is place
+    assert found is not None and isinstance(found.layout, Classes) and found.layout.place is place
     upstream = problem.upstream()
     assert_close(problem.portable(upstream), problem.truth(upstream), 3e-5)
 
@@ -79,11 +80,59 @@ def test_scores_and_gradients_of_what_is_captured_see_true_positions(batch: int,
     assert_close(problem.portable(upstream), problem.truth(upstream), 3e-5)
 
 
+SEGMENTS = """attention segments(window: int = 30)
+tensor segment: int32[B, KV]
+tensor bias: float32[H, KV]
+score = score + bias[h, k] - 0.01 * (q - k)
+mask = segment[b, q] == segment[b, k] and q - k < window
+"""
+
+
+@pytest.mark.parametrize(("name", "heads", "kv_heads"), [("hash_buckets", 2, 2), (SEGMENTS, 4, 2)])
+def test_positions_sorted_by_data_agree_forward_and_backward(
+    name: str, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(order, "SHORT", 1)
+    program, rows = program_of(name), 45
+    program.choices.clear()
+    query, key, value = tensor(2, heads, rows), tensor(2, kv_heads, rows), tensor(2, kv_heads, rows)
+    elements = torch.randint(0, 4, (2, heads, rows), dtype=torch.int32)
+    bindings = (
+        {"bucket": elements}
+        if name == "hash_buckets"
+        else {"segment": elements[:, 0], "bias": torch.randn(heads, rows)}
+    )
+    problem = Problem(program, query, key, value, bindings)
+    found = order.ordered(program, bound(program, problem), PORTABLE)
+    assert found is not None and isinstance(found.layout, Permutation)
+    upstream = problem.upstream()
+    truth = problem.truth(upstream)
+    assert_close(problem.portable(upstream), truth, 3e-5)
+    call = bound(program, problem)
+    out, lse, _ = execute.forward(program, call, Options("cpu"))
+    assert torch.allclose(out.double(), truth.out, atol=1e-5)
+    assert torch.allclose(lse.double(), truth.lse, atol=1e-5)
+
+
+def test_a_sort_is_made_once_for_a_tensor_that_does_not_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("hash_buckets")
+    (by_bucket,) = program.orders
+    made = []
+    whole = order._sorted
+    monkeypatch.setattr(order, "_sorted", lambda *given: made.append(given) or whole(*given))
+    bucket = torch.randint(0, 4, (1, 1, 600), dtype=torch.int32)
+    first = order._sort(by_bucket, bucket)
+    assert order._sort(by_bucket, bucket) is first and len(made) == 1
+    bucket[0, 0, 0] = 7
+    again = order._sort(by_bucket, bucket)
+    assert len(made) == 2 and again.order[0, 0, -1] == 0
+
+
 @pytest.mark.parametrize("place", list(Place))
 @pytest.mark.parametrize("rows", [12, 13])
 def test_what_is_split_joins_again(place: Place, rows: int) -> None:
     batch = 1 if place is Place.BATCH else 2
-    classes = order.Classes(3, place, batch)
+    classes = Classes(3, place, batch)
     for rows_first in (False, True):
         x = tensor(batch, 4, rows, rows_first=rows_first)
         split = classes.split(x)
