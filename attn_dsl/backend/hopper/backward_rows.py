@@ -29,7 +29,7 @@ def prepare_rows(
         D: tl.constexpr, DV: tl.constexpr,
         VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
-    """numbers [2, pairs, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
+    """numbers [pairs, 2, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
 
     lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
     have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
@@ -77,10 +77,9 @@ def prepare_rows(
         scalars = scalars_of(parameters + sizes + (scale,), False)
         slope = SLOPE(b, h, scalars, captured(tensors, False))
         row += slope * (rows % QUERIES).to(tl.float32)
-    pairs = tl.num_programs(0) // tiles
-    target = numbers + own.to(tl.int64) * padded + rows
+    target = numbers + own.to(tl.int64) * (2 * padded) + rows
     tl.store(target, row)
-    tl.store(target + pairs.to(tl.int64) * padded, delta)
+    tl.store(target + padded, delta)
     zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
     tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 

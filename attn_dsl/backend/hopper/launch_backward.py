@@ -379,13 +379,13 @@ class _Scratch:
         """For so many pairs of batch and query head, tiles of queries and of keys."""
         queries, d = plan.config.queries, plan.dims[0]
         rows = tiles * queries
-        numbers = torch.empty(2, pairs, rows, dtype=torch.float32, device=device)
+        numbers = torch.empty(pairs, 2, rows, dtype=torch.float32, device=device)
         sums = torch.empty(pairs * rows * d // 32, 32, dtype=torch.float32, device=device)
         turns = done = numbers
         if plan.turns is not None:
             turns = torch.empty(pairs, key_tiles, tiles, dtype=torch.int32, device=device)
             done = torch.empty(pairs, tiles, 2, dtype=torch.int32, device=device)
-        lse, delta = (Block(x, [pairs, rows], [rows, 1], [1, queries], _NUMBERS) for x in numbers)
+        lse, delta = (Block(x, [pairs, rows], [2 * rows, 1], [1, queries], _NUMBERS) for x in numbers.unbind(1))
         half = d if queries == 128 else d // 2
         return _Scratch(
             numbers, sums, turns, done, (lse, delta, Block(sums, list(sums.shape), [32, 1], [2 * half, 32], _SUMS))
