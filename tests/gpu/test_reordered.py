@@ -1,0 +1,72 @@
+"""Calls in another order of positions, on a GPU through the public API, against the evaluator: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from portable_support import Problem, assert_close, differentiated, program_of
+
+import attn_dsl
+from attn_dsl.backend import order
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"),
+]
+
+
+def rows(batch: int, heads: int, length: int, *, rows_first: bool = False, dim: int = 64) -> torch.Tensor:
+    shape = (batch, length, heads, dim) if rows_first else (batch, heads, length, dim)
+    x = torch.randn(shape, device="cuda").to(torch.bfloat16)
+    return x.transpose(1, 2) if rows_first else x
+
+
+def agrees(problem: Problem) -> None:
+    attention = attn_dsl.compile(problem.program.variant.name)
+    upstream = problem.upstream()
+    leaves, bindings = problem.leaves()
+    inputs = leaves["query"], leaves["key"], leaves["value"]
+    assert "order      " in attention.explain(*inputs, q_offset=problem.q_offset, **bindings)
+    out, lse = attention(*inputs, q_offset=problem.q_offset, return_lse=True, **bindings)
+    truth = problem.truth(upstream)
+    assert_close(differentiated(out, lse, leaves, upstream), truth, 3e-2)
+    with torch.no_grad():
+        for _ in range(3):  # the second and third are replayed
+            again = attention(*inputs, q_offset=problem.q_offset, **bindings)
+            assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "rows_first"),
+    [
+        (2, 4, 4, 1024, False),
+        (2, 4, 2, 1024, True),
+        (2, 4, 2, 1001, False),
+        (2, 2, 2, 1001, False),
+        (1, 4, 1, 999, True),
+    ],
+)
+def test_a_dilated_window(batch: int, heads: int, kv_heads: int, length: int, rows_first: bool) -> None:
+    query = rows(batch, heads, length, rows_first=rows_first)
+    key, value = (rows(batch, kv_heads, length, rows_first=rows_first) for _ in range(2))
+    agrees(Problem(program_of("dilated_window"), query, key, value, {"window": 600, "dilation": 4}))
+
+
+@pytest.mark.parametrize("length", [1024, 777])
+def test_hash_buckets(length: int) -> None:
+    inputs = (rows(2, 4, length) for _ in range(3))
+    bucket = torch.randint(0, 16, (2, 4, length), device="cuda", dtype=torch.int32)
+    agrees(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}))
+
+
+def test_a_bucket_that_changes_is_sorted_anew() -> None:
+    attention = attn_dsl.compile("hash_buckets")
+    query, key, value = (rows(1, 2, 1024) for _ in range(3))
+    bucket = torch.randint(0, 16, (1, 2, 1024), device="cuda", dtype=torch.int32)
+    attention(query, key, value, bucket=bucket)
+    bucket.copy_(torch.randint(0, 16, (1, 2, 1024), device="cuda"))
+    problem = Problem(program_of("hash_buckets"), query, key, value, {"bucket": bucket})
+    out = attention(query, key, value, bucket=bucket)
+    assert torch.allclose(out.double(), problem.truth().out, atol=3e-2)
+    assert order.ordered(attention._executable, attention._binder.bind(query, key, value, None, 0, {"bucket": bucket}),
+                         order.Options("gpu")) is not None  # fmt: skip
