@@ -1,0 +1,189 @@
+"""Caches in pages, caches in 8 bits and packed sequences on a GPU: `pytest -m gpu tests/gpu/test_paged.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attn_dsl
+from attn_dsl import PagedKVCache
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+H, HK, D = 8, 2, 128
+LENGTHS = (700, 64, 333)
+TEXTS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "sliding_window": {"window": 150},
+    "alibi": {"slope": 2.0 ** -torch.arange(1, H + 1)},
+    "gemma2_local": {"window": 150, "cap": 5.0},
+    "gpt_oss": {"window": 150, "sinks": torch.linspace(-1, 2, H)},
+}
+
+
+def moved(bindings: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in bindings.items()}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+
+def filled(page: int, **options: Any) -> tuple[PagedKVCache, list[int], list[tuple[Tensor, Tensor]]]:
+    """A cache of some sequences, appended to in turns so that their pages alternate, and their keys and values."""
+    cache = PagedKVCache(2000 // page * 2, page, HK, D, device="cuda", **options)
+    sequences = [cache.allocate() for _ in LENGTHS]
+    whole = [(normal(1, HK, n, D, seed=n), normal(1, HK, n, D, seed=n + 1)) for n in LENGTHS]
+    for first in range(0, max(LENGTHS), 50):
+        for sequence, (key, value) in zip(sequences, whole, strict=True):
+            if first < key.shape[2]:
+                cache.append([sequence], key[:, :, first : first + 50], value[:, :, first : first + 50])
+    return cache, sequences, whole
+
+
+def dense(whole: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    key, value = torch.zeros(2, len(whole), HK, max(LENGTHS), D, device="cuda", dtype=torch.bfloat16)
+    for i, (k, v) in enumerate(whole):
+        key[i, :, : k.shape[2]], value[i, :, : k.shape[2]] = k[0], v[0]
+    return key, value
+
+
+@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("name", TEXTS)
+def test_pages_give_what_the_cache_in_one_piece_gives(name: str, page: int) -> None:
+    attention, bindings = attn_dsl.compile(name), moved(TEXTS[name])
+    cache, sequences, whole = filled(page)
+    key, value = dense(whole)
+    step = cache.extend(sequences, 0)
+    for tokens in (1, 5, 64, 200):
+        query = normal(len(LENGTHS), H, tokens, D, seed=9)
+        offsets = (step.kv_len - tokens).clamp(min=0)
+        given = {"kv_len": step.kv_len, "return_lse": True, **bindings}
+        expected = attention(query, key, value, q_offset=offsets, **given)
+        found = attention(query, **{**step.layer(), "q_offset": offsets}, return_lse=True, **bindings)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
+        said = attention.explain(query, **{**step.layer(), "q_offset": offsets}, **bindings)
+        assert ("decode, since" if tokens <= 64 else "portable, since keys and values are in pages") in said
+
+
+@pytest.mark.parametrize("page", [16, 64, 256])
+@pytest.mark.parametrize("scales", ["head", "page"])
+def test_eight_bits(page: int, scales: str) -> None:
+    attention = attn_dsl.compile("causal")
+    given = {n: torch.tensor([0.02, 0.01], device="cuda") for n in ("key_scale", "value_scale")}
+    cache, sequences, whole = filled(
+        page, dtype=torch.float8_e4m3fn, scales=scales, **(given if scales == "head" else {})
+    )
+    kept = []
+    for pool, scale in ((cache.key, cache.key_scale), (cache.value, cache.value_scale)):
+        assert scale is not None
+        rows = pool[0].float() * (scale[0][:, :, None, None] if scales == "page" else scale[0][:, None, None])
+        kept.append([rows[list(cache.pages_of(s))].transpose(0, 1).flatten(1, 2)[None] for s in sequences])
+    step = cache.extend(sequences, 0)
+    for tokens in (1, 8, 64, 200):
+        query = normal(len(LENGTHS), H, tokens, D, seed=9)
+        offsets = (step.kv_len - tokens).clamp(min=0)
+        found = attention(query, **{**step.layer(), "q_offset": offsets})
+        for i, length in enumerate(LENGTHS):
+            k, v = (x[i][:, :, :length] for x in kept)
+            assert (k - whole[i][0].float()).abs().max() < 0.3
+            expected = attention(query[i : i + 1].float(), k, v, q_offset=max(length - tokens, 0))
+            torch.testing.assert_close(found[i : i + 1].float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_eight_bits_in_one_piece() -> None:
+    attention = attn_dsl.compile("causal")
+    scales = [torch.rand(3, HK, device="cuda") * 0.01 + 0.005 for _ in range(2)]
+    key, value = (
+        (normal(3, HK, 500, D, seed=i).float() / s[..., None, None]).to(torch.float8_e4m3fn)
+        for i, s in enumerate(scales)
+    )
+    wide = [x.float() * s[..., None, None] for x, s in zip((key, value), scales, strict=True)]
+    for tokens in (1, 16, 200):
+        query = normal(3, H, tokens, D, seed=9)
+        found = attention(query, key, value, q_offset=500 - tokens, key_scale=scales[0], value_scale=scales[1])
+        expected = attention(query.float(), *wide, q_offset=500 - tokens)
+        torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("scales", [None, "head", "page"])
+def test_one_cuda_graph_writes_and_reads_a_cache_that_grows(scales: str | None) -> None:
+    options = {} if scales is None else {"dtype": torch.float8_e4m3fn, "scales": scales}
+    attention = attn_dsl.compile("causal")
+    cache, sequences, _ = filled(64, **options)
+    step = cache.extend(sequences, 1, width=16)
+    query, key, value = normal(3, H, 1, D), normal(3, HK, 1, D, seed=1), normal(3, HK, 1, D, seed=2)
+
+    def run() -> Tensor:
+        step.write(key, value)
+        return attention(query, **step.layer())
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for i in range(70):  # past the end of a page
+        if i:
+            cache.extend(sequences, 1, into=step)
+        for j, x in enumerate((query, key, value)):
+            x.copy_(normal(*x.shape, seed=10 * i + j))
+        graph.replay()
+        if i % 23 == 0:
+            found = out.clone()
+            expected = attention(query, **cache.extend(sequences, 0).layer() | {"q_offset": step.q_offset})
+            torch.testing.assert_close(found, expected)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    attention = attn_dsl.compile("causal")
+    cache, sequences, _ = filled(16)
+    fork = cache.fork(sequences[0])
+    query, key, value = normal(4, H, 1, D), normal(4, HK, 1, D, seed=1), normal(4, HK, 1, D, seed=2)
+    packed = [x.squeeze(2).contiguous() for x in (query, key, value)]
+    ends = torch.tensor([0, 1, 4], device="cuda")
+
+    def run() -> None:
+        attention(query, **cache.append([*sequences, fork], key, value).layer())
+        attention.varlen(*packed, ends, longest_query=3)
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            run()
+        attention(query, **cache.append([*sequences, cache.fork(fork)], key, value).layer())  # with a page to copy
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_packed_sequences_equal_the_loop_forward_and_backward(name: str) -> None:
+    attention, bindings = attn_dsl.compile(name), moved(TEXTS[name])
+    lengths = [300, 1, 129, 64, 0, 1000]
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    total = sum(lengths)
+    leaves = [normal(total, heads, D, seed=i).requires_grad_() for i, heads in enumerate((H, HK, HK))]
+    captured = [x.requires_grad_() for x in bindings.values() if isinstance(x, Tensor)]
+    out = attention.varlen(*leaves, ends, longest_query=1000, **bindings)
+    outs = [
+        attention(*(x[None].transpose(1, 2) for x in one), **bindings)[0].transpose(0, 1)
+        for one in zip(*(x.split(lengths) for x in leaves), strict=True)
+        if one[0].shape[0]
+    ]
+    expected = torch.cat(outs)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
+    upstream = normal(total, H, D, seed=7)
+    grads = [torch.autograd.grad(x, [*leaves, *captured], upstream) for x in (out, expected)]
+    for one, other in zip(*grads, strict=True):
+        scale = other.float().abs().max().item()
+        assert ((one - other).float().abs().max() <= 2e-2 * scale + 1e-3).item()
