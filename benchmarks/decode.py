@@ -6,8 +6,11 @@
 
 A cache is BATCHxLENGTH. The last query token sees the whole cache. Times are medians that `triton.testing.do_bench`
 finds, over rounds in which all implementations take turns; the cache of the GPU is cold. `share` is relative to the
-bytes a second that a copy reads and writes. `--windows` are caches under a window of 1024; one whose length is no power
-of two tells what is due to the strides of the cache. One JSON object a line on standard output (or in --json).
+bytes a second that a copy reads and writes. `pages of N` is the same cache in pages of N keys, which lie in an order of
+chance. One JSON object a line on standard output (or in --json).
+
+`--windows` are caches under a window of 1024, in memory head by head ([B, HK, KV, D]) and token by token ([B, KV, HK,
+D], `tokens first`); beside them a copy of what the window sees (`copy`).
 """
 
 from __future__ import annotations
@@ -42,19 +45,24 @@ Run = Callable[[], Any]
 
 @dataclass
 class Case:
-    """Tensors of one cache; flash attention has its own layout, [B, KV, HK, D]."""
+    """Tensors of one cache, `key` and `value` [B, HK, KV, D] however they lie in memory."""
 
     variant: str
     batch: int
     length: int
     tokens: int
+    tokens_first: bool = False
 
     def __post_init__(self) -> None:
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
         self.query = normal(self.batch, HEADS, self.tokens, DIM)
-        self.key, self.value = (normal(self.batch, KV_HEADS, self.length, DIM) for _ in range(2))
+        shape = (self.batch, KV_HEADS, self.length, DIM)
+        if self.tokens_first:
+            self.key, self.value = (normal(self.batch, self.length, KV_HEADS, DIM).transpose(1, 2) for _ in range(2))
+        else:
+            self.key, self.value = (normal(*shape) for _ in range(2))
         self.slope = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, device="cuda") / HEADS)
 
     @property
@@ -79,6 +87,42 @@ def ours(case: Case) -> Run:
     return functools.partial(attention, *arguments, q_offset=case.q_offset, **case.bindings)
 
 
+def paged(case: Case, page: int) -> Run | None:
+    """The cache in pages of an order of chance; of one variant, which tells what pages cost."""
+    if case.variant != "noop" or case.length % page:
+        return None
+    count = case.batch * case.length // page
+    order = torch.randperm(count, device="cuda")
+    pools = []
+    for x in (case.key, case.value):
+        pool = torch.empty(count, KV_HEADS, page, DIM, dtype=x.dtype, device="cuda")
+        pool[order] = x.unflatten(2, (-1, page)).transpose(1, 2).flatten(0, 1)
+        pools.append(pool)
+    lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
+    table = order.view(case.batch, -1).int()
+    options = {"page_table": table, "kv_len": lengths, "q_offset": lengths - case.tokens}
+    return functools.partial(attn_dsl.compile("noop"), case.query, *pools, **options)
+
+
+def eight_bits(case: Case) -> Run | None:
+    if case.variant != "noop":
+        return None
+    key, value = (x.to(torch.float8_e4m3fn) for x in (case.key, case.value))
+    scale = torch.ones(KV_HEADS, device="cuda")
+    options = {"q_offset": case.q_offset, "key_scale": scale, "value_scale": scale}
+    return functools.partial(attn_dsl.compile("noop"), case.query, key, value, **options)
+
+
+def window_copy(case: Case) -> Run | None:
+    """A copy of the keys and values that the window sees."""
+    if case.variant != "sliding_window":
+        return None
+    seen = [x[:, :, -WINDOW:] for x in (case.key, case.value)]
+    seen = [x.transpose(1, 2) if case.tokens_first else x for x in seen]
+    targets = [torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in seen]
+    return lambda: [target.copy_(x) for target, x in zip(targets, seen, strict=True)]
+
+
 def flex(case: Case) -> Run | None:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -101,7 +145,9 @@ def flash3(case: Case) -> Run | None:
     if name is None or case.variant == "alibi":
         return None
     attend = importlib.import_module(name).flash_attn_with_kvcache
-    query, key, value = (x.transpose(1, 2).contiguous() for x in (case.query, case.key, case.value))
+    query, key, value = (x.transpose(1, 2) for x in (case.query, case.key, case.value))
+    if case.variant != "sliding_window":
+        key, value = key.contiguous(), value.contiguous()
     cap = CAP if case.variant == "softcap" else 0.0
     window = (WINDOW - 1, 0) if case.variant == "sliding_window" else (-1, -1)
     causal = case.variant == "sliding_window"
@@ -110,7 +156,10 @@ def flash3(case: Case) -> Run | None:
     return functools.partial(attend, query, key, value, **options)
 
 
-RIVALS: dict[str, Callable[[Case], Run | None]] = {"attn_dsl": ours, "flash3": flash3, "flex": flex}
+RIVALS: dict[str, Callable[[Case], Run | None]] = {
+    "attn_dsl": ours, "flash3": flash3, "flex": flex, "8 bits": eight_bits, "copy": window_copy,
+}  # fmt: skip
+RIVALS |= {f"pages of {page}": functools.partial(paged, page=page) for page in (16, 32, 64, 128, 256)}
 
 
 def bench(run: Run, rep: int) -> float:
@@ -134,23 +183,25 @@ def measure(case: Case, rivals: list[str], rounds: int, rep: int) -> Iterator[di
             if run is None:
                 continue
             found = run()
+            runs[name] = run
+            if name == "copy":
+                continue
             out = (found[0] if isinstance(found, tuple) else found).float()
             out = out if out.shape == case.query.shape else out.transpose(1, 2)
             truth = out if truth is None else truth
             errors[name] = (out - truth).abs().max().item()
-            runs[name] = run
         except Exception as failure:
             yield {"name": name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
     copy = copied()
-    times: dict[str, list[float]] = {name: [] for name in (*runs, "copy")}
+    times: dict[str, list[float]] = {name: [] for name in (*runs, "all")}
     for _ in range(rounds):
-        for name, run in {**runs, "copy": copy}.items():
+        for name, run in {**runs, "all": copy}.items():
             times[name].append(bench(run, rep))
-    best = 2 * 2**31 / statistics.median(times.pop("copy"))
+    best = 2 * 2**31 / statistics.median(times.pop("all"))
     for name, found_times in times.items():
         milliseconds = statistics.median(found_times)
-        rate = case.bytes / milliseconds
-        result = {"name": name, "ms": milliseconds, "difference": errors[name], "copy_GBps": best / 1e6}
+        rate = case.bytes / milliseconds / (2 if name == "8 bits" else 1)
+        result = {"name": name, "ms": milliseconds, "difference": errors.get(name), "copy_GBps": best / 1e6}
         if case.variant != "sliding_window":
             result |= {"GBps": rate / 1e6, "share": rate / best}
         yield result
@@ -167,18 +218,7 @@ def sweep(case: Case, rep: int) -> Iterator[dict[str, Any]]:
     bound = attention._binder.bind(case.query, case.key, case.value, None, case.q_offset, case.bindings)
     call = portable_call(program, bound, Options("decode"))
     default = launch_decode.layout_of(program.kernels, call)
-    shapes = [
-        (64, 4, 3),
-        (64, 4, 4),
-        (64, 4, 5),
-        (128, 4, 3),
-        (128, 4, 4),
-        (128, 8, 3),
-        (32, 4, 4),
-        (32, 2, 5),
-        (64, 2, 4),
-    ]
-    for (keys, warps, stages), factor in itertools.product(shapes, (1, 2)):
+    for (keys, warps, stages), factor in itertools.product(SWEEP, (1, 2)):
         tried = dataclasses.replace(default, keys=keys, warps=warps, stages=stages, splits=default.splits * factor)
         record = {"name": "attn_dsl", "layout": str(tried)}
         try:
@@ -195,7 +235,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="noop,alibi,softcap")
     parser.add_argument("--caches", default="8x16384,1x131072,64x4096,128x8192")
-    parser.add_argument("--windows", default="1x2048,1x131072,8x2048,8x131072,8x130000", help="for a window of 1024")
+    parser.add_argument("--windows", default="1x2048,1x131072,8x2048,8x131072", help="caches under a window of 1024")
+    parser.add_argument("--pages", default="16,64,128", help="keys of a page, where one token decodes without a score")
     parser.add_argument("--tokens", default="1,8", help="query tokens of a sequence")
     parser.add_argument("--rivals", default="flash3,flex")
     parser.add_argument("--rounds", type=int, default=3)
@@ -210,14 +251,18 @@ def main() -> None:
     print(json.dumps(facts), file=chosen.json, flush=True)
     tokens = [int(number) for number in chosen.tokens.split(",")]
     plans = itertools.product(tokens, [c for c in chosen.caches.split(",") if c], chosen.variants.split(","))
-    windows = itertools.product(tokens[:1], [c for c in chosen.windows.split(",") if c], ["sliding_window"])
+    windows = itertools.product(
+        tokens[:1], [c for c in chosen.windows.split(",") if c], ["sliding_window", "sliding_window, tokens first"]
+    )
+    own = ["8 bits", "copy", *(f"pages of {page}" for page in chosen.pages.split(",") if page)]
     for number, cache, variant in (*plans, *windows):
         if time.perf_counter() > stop:
             break
         torch.compiler.reset()
         batch, length = map(int, cache.split("x"))
-        case = Case(variant, batch, length, number)
-        rivals = [name for name in chosen.rivals.split(",") if name]
+        name, _, first = variant.partition(", ")
+        case = Case(name, batch, length, number, bool(first))
+        rivals = [name for name in chosen.rivals.split(",") if name] + (own if number == 1 else [])
         results = sweep(case, chosen.rep) if chosen.sweep else measure(case, rivals, chosen.rounds, chosen.rep)
         for result in results:
             record = {"variant": variant, "cache": cache, "tokens": number, **result}

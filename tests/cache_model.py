@@ -1,8 +1,13 @@
-"""Random operations on a paged cache beside a model of it: a list of tokens for each sequence, and sets of pages."""
+"""Random operations on a paged cache beside a model of it: a list of tokens for each sequence, and sets of pages.
+
+python tests/cache_model.py --operations 1000000
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -117,3 +122,27 @@ class Modelled:
                 self.allocate()
             case _:
                 self.free(choose.choice(known))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operations", type=int, default=1_000_000)
+    parser.add_argument("--pages", type=int, default=60)
+    parser.add_argument("--page-size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    model, choose, start = Modelled.of(chosen.pages, chosen.page_size), random.Random(chosen.seed), time.perf_counter()
+    for number in range(chosen.operations):
+        model.random_step(choose)
+        if number % 100_000 == 0:
+            print(f"{number:,} operations, {time.perf_counter() - start:.0f} s", flush=True)
+    model.check_all()
+    for sequence in list(model.tokens):
+        model.free(sequence)
+    model.check_counts()
+    print(f"{chosen.operations:,} operations, {model.refused:,} refused for want of pages; every page is free again")
+
+
+if __name__ == "__main__":
+    main()
