@@ -15,10 +15,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets what the assembler says of the kernels that `hopper_support.compiler` makes, in order."""
+    """Sets what the assembler says of the kernels that `hopper_support.compiler` makes, in order, the last
+    of all that follow."""
     from attn_dsl.backend.hopper import check
 
     def set_builds(*builds: check.Build) -> None:
-        monkeypatch.setattr(check, "inspect", lambda ptx: builds[int(ptx)])
+        monkeypatch.setattr(check, "inspect", lambda ptx: builds[min(int(ptx), len(builds) - 1)])
 
     return set_builds

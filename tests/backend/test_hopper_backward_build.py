@@ -53,7 +53,8 @@ def test_an_order_leaves_some_configuration_sound() -> None:
 def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:
     of = program_of("noop")
     kernels, config = launch_backward.Kernels(of.kernels), candidates(64, 64)[0]
-    launch_backward.build(kernels, call(of, 64), config)
+    for length in (256, 300):  # of whole tiles of keys, and ragged
+        launch_backward.build(kernels, call(of, 64, length), config)
 
     def run(kernel: object, *rest: object) -> None:
         if kernel is launch_backward.attention_backward:
@@ -64,4 +65,4 @@ def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:
             bound = call(of, 64, length, heads, "cpu")
             out = torch.empty(1, heads, length, 64, dtype=torch.bfloat16)
             launch_backward.backward(kernels, bound, out, out[..., 0].float(), out, None, config, run=run)
-    assert cached == [True]
+    assert cached == [True, True]

@@ -50,6 +50,7 @@ class Shape:
     QUERIES of a tile are 64, or 128 where D and DV are 64. Each warpgroup makes HALF columns of 64 rows of a tile's dQ:
     half of the columns, or, of a tile of 128 queries, half of the rows.
 
+    WHOLE       no tile of keys sticks out
     POSITIONAL  the score of a pair that does not count may be anything
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
@@ -64,6 +65,7 @@ class Shape:
     HALF: gl.constexpr
     QUERY_STAGES: gl.constexpr
     GRAD_STAGES: gl.constexpr
+    WHOLE: gl.constexpr
     POSITIONAL: gl.constexpr
     ASK: gl.constexpr
     ORDERED: gl.constexpr
@@ -77,7 +79,8 @@ class Shape:
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESH, KEPT):
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESH,
+                 KEPT):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -85,6 +88,7 @@ class Shape:
         self.HALF = gl.constexpr(half)
         self.QUERY_STAGES = gl.constexpr(QUERY_STAGES)
         self.GRAD_STAGES = gl.constexpr(GRAD_STAGES)
+        self.WHOLE = gl.constexpr(WHOLE)
         self.POSITIONAL = gl.constexpr(POSITIONAL)
         self.ASK = gl.constexpr(ASK)
         self.ORDERED = gl.constexpr(ORDERED)
@@ -508,7 +512,8 @@ def _counts_throughout(shape, f, head, first, full):
             head.b, head.h, first, last, head.k0, head.k0 + (2 * KEYS - 1), head.start, shape.QUERIES, head.scalars,
             head.tensors
         )  # fmt: skip
-    result = result & (head.k0 + 2 * KEYS <= head.kv_len)
+    if not shape.WHOLE:
+        result = result & (head.k0 + 2 * KEYS <= head.kv_len)
     if shape.POSITIONAL:
         result = result & (last < head.start + head.q_len)
     return result
@@ -521,7 +526,8 @@ def _counting(shape, f, head, q, found):
     if f.COLUMNS is not None and f.SCORE is None:  # for the mask alone: full tiles do without
         found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
     if f.MASK is not None:
-        keep &= f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        keep = mask if shape.WHOLE else keep & mask
     if shape.POSITIONAL:
         keep = keep & (q < head.start + head.q_len)
     return keep
@@ -585,7 +591,9 @@ def _probabilities(shape, f, head, s, lse, i, full, DTYPE: gl.constexpr):
         return weights, steep, weighted
     else:
         x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, q, found)
-        if (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
+        if f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
+            pass  # every pair counts
+        elif (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
             x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
         else:  # in one loop for all tiles: registers do not suffice for two
             if not _counts_throughout(shape, f, head, first, full):
@@ -780,11 +788,11 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                        COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
                        SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, FULL: gl.constexpr,
                        Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
-                       ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, POSITIONAL: gl.constexpr, ASK: gl.constexpr,
-                       ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr, FRESHES: gl.constexpr,
-                       KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr,
-                       QUERY_STAGES: gl.constexpr,
-                       GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr):  # fmt: skip
+                       ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, WHOLE: gl.constexpr, POSITIONAL: gl.constexpr,
+                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
+                       FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                       QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr, GRAD_STAGES: gl.constexpr,
+                       REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
@@ -792,7 +800,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     side. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys
     of each batch and key head, which begin with pair `first` (`Memory`).
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESHES, KEPT)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESHES, KEPT)
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
                   Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)

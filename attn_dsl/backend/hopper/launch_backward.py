@@ -129,7 +129,11 @@ class Kernels:
         text = self.emitted(call.precise, fused)[0]
         found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
         listed = self.portable.lists is not None
-        asks = listed or "full" in text.functions or "mask" not in text.functions
+        asks = (
+            listed
+            or "full" in text.functions
+            or ("mask" not in text.functions and (text.positional or not _whole(call)))
+        )
         asks = asks and "plain" not in text.functions
         return found if asks else tuple(config for config in found if config.ask)
 
@@ -143,15 +147,17 @@ class Kernels:
         """The configuration for calls like this one: the first candidate whose compiled kernel has no defect.
 
         ordered: programs add to dQ in an order of their own, and so to the same bits in every run. fused: what is
-        captured and has its gradient summed by the kernel.
+        captured and has its gradient summed by the kernel. Whole and ragged keys have kernels of their own, and the
+        first call compiles both, so that no later length compiles any.
         """
         kind = (ordered, fused, *self._kind(call))
-        found = self.choices.get(kind)
-        if found is None:
+        if kind not in self.choices:
             with _lock:
-                found = self.choices.get(kind) or self._settle(call, ordered, fused, compile or compile_here)
-                self.choices[kind] = found
-        return found
+                for one in (call, _of_other_length(call)):
+                    other = (ordered, fused, *self._kind(one))
+                    if other not in self.choices:
+                        self.choices[other] = self._settle(one, ordered, fused, compile or compile_here)
+        return self.choices[kind]
 
     def plan(self, call: Call, ordered: bool, fused: frozenset[str], config: Config) -> _Plan:
         """What launches with a configuration have in common."""
@@ -166,7 +172,7 @@ class Kernels:
         query = call.query
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *call.parameters)]
         dims = (query.shape[3], call.value.shape[3])
-        return (query.dtype, *dims, call.precise, *numbers)
+        return (query.dtype, *dims, call.precise, _whole(call), *numbers)
 
     def _settle(self, call: Call, ordered: bool, fused: frozenset[str], compile: Compile) -> Choice[Config]:
         return settle(
@@ -175,6 +181,18 @@ class Kernels:
             lambda config: _compiled(self, call, ordered, fused, config, compile),
             ORDERED_SPILLS if ordered else SPILLS,
         )
+
+
+def _whole(call: Call) -> bool:
+    """Whether no tile of keys sticks out."""
+    return call.key.shape[2] % KEYS == 0
+
+
+def _of_other_length(call: Call) -> Call:
+    """The call with keys, without data, of whole tiles where its own are ragged, or the other way round."""
+    rows = KEYS - 1 if _whole(call) else KEYS
+    key, value = (x.new_empty((*x.shape[:2], rows, x.shape[3]), device="meta") for x in (call.key, call.value))
+    return replace(call, key=key, value=value)
 
 
 def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool = False) -> str | None:
@@ -243,8 +261,8 @@ class _Plan:
             functions |= {"full": None, "q_ranges": q_tiles}
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
-            "POSITIONAL": text.positional, "ASK": config.ask, "ORDERED": ordered, "LATE": config.late,
-            "WIDE": text.wide, "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
+            "WHOLE": _whole(call), "POSITIONAL": text.positional, "ASK": config.ask, "ORDERED": ordered,
+            "LATE": config.late, "WIDE": text.wide, "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip
