@@ -3,6 +3,9 @@ autograd."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,7 @@ from attn_dsl.backend.cpu.forward import attend
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
 from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, Problem, TileShape
 from attn_dsl.backend.cpu.workers import operations_on
+from attn_dsl.ir.nodes import Param, Size
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.schedule import Schedule
 
@@ -36,10 +40,14 @@ def problem_of(variant: Variant, schedule: Schedule, call: Call) -> Problem:
         kv_len=kv_len,
         scale=call.scale,
         offsets=offsets if len(set(offsets)) > 1 else offsets[:1],
-        scalars=tuple(numbers[name] for name in functions.scalars),
+        scalars=tuple(numbers[cast(Param | Size, node).name] for node in functions.scalars),
+        names=tuple(tensor.name for tensor in variant.tensors),
         tensors=tuple(call.tensors[tensor.name].detach() for tensor in variant.tensors),
     )
-    return problem.shaped()
+    with operations_on(1):
+        if problem.integers is None:
+            problem = replace(problem, functions=tile_functions(variant, dtype, subtract=False))
+        return problem.shaped()
 
 
 @torch.no_grad()
@@ -74,14 +82,20 @@ def backward(
             else:
                 found.parameters[name] = torch.zeros((), dtype=key.dtype)
         differentiate(problem, Saved(call.query, key, value, out, lse, _sink(problem)), d_out, d_lse, found)
+        found.key, found.value = found.key[:, : problem.kv_len], found.value[:, : problem.kv_len]
     return found
 
 
 def _flat(problem: Problem, x: Tensor) -> Tensor:
-    """`[B, HK, KV, D]` as `[B * HK, KV, D]` in the dtype of the arithmetic, without a copy where none is needed."""
+    """`[B, HK, KV, D]` as `[B * HK, KV, D]` in the dtype of the arithmetic, without a copy where none is needed.
+
+    Keys that may be gathered are contiguous, and zeros fill the last block.
+    """
     x = x.detach().to(problem.dtype)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, *x.shape[2:])
+    x = x if x.stride(-1) == 1 and not problem.gathers else x.contiguous()
+    x = x.reshape(-1, *x.shape[2:])
+    missing = problem.padded_keys - problem.kv_len if problem.gathers else 0
+    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def _sink(problem: Problem) -> Tensor | None:

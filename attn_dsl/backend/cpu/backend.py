@@ -25,8 +25,10 @@ def explain(program: Program, call: Call) -> str:
     visited = {False: 0, True: 0}
     for tile in tiles(problem):
         heads = (tile.b1 - tile.b0) * (tile.h1 - tile.h0)
-        for begin, end, masked in tile.runs:
-            visited[masked] += heads * tile.rows * (end - begin)
+        for visit in tile.visits():
+            masked = sum(limit.end - limit.begin for limit in visit.limits)
+            visited[True] += heads * tile.rows * masked
+            visited[False] += heads * tile.rows * (visit.keys - masked)
     pairs = problem.batch * problem.heads * problem.q_len * problem.kv_len
     share = {masked: f"{100 * count / pairs:.1f}%" for masked, count in visited.items()}
     never = f"{100 - 100 * sum(visited.values()) / pairs:.1f}%"
@@ -38,13 +40,15 @@ def explain(program: Program, call: Call) -> str:
         + (f"; it differs for each {' and '.join(per)}" if per else ", the same for all batches and heads"),
         f"pairs      {share[False]} in unmasked runs, {share[True]} in masked runs, {never} never visited",
     ]
-    if functions.mask_reads_positions:
+    if functions.mask is None:
+        pass
+    elif functions.mask.reads_positions:
         lines.append(
-            "mask       reads tensors at positions: each masked run is asked for the blocks that it leaves empty"
+            "mask       reads tensors at positions: blocks are decided by the least and greatest of what it reads there"
         )
-    elif functions.mask_by_distance:
+    elif functions.mask.by_distance:
         lines.append("mask       depends on q - k: rows + keys - 1 comparisons a tile")
-    elif functions.mask is not None:
+    else:
         lines.append("mask       evaluated for each pair of a masked run")
     if functions.score is None:
         lines.append("score      unchanged")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attn_dsl.backend.cpu.elementary import clip
 from attn_dsl.backend.cpu.forward import LOG2E, LOWEST, filled, masked, seen_keys
-from attn_dsl.backend.cpu.functions import Derivative, Target
+from attn_dsl.backend.cpu.functions import Derivative
 from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.cpu.relative import sum_antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
@@ -98,16 +98,15 @@ def _tile_backward(
     delta_rows = tile.gather("delta", delta.unsqueeze(-1))
     d_query, scores = torch.zeros_like(rows), tile.problem.functions.scored
     for visit in tile.visits():
-        keys = slice(visit.begin, visit.end)
-        k, v, q = saved.key[tile.kv, keys], saved.value[tile.kv, keys], rows
-        if careful and visit.keep is not None:
-            k, v, q = seen_keys(tile, visit.keep, k), seen_keys(tile, visit.keep, v), _seen_rows(tile, visit.keep, q)
+        k, v, q = visit.of("key", saved.key[tile.kv], 1), visit.of("value", saved.value[tile.kv], 1), rows
+        if careful and (keep := visit.keep()) is not None:
+            k, v, q = seen_keys(tile, keep, k), seen_keys(tile, keep, v), _seen_rows(tile, keep, q)
         shape = (*rows.shape[:2], k.shape[1])
         s = torch.bmm(q, k.transpose(1, 2), out=scratch("logits", shape, rows.dtype))
         s, slope, partials = _scored(tile, visit, s)
         s = masked(tile, visit, s, careful=careful or (scores and math.isnan(s.sum().item())))
         p = torch.add(shift, s, alpha=LOG2E, out=s).exp2_()
-        gradients.value[tile.kv, keys].baddbmm_(p.transpose(1, 2), d_rows)
+        visit.add(gradients.value[tile.kv], p.transpose(1, 2), d_rows)
         ds = torch.bmm(d_rows, v.transpose(1, 2), out=scratch("d_logits", shape, rows.dtype))
         ds.sub_(delta_rows).mul_(p)
         _collect(tile, visit, tile.places(ds), partials, gradients)
@@ -116,7 +115,7 @@ def _tile_backward(
         elif careful:
             ds = unmasked(visit, tile.places(ds)).reshape(shape)
         d_query.baddbmm_(ds, k)
-        gradients.key[tile.kv, keys].baddbmm_(ds.transpose(1, 2), q)
+        visit.add(gradients.key[tile.kv], ds.transpose(1, 2), q)
     tile.scatter(gradients.query, d_query.mul_(scale))
 
 
@@ -125,9 +124,8 @@ def _scored(tile: Tile, visit: Visit, s: Tensor) -> tuple[Tensor, Tensor | float
     functions = tile.problem.functions
     if not functions.scored:
         return s, None, ()
-    relative = tile.relative(functions.grad_relative, visit.begin, visit.end)
-    arguments = tile.arguments(visit.begin, visit.end)
-    score, slope, *partials = functions.score_grad.function(tile.places(s), *arguments, relative)
+    relative = tile.relative(functions.grad_relative, visit) if functions.by_distance else ()
+    score, slope, *partials = functions.score_grad.function(tile.places(s), *tile.arguments(visit), relative)
     logits = filled(score, tile.places(s))
     if any(logits is x for x in (slope, *partials)):
         logits = logits.clone()  # exp is its own derivative, and logits are overwritten
@@ -136,14 +134,15 @@ def _scored(tile: Tile, visit: Visit, s: Tensor) -> tuple[Tensor, Tensor | float
 
 def unmasked(visit: Visit, x: Tensor) -> Tensor:
     """`x` with zero under the mask. Weights are zero there already, so only inf and nan need it: look, then act."""
-    if visit.keep is not None and not x.sum().isfinite():
-        x.masked_fill_(~visit.keep, 0.0)
+    if visit.limits and not x.sum().isfinite():
+        for begin, end, bound in visit.limits:
+            x[..., begin:end].masked_fill_(bound < 0, 0.0)
     return x
 
 
 def _seen_rows(tile: Tile, keep: Tensor, rows: Tensor) -> Tensor:
     """Query rows `[matrices, shared * rows, D]`, zero where they see no key of the run."""
-    seen = keep.any(3).expand(tile.b1 - tile.b0, tile.h1 - tile.h0, tile.rows)
+    seen = keep.any(3).expand(*tile.lead, tile.rows)
     return rows.masked_fill(~seen.reshape(tile.matrices, -1, 1), 0.0)
 
 
@@ -152,14 +151,15 @@ def _collect(tile: Tile, visit: Visit, ds: Tensor, partials: Sequence[Tensor | f
     derivative = tile.problem.functions.score_grad
     targets = [target for target in derivative.loads if target.tensor in gradients.tensors]
     if targets:
-        arguments = tile.arguments(visit.begin, visit.end)
-        plain = iter(derivative.indices(*arguments))
-        distant = iter(tile.by_distance(derivative.relative_indices, visit.begin, visit.end))
+        plain = iter(derivative.indices(*tile.arguments(visit)))
+        distant = iter(tile.by_distance(derivative.relative_indices, visit))
         for target, partial in zip(derivative.loads, partials, strict=False):
             index = next(distant if target.relative else plain)
             if target.tensor in gradients.tensors:
                 grad = _times(visit, ds, partial)
-                _add_at(gradients.tensors[target.tensor], target, index, grad)
+                if target.relative and visit.blocks is None:
+                    grad = sum_antidiagonals(grad)
+                _add_at(gradients.tensors[target.tensor], index, grad)
     for name, partial in zip(derivative.parameters, partials[len(derivative.loads) :], strict=True):
         if name in gradients.parameters:
             gradients.parameters[name] += _times(visit, ds, partial).sum()
@@ -171,10 +171,8 @@ def _times(visit: Visit, ds: Tensor, partial: Tensor | float) -> Tensor:
     return unmasked(visit, ds * partial)
 
 
-def _add_at(into: Tensor, target: Target, index: Sequence[Tensor | int], grad: Tensor) -> None:
-    """`into[index] += grad [batches, heads, rows, keys]`, summed first over what the index does not depend on."""
-    if target.relative:
-        grad = sum_antidiagonals(grad)
+def _add_at(into: Tensor, index: Sequence[Tensor | int], grad: Tensor) -> None:
+    """`into[index] += grad`, summed first over what the index does not depend on."""
     places = tuple(torch.as_tensor(clip(i, extent)) for i, extent in zip(index, into.shape, strict=True))
     shape = torch.broadcast_shapes(*(place.shape for place in places))  # type: ignore[no-untyped-call]
     grad = grad.sum_to_size(shape)
@@ -193,7 +191,7 @@ def _sink_backward(problem: Problem, derivative: Derivative, d_sink: Tensor, gra
     grad = d_sink.view(problem.batch, problem.heads, 1, 1)
     for target, index, partial in zip(derivative.loads, indices, partials, strict=False):
         if target.tensor in gradients.tensors:
-            _add_at(gradients.tensors[target.tensor], target, index, grad * partial)
+            _add_at(gradients.tensors[target.tensor], index, grad * partial)
     for name, partial in zip(derivative.parameters, partials[len(derivative.loads) :], strict=True):
         if name in gradients.parameters:
             gradients.parameters[name] += (grad * partial).sum()

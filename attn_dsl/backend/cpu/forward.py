@@ -47,7 +47,7 @@ def attend(problem: Problem, query: Tensor, key: Tensor, value: Tensor, sink: Te
 
     whole = problem.chunks(0, problem.batch, 0, problem.heads)
     count = math.ceil(problem.q_len / problem.shape.rows) * sum(1 for _ in whole)
-    problem.spread(work, tiles(problem), count)
+    problem.spread(work, tiles(problem, stacks=True), count)
     return out, lse
 
 
@@ -72,9 +72,11 @@ def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, 
     state: State | None = None
     shift, settled = rows, False
     for visit in tile.visits():
-        k, v = key[:, visit.begin : visit.end], value[:, visit.begin : visit.end]
-        if careful and visit.keep is not None:
-            k, v = seen_keys(tile, visit.keep, k), seen_keys(tile, visit.keep, v)
+        if state is not None and not settled and not careful:
+            settled = state[0].amin().item() > -math.inf
+        k, v = visit.of("key", key, tile.stack), visit.of("value", value, tile.stack)
+        if careful and (keep := visit.keep()) is not None:
+            k, v = seen_keys(tile, keep, k), seen_keys(tile, keep, v)
         s = torch.bmm(rows, k.transpose(1, 2), out=scratch("logits", (matrices, height, k.shape[1]), rows.dtype))
         s = _scored(tile, visit, s, 1.0 if after > 0 else after)
         s = masked(tile, visit, s, careful=careful)
@@ -96,7 +98,6 @@ def _attend(tile: Tile, rows: Tensor, key: Tensor, value: Tensor, after: float, 
                 state = highest, total, weighted
             total.add_(s.sum(2, keepdim=True))
             weighted.baddbmm_(s, v)
-        settled = settled or (not careful and highest.amin().item() > -math.inf)
     if state is None:
         nothing = rows.new_zeros((matrices, height, 1))
         return nothing - math.inf, nothing, rows.new_zeros((matrices, height, value.shape[2]))
@@ -107,8 +108,8 @@ def _scored(tile: Tile, visit: Visit, s: Tensor, after: float) -> Tensor:
     """The score's core, for all pairs of the tile; `s` is overwritten or not."""
     functions = tile.problem.functions
     if functions.score is not None:
-        relative = tile.relative(functions.score_relative, visit.begin, visit.end)
-        scored = functions.score(tile.places(s), *tile.arguments(visit.begin, visit.end), relative)
+        relative = tile.relative(functions.score_relative, visit) if functions.by_distance else ()
+        scored = functions.score(tile.places(s), *tile.arguments(visit), relative)
         s = filled(scored, tile.places(s)).reshape(s.shape)
     return s.mul_(after) if after != 1.0 else s
 
@@ -124,19 +125,18 @@ def filled(value: Tensor | float, like: Tensor) -> Tensor:
 
 def masked(tile: Tile, visit: Visit, s: Tensor, *, careful: bool) -> Tensor:
     """Logits with minus infinity under the mask. The fast way leaves a nan a nan, whence the careful one."""
-    if visit.keep is None or visit.limit is None:
-        return s
-    places = tile.places(s)
-    if careful:
-        places.masked_fill_(~visit.keep, -math.inf)
-    else:
-        torch.minimum(places, visit.limit, out=places)
+    for begin, end, bound in visit.limits:
+        places = tile.places(s)[..., begin:end]
+        if careful:
+            places.masked_fill_(bound < 0, -math.inf)
+        else:
+            torch.minimum(places, bound, out=places)
     return s
 
 
 def seen_keys(tile: Tile, keep: Tensor, rows: Tensor) -> Tensor:
     """Rows of keys or values `[matrices, keys, D]`, zero where the tile sees none of them."""
-    seen = keep.any(2).expand(tile.b1 - tile.b0, tile.h1 - tile.h0, -1)
+    seen = keep.any(2).expand(*tile.lead, -1)
     seen = seen.reshape(tile.matrices, tile.shared, -1).any(1)
     return rows.masked_fill(~seen.unsqueeze(-1), 0.0)
 
@@ -145,7 +145,7 @@ def _finish(tile: Tile, state: State, sink: Tensor | None, out: Tensor, lse: Ten
     """Let the sink join the denominator, then write the rows; a row that saw nothing gives 0 and minus infinity."""
     peak, total, weighted = state
     if sink is not None:
-        logits = sink[tile.b0 : tile.b1, tile.h0 : tile.h1].reshape(tile.matrices, tile.shared, 1)
+        logits = sink[tile.b0 : tile.b1, tile.h0 : tile.h1].expand(*tile.lead).reshape(tile.matrices, tile.shared, 1)
         logits = logits.expand(-1, -1, tile.rows).reshape(peak.shape)
         highest = torch.maximum(peak, logits)
         shift = highest.clamp(min=LOWEST)

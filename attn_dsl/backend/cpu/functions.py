@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import torch
 
+from attn_dsl.backend.cpu.margin import Sides, margin, sides
 from attn_dsl.backend.cpu.relative import PAIR, RELATIVE, ByDistance, parts
-from attn_dsl.backend.printer import Dialect, Results, Signature, TorchDialect, TotalDialect, emit
+from attn_dsl.backend.printer import Dialect, Results, Signature, TorchDialect, TotalDialect, emit, lower
 from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import (
     FALSE,
@@ -24,6 +25,8 @@ from attn_dsl.ir.nodes import (
     Node,
     Param,
     Size,
+    Unary,
+    UnaryOp,
     Var,
     post_order,
     substitute,
@@ -66,6 +69,31 @@ class Derivative:
 
 
 @dataclass(frozen=True)
+class MaskFunctions:
+    """A mask as a margin, not negative where it keeps a pair, in terms of its sides."""
+
+    margin: Node
+    sides: Sides
+    row_sides: Emitted
+    """`(b, h, q, scalars, tensors)`: the values of `sides.rows`."""
+    key_sides: Emitted
+    relative: Emitted
+    """`(b, h, rel, scalars, tensors)`: what sees `q - k` only; where `by_distance`, the margin itself."""
+    of_sides: Emitted
+    """`(rows, keys, relative, scalars, tensors)`: the margin."""
+    partly: bool
+    """Some of it sees `q - k` only."""
+    by_distance: bool
+    """The mask is a function of `q - k` (and of b and h)."""
+    alike: bool
+    """The mask is a function of `q - k` alone."""
+    by_head: bool
+    """The mask differs between heads."""
+    reads_positions: bool
+    """The mask reads tensors at positions: what the schedule cannot know."""
+
+
+@dataclass(frozen=True)
 class TileFunctions:
     """The torch functions of a variant for one dtype of the arithmetic.
 
@@ -75,24 +103,15 @@ class TileFunctions:
     """
 
     source: str
-    scalars: tuple[str, ...]
-    """Names of what stands in the argument `scalars`."""
+    scalars: tuple[Node, ...]
+    """What stands in the argument `scalars`: parameters and sizes."""
     score: Emitted | None
     score_relative: Emitted
     before: Emitted
     after: Emitted
-    mask: Emitted | None
-    mask_relative: Emitted
+    mask: MaskFunctions | None
     by_distance: bool
     """Some function other than a whole mask works along antidiagonals."""
-    mask_alike: bool
-    """The mask is a function of `q - k` alone."""
-    mask_by_distance: bool
-    """The mask is a function of `q - k` (and of b and h)."""
-    mask_by_head: bool
-    """The mask differs between heads."""
-    mask_reads_positions: bool
-    """The mask reads tensors at positions: what the schedule cannot know."""
     score_grad: Derivative
     scored: bool
     """The score is more than the logit alone."""
@@ -118,15 +137,18 @@ class ScheduleFunctions:
 
 
 @lru_cache(maxsize=256)
-def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
-    """Emit and load the tile functions of a variant whose `const` parameters are bound."""
+def tile_functions(variant: Variant, dtype: torch.dtype, subtract: bool = True) -> TileFunctions:
+    """Emit and load the tile functions of a variant whose `const` parameters are bound.
+
+    The mask compares integers by subtraction if `subtract`: to be had where no difference leaves 64 bits.
+    """
     gradients, simplify, rewrite = differentiate(variant), Simplifier(), ByDistance()
-    score, mask = rewrite(variant.score), rewrite(variant.mask)
+    score, mask = rewrite(variant.score), margin(rewrite(lower(variant.mask)), subtract=subtract)
     sink = None if variant.sink is None else rewrite(variant.sink)
     slope = _rewritten(gradients.score, lambda node: rewrite(simplify(node)))
     sink_slope = None if gradients.sink is None else _rewritten(gradients.sink, lambda node: rewrite(simplify(node)))
     module = _Module(Signature.of(variant), TorchDialect(), rewrite.locations(variant.locations))
-    score_parts, mask_parts, grad_parts = parts([score]), parts([mask]), parts([score, *slope.roots])
+    score_parts, mask_parts, grad_parts = parts([score]), _worthwhile(mask), parts([score, *slope.roots])
     before, core, after = factors(score)
 
     distance = ("b", "h", "rel", "scalars", "tensors")
@@ -134,8 +156,12 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
     module.add("score", ("s", *PLACE), core, _bound(score_parts), frozenset({SCORE}))
     module.add("before", ("scalars",), before)
     module.add("after", ("scalars",), after)
+    around = sides(mask)
+    module.add("row_sides", ("b", "h", "q", "scalars", "tensors"), around.rows, dialect=EXACT)
+    module.add("key_sides", ("b", "h", "k", "scalars", "tensors"), around.keys, dialect=EXACT)
     module.add("mask_relative", distance, mask_parts, {RELATIVE: "rel"}, dialect=EXACT)
-    module.add("mask", PLACE, mask, _bound(mask_parts), dialect=EXACT)
+    given = _bound(around.rows, "rows") | _bound(around.keys, "keys") | _bound(mask_parts)
+    module.add("mask", ("rows", "keys", "relative", "scalars", "tensors"), mask, given, dialect=EXACT)
     module.add("grad_relative", distance, grad_parts, {RELATIVE: "rel"})
     score_loads = module.add_gradient("score_grad", slope, ("s", *PLACE), score, _bound(grad_parts))
     sink_loads: tuple[Target, ...] = ()
@@ -149,21 +175,29 @@ def tile_functions(variant: Variant, dtype: torch.dtype) -> TileFunctions:
         indices, relative = names[f"{name}_indices"], names[f"{name}_relative_indices"]
         return Derivative(names[name], slope.d_score is ONE, loads, parameters, indices, relative)
 
+    keeps = MaskFunctions(
+        margin=mask,
+        sides=around,
+        row_sides=names["row_sides"],
+        key_sides=names["key_sides"],
+        relative=names["mask_relative"],
+        of_sides=names["mask"],
+        partly=bool(mask_parts),
+        by_distance=mask in mask_parts,
+        alike=mask in mask_parts and mask.depends <= PAIR,
+        by_head="h" in mask.depends,
+        reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
+    )
     return TileFunctions(
         source=source,
-        scalars=tuple(cast(Param | Size, node).name for node in module.signature.scalars),
+        scalars=module.signature.scalars,
         score=None if core is SCORE else names["score"],
         score_relative=names["score_relative"],
         before=names["before"],
         after=names["after"],
-        mask=None if mask is TRUE else names["mask"],
-        mask_relative=names["mask_relative"],
+        mask=None if variant.mask is TRUE else keeps,
         by_distance=bool(score_parts or grad_parts or (mask_parts and mask not in mask_parts))
         or any(load.relative for load in score_loads),
-        mask_alike=mask in mask_parts and mask.depends <= PAIR,
-        mask_by_distance=mask in mask_parts,
-        mask_by_head="h" in mask.depends,
-        mask_reads_positions=any(isinstance(n, Load) and n.depends & PAIR for n in post_order(mask)),
         score_grad=derivative("score_grad", slope, score_loads),
         scored=score is not SCORE,
         grad_relative=names["grad_relative"],
@@ -237,8 +271,25 @@ def _uniform(node: Node) -> bool:
     )
 
 
-def _bound(relative: Sequence[Node]) -> Mapping[Node, str]:
-    return {node: f"relative[{i}]" for i, node in enumerate(relative)}
+def _worthwhile(mask: Node) -> tuple[Node, ...]:
+    """The parts of a margin over `q - k`: the whole, or those that cost more to compute than to lay along a tile."""
+    found = parts([mask])
+    cheap = (BinaryOp.ADD, BinaryOp.SUB, BinaryOp.MIN, BinaryOp.MAX)
+
+    def costs(node: Node) -> bool:
+        match node:
+            case Binary(op):
+                return op not in cheap
+            case Unary(op):
+                return op not in (UnaryOp.NEG, UnaryOp.ABS)
+            case _:
+                return bool(node.children)
+
+    return tuple(part for part in found if part is mask or any(costs(node) for node in post_order(part)))
+
+
+def _bound(nodes: Sequence[Node], name: str = "relative") -> dict[Node, str]:
+    return {node: f"{name}[{i}]" for i, node in enumerate(nodes)}
 
 
 _SCHEDULE_HEADER = """\
