@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attn_dsl.backend.cpu.functions import MaskFunctions
 from attn_dsl.backend.cpu.intervals import Interval, Known, evaluate, number
-from attn_dsl.ir.nodes import Node, post_order
+from attn_dsl.ir.nodes import Load, Node, post_order
 from attn_dsl.ir.types import Type
 
 CELLS = 1 << 17
@@ -26,7 +26,8 @@ CELLS = 1 << 17
 MOST = 8
 """Blocks of rows in a tile row at most, of those that are decided in blocks."""
 EMPTY, PARTIAL, FULL = 0, 1, 2
-INTEGERS = ((torch.int16, 2.0**15), (torch.int32, 2.0**31), (torch.int64, 2.0**62))
+INT32 = 2.0**31
+INTEGERS = ((torch.int16, 2.0**15), (torch.int32, INT32), (torch.int64, 2.0**62))
 
 
 @dataclass
@@ -49,7 +50,10 @@ class Claims:
     _extremes: dict[int, list[Interval | None]] = field(default_factory=dict)
 
     def integers(self) -> torch.dtype | None:
-        """The narrowest dtype that holds every integer of the margin over all pairs; None where none is sure to."""
+        """The narrowest dtype that holds every integer of the margin over all pairs; None where none is sure to.
+
+        Indices are int64.
+        """
         sides = [_ends(x, (0, 1, 2, 3)) for x in (*self.rows, *self.keys)]
         known = self._evaluated([None if side is None else Interval(*side) for side in sides])
         largest = 0.0
@@ -59,6 +63,8 @@ class Claims:
                 if interval is None:
                     return None
                 largest = max(largest, -interval.low.amin().item(), interval.high.amax().item())
+            if isinstance(node, Load) and node in known:
+                largest = max(largest, INT32)
         return next((dtype for dtype, bound in INTEGERS if largest + 1 < bound), None)
 
     def codes(self, tile: int, height: int) -> Tensor:
