@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -30,8 +31,26 @@ class Options(dict[str, Any]):
         return self is other
 
 
-_ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Compiled kernels with their constexpr arguments, by options, device and what specializes an argument."""
+class Ready:
+    """A compiled kernel, and its constexpr arguments, which come behind those of a launch."""
+
+    def __init__(self, compiled: Any, constants: tuple[Any, ...]) -> None:
+        self.compiled, self.constants = compiled, constants
+        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
+
+    def start(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
+        """On the current stream of the device `index`, the current one."""
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            self.compiled[(programs, 1, 1)](*arguments, *self.constants, stream=stream)
+        else:  # nobody watches launches: what the line above comes to
+            self.run(
+                programs, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments, *self.constants
+            )
+
+
+_ready: dict[tuple[Any, ...], Ready] = {}
+"""By options, device and what specializes an argument."""
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -50,27 +69,25 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapp
     key = (options, index, *_kinds(arguments)) if type(options) is Options else None
     found = _ready.get(key) if key is not None else None
     if found is not None:
-        compiled, constants = found
-        compiled[(programs, 1, 1)](*arguments, *constants, stream=torch._C._cuda_getCurrentRawStream(index))
+        found.start(programs, arguments, index)
         return
     with compiling(variant_of(options), lambda: inputs_of(kernel, arguments, options)):
         compiled = kernel[(programs,)](*arguments, **options)
     if key is not None and compiled is not None:
-        _ready[key] = compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+        _ready[key] = Ready(compiled, tuple(options[name] for name in kernel.arg_names[len(arguments) :]))
 
 
 @dataclass
 class Repeated:
     """A runner for launches of one kernel whose arguments are all alike for Triton: what to launch is found once."""
 
-    found: tuple[Any, tuple[Any, ...]] | None = None
+    found: Ready | None = None
 
     def __call__(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         tensor = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
         index = tensor.device.index
         if self.found is not None and index == torch._C._cuda_getDevice():
-            compiled, constants = self.found
-            compiled[(programs, 1, 1)](*arguments, *constants, stream=torch._C._cuda_getCurrentRawStream(index))
+            self.found.start(programs, arguments, index)
             return
         launch(kernel, programs, arguments, options)
         if type(options) is Options:
