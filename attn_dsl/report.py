@@ -20,9 +20,11 @@ from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
 from attn_dsl.passes.fold import Scalar
 from attn_dsl.passes.logic import divisors
+from attn_dsl.passes.order import Place, number, residues
+from attn_dsl.passes.order_by_data import sorts
 from attn_dsl.passes.prove import Claim, Proof
 from attn_dsl.passes.prove_text import WIDTH, expression, proof_text
-from attn_dsl.passes.schedule import Schedule
+from attn_dsl.passes.schedule import Schedule, derive_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,10 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Report:
-    """Claims and counts of one call. `verdicts` are there once `verified` has asked the solvers."""
+    """Claims and counts of one call, and the `orders` of positions in which it may run instead of its own.
+
+    `verdicts` are there once `verified` has asked the solvers.
+    """
 
     call: Call
     proof: Proof
@@ -42,6 +47,7 @@ class Report:
     tiles: TileCounts | None
     kept: int | None
     notes: tuple[str, ...]
+    orders: tuple[str, ...] = ()
     verdicts: tuple[Verdict, ...] | None = None
 
     @property
@@ -75,6 +81,7 @@ class Report:
             "tiles": {name: getattr(tiles, name, None) for name in ("empty", "partial", "full")},
             "pairs": {"kept": self.kept, "computed": getattr(tiles, "computed", None), "total": self.total},
             "claims": [_claim(claim) for claim in self.proof.claims],
+            "orders": list(self.orders),
             "notes": list(self.notes),
         }
         if self.verdicts is not None:
@@ -86,6 +93,7 @@ class Report:
         parts = [self.title, proof_text(self.proof), "\n".join(self._counts())]
         if self.tiles is not None:
             parts.append(self.tiles.picture.text(color=color))
+        parts += [textwrap.fill(f"order: {order}", WIDTH, subsequent_indent="  ") for order in self.orders]
         parts += [textwrap.fill(f"note: {note}", WIDTH, subsequent_indent="  ") for note in self.notes]
         if self.verdicts is not None:
             parts.append("\n".join(_verification(self.verdicts)))
@@ -168,7 +176,37 @@ def _counted(call: Call, proof: Proof, schedule: Schedule) -> Report:
         notes.append(f"kept pairs are not counted: {why}")
     if call.variant.mask.depends & {"b", "h"} and not notes:
         notes.append(f"counts are for batch entry {call.batch}, head {call.head}")
-    return Report(call, proof, schedule, tiles, kept, tuple(notes))
+    return Report(call, proof, schedule, tiles, kept, tuple(notes), tuple(_orders(call, tiles)))
+
+
+def _orders(call: Call, tiles: TileCounts | None) -> Iterator[str]:
+    """The orders that the mask speaks of, and what each would compute, where that is known."""
+    for order in residues(call.variant):
+        count = number(order.modulus, call.parameters)
+        what = f"residue classes of `{expression(order.modulus)}`"
+        if count is None or count < 2 or call.q_offset % count:
+            yield f"{what}: not for this call"
+            continue
+        inner = order.reordered(Place.BATCH, ragged=call.kv_len % count != 0)
+        lengths = (-(-call.q_len // count), -(-call.kv_len // count))
+        sizes = {"Q": call.q_len, "KV": call.kv_len, **call.sizes}
+        known = {**call.parameters, **{order.size_name(name): size for name, size in sizes.items()}}
+        found = replace(
+            call, variant=inner, q_len=lengths[0], kv_len=lengths[1], q_offset=call.q_offset // count, parameters=known
+        )
+        yield f"{count} {what}: in each, {expression(inner.mask)}{_saved(found, count, tiles)}"
+    for by_data in sorts(call.variant):
+        yield f"positions sorted by `{by_data.tensor.name}`: in it, {expression(by_data.reordered().mask)}"
+
+
+def _saved(call: Call, count: int, tiles: TileCounts | None) -> str:
+    try:
+        computed = count_tiles(call, derive_schedule(call.variant)).computed * count
+    except NotCounted:
+        return ""
+    if tiles is None or computed >= tiles.computed:
+        return f"; {computed:,} pairs computed, which is not fewer"
+    return f"; {computed:,} pairs computed instead of {tiles.computed:,}"
 
 
 def _values(variant: Variant, baked: Variant, given: Mapping[str, object]) -> dict[str, Scalar]:
