@@ -50,8 +50,13 @@ class Schedule:
 
     def text(self) -> str:
         """For people; waits for the GPU."""
+        from attn_dsl.backend.portable.listing import Ends
+
         lines = []
         for (_, shape), held in self.holder.lists.items() if self.holder else ():
+            if shape is None or isinstance(held, Ends):
+                lines.append(f"ends of runs of equal values: {held.bytes} bytes")
+                continue
             masked, full = held.counts
             own = "a tile of keys" if shape.transposed else "a tile of queries"
             tiles = f"tiles of {shape.rows} x {shape.keys} from {own}"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import triton
+from triton import knobs
 
 from attn_dsl.backend import cache
 
@@ -100,4 +100,5 @@ def sass(ptx: str) -> str:
 
 
 def _tool(name: str) -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+    """The tool that Triton takes: torch.compile may have pointed it to that of another CUDA, which reads other PTX."""
+    return str(getattr(knobs.nvidia, name).path)

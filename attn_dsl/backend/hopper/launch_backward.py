@@ -113,7 +113,7 @@ class Kernels:
         if key not in self._modules:
             full, found = self.full
             text = emit_module(
-                self.portable.variant, self.schedule, full,
+                self.portable.listed[1], self.schedule, full,
                 saturations=found, wanted=self.portable.emitted(fused, not precise)[0].targets, fast_tanh=not precise,
             )  # fmt: skip
             self._modules[key] = text, load(text.source, f"hopper_backward_{self.portable.variant.name}")

@@ -119,6 +119,33 @@ def summarize_tiles(
             )  # fmt: skip
 
 
+# ---------------------------------------------------------------- runs
+
+
+@triton.jit(do_not_specialize=["length", "steps"])
+def find_runs(first, last, tensor, length, steps, BLOCK: tl.constexpr):
+    """first, last [rows, length] int32: the ends of the run of equal values that each element of `tensor` is in.
+
+    Rows do not decrease; halving the rest `steps` times leaves one element. One program for BLOCK elements of a row.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * length
+    place = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = place < length
+    place = tl.minimum(place, length - 1)
+    own = tl.load(tensor + row + place)
+    low, low_end, high, high_end = place * 0, place, place, place * 0 + length - 1
+    for _ in range(steps):
+        middle = (low + low_end) // 2
+        below = tl.load(tensor + row + middle) < own
+        low, low_end = tl.where(below, tl.minimum(middle + 1, low_end), low), tl.where(below, low_end, middle)
+        middle = (high + high_end + 1) // 2
+        above = tl.load(tensor + row + middle) > own
+        high, high_end = tl.where(above, high, middle), tl.where(above, tl.maximum(middle - 1, high), high_end)
+    tl.store(first + row + place, low, mask=inside)
+    tl.store(last + row + place, high, mask=inside)
+
+
 # ---------------------------------------------------------------- claims
 
 

@@ -44,9 +44,10 @@ from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
-from attn_dsl.ir.nodes import FALSE, Load, Node, Param, Size, post_order
+from attn_dsl.ir.nodes import FALSE, K, Load, Node, Param, Q, Size, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.lengths import is_packed, is_paged, is_scaled
+from attn_dsl.passes.runs import by_runs
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, specialize
 from attn_dsl.passes.summaries import derive_claims, reads_at_positions
@@ -70,7 +71,7 @@ class Kernels:
         self._widths: dict[tuple[Any, ...], bool] = {}
         nodes = frozenset(post_order(*self.variant.roots))
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
-        self._modules: dict[tuple[frozenset[str], bool], tuple[Emitted, ModuleType]] = {}
+        self._modules: dict[tuple[frozenset[str], bool, bool], tuple[Emitted, ModuleType]] = {}
         self.paged, self.scaled = is_paged(self.variant), is_scaled(self.variant)
         self.packed = is_packed(self.variant)
 
@@ -107,6 +108,13 @@ class Kernels:
         claims = derive_claims(self.variant, saturations=self.split[1])
         return listing.Lists(self.variant, self.extents, claims)
 
+    @functools.cached_property
+    def listed(self) -> tuple[Variant, Variant]:
+        """The variant for kernels that walk lists: its mask by the runs that queries are in, and by those of keys."""
+        if self.lists is None:
+            return self.variant, self.variant
+        return by_runs(self.variant, self.lists.runs, Q), by_runs(self.variant, self.lists.runs, K)
+
     def kind_of_list(self, call: Call, rows: int, keys: int, transposed: bool = False) -> listing.Kind | None:
         """The lists for calls like this one and tiles of a shape; None where there are ranges."""
         if self.lists is None:
@@ -122,15 +130,19 @@ class Kernels:
         own = (part.depends for part in conjuncts(self.variant.mask) if "q" not in part.depends)
         return any("h" in node.depends for node in nodes) or any(depends >= {"h", "k"} for depends in own)
 
-    def text(self, wanted: frozenset[str] = frozenset(), *, fast_tanh: bool = False) -> Emitted:
-        """The functions for gradients of the captured tensors and parameters that are `wanted`."""
-        schedule, saturations = self.split
-        return emit_module(self.variant, schedule, wanted, saturations=saturations, fast_tanh=fast_tanh)
+    def text(self, wanted: frozenset[str] = frozenset(), *, fast_tanh: bool = False, listed: bool = False) -> Emitted:
+        """The functions for gradients of the captured tensors and parameters that are `wanted`.
 
-    def emitted(self, wanted: frozenset[str], fast_tanh: bool) -> tuple[Emitted, ModuleType]:
-        key = (wanted, fast_tanh)
+        listed: for kernels that walk lists, and find what these bring behind the captured tensors.
+        """
+        schedule, saturations = self.split
+        variant = self.listed[0] if listed else self.variant
+        return emit_module(variant, schedule, wanted, saturations=saturations, fast_tanh=fast_tanh)
+
+    def emitted(self, wanted: frozenset[str], fast_tanh: bool, listed: bool = False) -> tuple[Emitted, ModuleType]:
+        key = (wanted, fast_tanh, listed and self.lists is not None)
         if key not in self._modules:
-            text = self.text(wanted, fast_tanh=fast_tanh)
+            text = self.text(wanted, fast_tanh=fast_tanh, listed=listed)
             self._modules[key] = text, load(text.source, self.variant.name)
         return self._modules[key]
 
@@ -187,18 +199,19 @@ class Plan:
     backward_layouts: dict[tuple[Any, ...], _BackwardLayout]
 
     @staticmethod
-    def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner) -> Plan:
+    def of(kernels: Kernels, call: Call, wanted: frozenset[str], run: Runner, listed: bool = True) -> Plan:
+        """listed: the kernels walk lists where there are some."""
         query, value = call.query, call.value
         fast = not call.precise and not interpreted() and query.dtype is not torch.float32 and torch.version.hip is None
         capability, precision = call.capability or capability_of(query.device), precision_of(call)
         dims = (query.shape[3], value.shape[3])
         page = call.key.shape[2] if kernels.paged else 0
-        key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles, page)
+        key = (wanted, fast, query.dtype, dims, capability, precision, kernels.wide(call), call.tiles, page, listed)
         shared = kernels.plans.get(key)
         if shared is None:
             common = {**dimensions(call), "WIDE": key[6], "PRECISION": precision}
             chosen = kernels.tiles(call, capability)
-            shared = kernels.plans[key] = (*kernels.emitted(wanted, fast), chosen, common, {}, {}, {})
+            shared = kernels.plans[key] = (*kernels.emitted(wanted, fast, listed), chosen, common, {}, {}, {})
         return Plan(kernels, call, run, *shared)
 
     @property

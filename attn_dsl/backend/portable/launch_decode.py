@@ -167,7 +167,7 @@ class Replay:
     @staticmethod
     def of(kernels: Kernels, call: Call, layout: Layout | None = None) -> Replay:
         query, key, value = call.query, call.key, call.value
-        plan = Plan.of(kernels, call, frozenset(), launch)
+        plan = Plan.of(kernels, call, frozenset(), launch, listed=False)
         layout = layout_of(kernels, call) if layout is None else layout
         shape = (*query.shape[:3], value.shape[3])
         out = torch.empty(shape, device="meta")

@@ -11,7 +11,7 @@ import functools
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from attn_dsl.backend.portable.classify import list_tiles, summarize_tiles
+from attn_dsl.backend.portable.classify import find_runs, list_tiles, summarize_tiles
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
 from attn_dsl.backend.portable.host import Call, Scalar, described, number
@@ -35,6 +35,7 @@ from attn_dsl.ir.nodes import Const, Load, Node, Param, post_order, substitute
 from attn_dsl.ir.types import DType
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.fold import fold_all
+from attn_dsl.passes.runs import runs_of
 from attn_dsl.passes.summaries import Claims
 
 PADDED_BYTES = 2**20
@@ -85,14 +86,14 @@ class Kind:
 
     def find(
         self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device, run: Runner = launch
-    ) -> tuple[Tensor, Tensor]:
-        """(rows, entries), as `Lists.find`."""
+    ) -> tuple[Tensor, ...]:
+        """As `Lists.find`."""
         source = Source(self.sizes, tensors, self.parameters, q_offset, device)
         return self.lists.find(source, self.shape, self.wide, run)
 
     def described(self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device) -> str:
         """How many tiles the list for these tensors holds, for people; waits for the GPU."""
-        found = TileList(*self.find(tensors, q_offset, device))
+        found = TileList(*self.find(tensors, q_offset, device)[-2:])
         masked, full = found.counts
         shape, (batch, heads, q_len, kv_len) = self.shape, (self.sizes[i] for i in (0, 1, 3, 4))
         total = batch * heads * -(-q_len // shape.rows) * -(-kv_len // shape.keys)
@@ -124,14 +125,26 @@ class TileList:
         return masked, full
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The first and last positions of runs of equal values (`passes/runs.py`), two tensors for each `Runs`."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(tensor.numel() for tensor in self.tensors)
+
+
 Key = tuple[Any, ...]
+Made = TileList | Ends
 
 
 @dataclass
 class _Kept:
-    """A list, what it was made from, and where: others than its stream wait for `ready`."""
+    """What was made from some tensors, and where: others than its stream wait for `ready`."""
 
-    list: TileList
+    made: Made
     sources: tuple[Any, ...]
     stream: int
     ready: Any
@@ -144,9 +157,9 @@ class _Kept:
 
     def use(self) -> None:
         """Let the current stream read the list."""
-        if self.ready is not None and self.stream != _stream(self.list.rows.device):
+        if self.ready is not None and self.stream != _stream(self.made.tensors[0].device):
             self.ready.wait()
-            for tensor in self.list.tensors:
+            for tensor in self.made.tensors:
                 tensor.record_stream(torch.cuda.current_stream())
 
 
@@ -154,7 +167,7 @@ class Holder:
     """Keeps the lists that are made or found while it is active, for as long as it lives."""
 
     def __init__(self) -> None:
-        self.lists: dict[tuple[Key, Shape], TileList] = {}
+        self.lists: dict[tuple[Key, Shape | None], Made] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -177,7 +190,8 @@ class Lists:
         used = {node.name for node in post_order(variant.mask) if isinstance(node, Param)}
         self._tensors = tuple(i for i, tensor in enumerate(variant.tensors) if tensor.name in read)
         self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
-        self._kept: OrderedDict[tuple[Key, Shape], _Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[Key, Shape | None], _Kept] = OrderedDict()
+        self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
 
     @functools.cached_property
@@ -187,28 +201,36 @@ class Lists:
 
     # -- finding ------------------------------------------------------------------------------------------------------
 
-    def find(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> tuple[Tensor, Tensor]:
-        """(rows, entries) for a call, made unless they are there; `run` other than `launch` only compiles."""
-        if run is not launch or source.device.type == "meta":
-            return self.make(source, shape, wide, run).tensors
-        key = self._key(source)
+    def find(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> tuple[Tensor, ...]:
+        """What kernels take behind the captured tensors of a call: the ends of runs, then rows and entries.
+
+        They are made unless they are there; `run` other than `launch` only compiles.
+        """
+        making = functools.partial(self.make, source, shape, wide, run)
+        listed = self._found(source, shape, making, run)
+        if not self.runs:
+            return listed.tensors
+        return *self._found(source, None, functools.partial(self.make_ends, source, run), run).tensors, *listed.tensors
+
+    def _found(self, source: Source, shape: Shape | None, make: Callable[[], Made], run: Runner) -> Made:
+        key = None if run is not launch or source.device.type == "meta" else self._key(source)
         if key is None:
-            return self.make(source, shape, wide, run).tensors
+            return make()
         capturing = source.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         kept = self._kept.get((key, shape))
         if kept is None or not kept.is_valid or (capturing and not kept.holders):
-            made = self.make(source, shape, wide, run)
+            made = make()
             if capturing:
-                return made.tensors
+                return made
             kept = self._keep((key, shape), made, source)
         self._kept.move_to_end((key, shape))
         holder = _holder.get()
         if holder is not None:
             kept.holders.add(holder)
-            holder.lists[key, shape] = kept.list
+            holder.lists[key, shape] = kept.made
         if not capturing:
             kept.use()
-        return kept.list.tensors
+        return kept.made
 
     def _key(self, source: Source) -> Key | None:
         """What a list of the call depends on; None where a tensor does not count its changes."""
@@ -225,7 +247,7 @@ class Lists:
             found.append((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype))
         return tuple(found)
 
-    def _keep(self, at: tuple[Key, Shape], made: TileList, source: Source) -> _Kept:
+    def _keep(self, at: tuple[Key, Shape | None], made: Made, source: Source) -> _Kept:
         tensors = [x for x in (*source.tensors, *source.parameters, source.q_offset) if isinstance(x, Tensor)]
         ready, stream = None, _stream(source.device)
         if source.device.type == "cuda":
@@ -240,6 +262,20 @@ class Lists:
         return kept
 
     # -- making -------------------------------------------------------------------------------------------------------
+
+    def make_ends(self, source: Source, run: Runner = launch) -> Ends:
+        """The ends of all runs."""
+        made: list[Tensor] = []
+        for runs in self.runs:
+            index = next(i for i, tensor in enumerate(self.variant.tensors) if tensor is runs.tensor)
+            along = source.tensors[index].movedim(runs.axis, -1)
+            rows = along.reshape(-1, along.shape[-1]).contiguous()
+            count, length = rows.shape
+            ends = [torch.empty_like(rows, dtype=torch.int32) for _ in range(2)]
+            arguments = (*ends, rows, length, length.bit_length())
+            run(find_runs, count * triton.cdiv(length, _RUN_OPTIONS["BLOCK"]), arguments, _RUN_OPTIONS)
+            made += [end.view(along.shape).movedim(-1, runs.axis) for end in ends]
+        return Ends(tuple(made))
 
     def make(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> TileList:
         """A new list."""
@@ -365,6 +401,7 @@ class Lists:
         return known
 
 
+_RUN_OPTIONS = Options({"BLOCK": 256, "num_warps": 4})
 _weak: Any = StorageWeakRef  # untyped
 
 

@@ -1,0 +1,329 @@
+"""Sparse and data-dependent masks on one GPU beside flex_attention, what it takes to make the schedule included.
+
+    python benchmarks/sparse.py                                   all rows at B=2 H=16 S=8192 D=128, bf16
+    python benchmarks/sparse.py --rows documents,bigbird --passes forward
+    python benchmarks/sparse.py --long 1048576                    the schedule of a document mask, B=1 H=1
+
+Times are milliseconds: medians over rounds in which all take turns, of the medians of `triton.testing.do_bench`.
+`new` is a forward pass whose tensors have changed, so that its schedule is made anew; `set-up` is what that takes the
+GPU alone, replayed as a CUDA graph, and `KiB` the memory that stays. For flex_attention the times leave out the block
+mask, whose making is `set-up`. TFLOP/s count pairs that the mask keeps, 4 D a pair forward, 10 D backward. `error` is
+the largest deviation from float64 on some rows. One JSON object a row, then a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+import attn_dsl
+from attn_dsl.backend.execute import Options, portable_call, reordered
+from attn_dsl.backend.portable.listing import Holder, Shape, Source
+
+Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mask for this compiler (`text`, `parameters`, `tensors`) and for flex_attention (`mask`).
+
+    `varies` says whether flex's block mask needs the batch and the heads. `length` overrides the common one.
+    """
+
+    text: str
+    mask: Callable[[dict[str, Tensor]], Mod]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
+    tensors: Callable[[int, int, int], dict[str, Tensor]] = lambda batch, heads, length: {}
+    varies: tuple[bool, bool] = (False, False)
+    length: int | None = None
+
+
+def documents(batch: int, heads: int, length: int, count: int = 12) -> dict[str, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(5)
+    cuts = torch.randint(0, length, (batch, count - 1), device="cuda", generator=generator).sort(-1).values
+    places = torch.arange(length, device="cuda").expand(batch, -1).contiguous()
+    return {"doc": torch.searchsorted(cuts, places, right=True).to(torch.int32)}
+
+
+def random_blocks(batch: int, heads: int, length: int, block: int = 64, random: int = 3) -> dict[str, Tensor]:
+    generator, blocks = torch.Generator("cuda").manual_seed(6), length // block
+    drawn = torch.rand(heads, blocks, blocks, device="cuda", generator=generator).argsort(-1)[..., :random]
+    return {"table": drawn.to(torch.int32).contiguous()}
+
+
+def buckets(batch: int, heads: int, length: int, count: int = 64) -> dict[str, Tensor]:
+    generator = torch.Generator("cuda").manual_seed(7)
+    drawn = torch.randint(0, count, (batch, heads, length), device="cuda", generator=generator, dtype=torch.int32)
+    return {"bucket": drawn}
+
+
+def big_bird(t: dict[str, Tensor]) -> Mod:
+    table = t["table"]
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        i, j = q // 64, k // 64
+        near = ((i - j).abs() <= 1) | (i < 2) | (j < 2)
+        return near | (table[h, i, 0] == j) | (table[h, i, 1] == j) | (table[h, i, 2] == j)
+
+    return mask
+
+
+def neighborhood(width: int, height: int, radius: int = 6) -> Row:
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        y, x = (q // width).clamp(radius, height - 1 - radius), (q % width).clamp(radius, width - 1 - radius)
+        return ((y - k // width).abs() <= radius) & ((x - k % width).abs() <= radius)
+
+    parameters = {"width": width, "height": height, "r": radius}
+    return Row("natten2d", lambda t: mask, parameters, length=width * height)
+
+
+ROWS = {
+    "documents": Row(
+        "packed_causal",
+        lambda t: lambda b, h, q, k: (q >= k) & (t["doc"][b, q] == t["doc"][b, k]),
+        tensors=documents, varies=(True, False),
+    ),
+    "window_global": Row(
+        "longformer",
+        lambda t: lambda b, h, q, k: ((q - k).abs() <= 256) | (k < 64) | (q < 64),
+        {"reach": 256, "globals": 64},
+    ),
+    "bigbird": Row(
+        "bigbird", big_bird, {"block": 64, "reach": 1, "globals": 2}, {"random": 3}, random_blocks, (False, True)
+    ),
+    "hash_buckets": Row(
+        "hash_buckets",
+        lambda t: lambda b, h, q, k: (q >= k) & (t["bucket"][b, h, q] == t["bucket"][b, h, k]),
+        tensors=buckets, varies=(True, True),
+    ),
+    "dilated": Row(
+        "dilated_window",
+        lambda t: lambda b, h, q, k: (q >= k) & (q - k < 4096) & ((q - k) % 4 == 0),
+        {"window": 4096, "dilation": 4},
+    ),
+    "natten2d_90": neighborhood(90, 90),
+    "natten2d_128": neighborhood(128, 128),
+}  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A row at a shape, with its inputs on the GPU."""
+
+    row: Row
+    batch: int
+    heads: int
+    length: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator("cuda").manual_seed(0)
+        shape = (self.batch, self.heads, self.length, self.dim)
+        made = (torch.randn(shape, device="cuda", generator=generator).to(torch.bfloat16) for _ in range(4))
+        self.query, self.key, self.value, self.upstream = made
+        self.inputs = [x.requires_grad_() for x in (self.query, self.key, self.value)]
+        self.tensors = self.row.tensors(self.batch, self.heads, self.length)
+        self.attention = attn_dsl.compile(self.row.text, **self.row.constants)
+        self.bindings = {**self.row.parameters, **self.tensors}
+
+    @functools.cached_property
+    def pairs(self) -> int:
+        """Kept pairs over the whole call."""
+        mask, k = self.row.mask(self.tensors), torch.arange(self.length, device="cuda")[None, :]
+        batches, heads = (
+            n if varies else 1 for n, varies in zip((self.batch, self.heads), self.row.varies, strict=True)
+        )
+        total = 0
+        for b in range(batches):
+            for h in range(heads):
+                at = torch.tensor(b, device="cuda"), torch.tensor(h, device="cuda")
+                for rows in torch.arange(self.length, device="cuda").split(4096):
+                    total += int(mask(*at, rows[:, None], k).sum())
+        return total * (self.batch // batches) * (self.heads // heads)
+
+    def error(self, out: Tensor) -> float:
+        """On some rows of the last batch entry and head."""
+        b, h = self.batch - 1, self.heads - 1
+        rows = torch.randint(0, self.length, (64,), device="cuda")
+        query, key, value = (x[b, h].detach().double() for x in self.inputs)
+        at = torch.tensor(b, device="cuda"), torch.tensor(h, device="cuda")
+        keep = self.row.mask(self.tensors)(*at, rows[:, None], torch.arange(self.length, device="cuda")[None, :])
+        score = (query[rows] @ key.T / math.sqrt(self.dim)).masked_fill(~keep, -math.inf)
+        return float((out[b, h, rows].double() - torch.softmax(score, -1) @ value).abs().max())
+
+    def forward(self) -> Tensor:
+        return self.attention(*self.inputs, **self.bindings)
+
+    def forward_anew(self) -> Tensor:
+        """After a change of the tensors that the mask reads."""
+        for tensor in self.tensors.values():
+            tensor.add_(0)
+        return self.forward()
+
+    def flex(self) -> tuple[Callable[[], Tensor], float, float]:
+        """(forward, milliseconds and KiB of the block mask)."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        make = torch.compile(create_block_mask, dynamic=False)
+        batch, heads = (n if v else None for n, v in zip((self.batch, self.heads), self.row.varies, strict=True))
+        build = functools.partial(make, self.row.mask(self.tensors), batch, heads, self.length, self.length, "cuda")
+        mask, kibibytes = measured(build)
+        run = torch.compile(flex_attention, dynamic=False)
+        setup = triton.testing.do_bench(build, warmup=5, rep=20, return_mode="median")
+        return (lambda: run(*self.inputs, block_mask=mask)), setup, kibibytes
+
+    def set_up(self) -> tuple[float, float]:
+        """(milliseconds that the GPU takes to make the schedule of a forward pass, KiB that it keeps)."""
+        call = self.attention._binder.bind(*self.inputs, None, 0, self.bindings)
+        program = self.attention._executable
+        if reordered(program, call, Options("gpu")) is not None:  # positions are sorted, in every forward pass
+            return math.nan, math.nan
+        if program.kernels.lists is None:
+            return 0.0, 0.0
+        holder = Holder()
+        with torch.no_grad(), holder.active():
+            self.forward()
+        ((_, shape), made) = next(iter(holder.lists.items()))
+        source = Source.of(portable_call(program, call, Options("gpu")))
+        make = functools.partial(program.kernels.lists.make, source, shape, False)
+        return replayed(make), made.bytes / 1024
+
+
+def replayed(run: Callable[[], Any], times: int = 20) -> float:
+    """Milliseconds of a run in a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    return float(triton.testing.do_bench(graph.replay, warmup=10, rep=30, return_mode="median")) / times
+
+
+def measured(run: Callable[[], Any]) -> tuple[Any, float]:
+    """(what it gives, KiB that it took at most)."""
+    found = run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = run()
+    torch.cuda.synchronize()
+    return found, (torch.cuda.max_memory_allocated() - before) / 1024
+
+
+def times(runs: dict[str, Callable[[], Any]], rounds: int, rep: int) -> dict[str, float]:
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(triton.testing.do_bench(run, warmup=rep // 4, rep=rep, return_mode="median"))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def backward_of(case: Case, out: Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(out, case.inputs, case.upstream, retain_graph=True)
+
+
+def run_row(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    out = case.forward()
+    found: dict[str, Any] = {"row": name, "length": case.length, "pairs": case.pairs, "error": case.error(out)}
+    found["setup_ms"], found["setup_kib"] = case.set_up()
+    forwards: dict[str, Callable[[], Any]] = {"attn_dsl": case.forward}
+    if case.tensors:
+        forwards["new"] = case.forward_anew
+    if not options.alone:
+        forwards["flex"], found["flex_setup_ms"], found["flex_setup_kib"] = case.flex()
+    area = case.pairs * case.dim / 1e9
+    if "forward" in options.passes:
+        with torch.no_grad():
+            found["forward_ms"] = times(forwards, options.rounds, options.rep)
+        found["forward_tflops"] = {n: 4 * area / ms for n, ms in found["forward_ms"].items()}
+    if "backward" in options.passes:
+        backwards = {n: backward_of(case, run()) for n, run in forwards.items() if n != "new"}
+        found["backward_ms"] = times(backwards, options.rounds, options.rep)
+        found["backward_tflops"] = {n: 10 * area / ms for n, ms in found["backward_ms"].items()}
+    return found
+
+
+def run_long(length: int) -> dict[str, Any]:
+    """The schedule of a document mask of one long row: milliseconds until it is there, the host included, and MiB."""
+    doc = documents(1, 1, length, 100)
+    query = torch.empty(1, 1, length, 128, device="cuda", dtype=torch.bfloat16)
+    attention = attn_dsl.compile("packed_causal")
+    program = attention._executable
+    source = Source.of(
+        portable_call(program, attention._binder.bind(query, query, query, None, 0, doc), Options("gpu"))
+    )
+    lists = program.kernels.lists
+    assert lists is not None
+    make = functools.partial(lists.make, source, Shape(128, 128), False)
+    made, peak = measured(make)
+    waits = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        make()
+        torch.cuda.synchronize()
+        waits.append(1e3 * (time.perf_counter() - start))
+    masked, full = made.counts
+    return {
+        "row": "set-up", "length": length, "ms": statistics.median(waits), "peak_mib": peak / 1024,
+        "kept_mib": made.bytes / 2**20, "tiles": masked + full,
+    }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    head = "| mask | pass | attn_dsl | flex | times flex | new tensors, times flex | set-up ms, KiB | flex's |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        for which in ("forward", "backward"):
+            if f"{which}_tflops" not in row:
+                continue
+            speed, ms = row[f"{which}_tflops"], row[f"{which}_ms"]
+            ratio = f"{ms['flex'] / ms['attn_dsl']:.2f}" if "flex" in ms else "-"
+            anew = f"{ms['flex'] / ms['new']:.2f}" if "flex" in ms and "new" in ms else "-"
+            flex = f"{speed['flex']:.0f}" if "flex" in speed else "-"
+            own = f"{row['setup_ms']:.4f}, {row['setup_kib']:.0f}"
+            other = f"{row.get('flex_setup_ms', 0):.1f}, {row.get('flex_setup_kib', 0):.0f}"
+            cells = (f"{row['row']} {row['length']}", which, f"{speed['attn_dsl']:.0f}", flex, ratio, anew, own, other)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--shape", default="2x16x8192x128", help="BxHxSxD")
+    parser.add_argument("--passes", default="forward,backward")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=40, help="milliseconds of a measurement")
+    parser.add_argument("--alone", action="store_true", help="without flex_attention")
+    parser.add_argument("--long", type=int, help="the length of a document mask whose schedule alone is made")
+    options = parser.parse_args()
+    if options.long:
+        print(json.dumps(run_long(options.long)), flush=True)
+        return
+    batch, heads, length, dim = map(int, options.shape.split("x"))
+    found = []
+    for name in options.rows.split(","):
+        row = ROWS[name]
+        found.append(run_row(name, Case(row, batch, heads, row.length or length, dim), options))
+        print(json.dumps(found[-1]), flush=True)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
