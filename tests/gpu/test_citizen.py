@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,11 @@ def test_long_sequences_take_less_than_100_mib_beside_what_they_are_given_and_gi
 SECOND = """
 import time, torch, triton, attn_dsl
 from triton import knobs
+start = time.perf_counter()
+import attn_dsl.api, attn_dsl.backend.gpu
+if torch.cuda.get_device_capability() == (9, 0):
+    import attn_dsl.backend.hopper.launch
+loaded = time.perf_counter() - start
 hits = []
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 start = time.perf_counter()
@@ -269,7 +275,7 @@ torch.cuda.synchronize()
 first = time.perf_counter() - start
 out.sum().backward()
 torch.cuda.synchronize()
-print(first, len(hits), sum(hits), made)
+print(first, len(hits), sum(hits), made, loaded)
 """
 
 
@@ -284,9 +290,9 @@ def test_what_was_built_ahead_is_loaded_and_nothing_is_compiled(
     for _ in range(2):  # the first process compiles what Triton itself has in C
         answer = subprocess.run([sys.executable, "-c", SECOND], capture_output=True, text=True, timeout=200)
         assert answer.returncode == 0, answer.stderr
-        first, asked, hits, made = map(float, answer.stdout.split())
-        print(f"compile {made:.3f} s, first call {first:.3f} s")
-        assert asked == hits == 4
+        first, asked, hits, made, loaded = map(float, answer.stdout.split())
+        print(f"import {loaded:.3f} s, compile {made:.3f} s, first call {first:.3f} s")
+        assert asked == hits == 5  # forward; rows before; backward for whole and for ragged keys; rows after
     assert {entry.path.name for entry in cache.entries() if entry.kind == cache.KERNELS} == entries
     assert first < 0.3 or not ALONE
 
@@ -306,19 +312,33 @@ def test_a_call_of_a_kind_that_was_seen_is_the_same_call(bias: attn_dsl.Attentio
 
 
 def test_the_host_is_quick() -> None:
-    """Host time of one forward call without gradients; the issue asks for 40 microseconds on an idle host."""
-    attention = attn_dsl.compile("causal")
+    """Host time of one forward call without gradients on every route: 40 microseconds on an idle host."""
     query, key, value, *_ = inputs(128, grad=False)
-    attention(query, key, value)
-    times = []
-    for _ in range(20):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(50):
-            attention(query, key, value)
-        times.append((time.perf_counter() - start) / 50)
-    print(f"{min(times) * 1e6:.1f} us")
-    assert min(times) < 40e-6 * SLACK or not ALONE
+    narrow, slope = (query, key, value), torch.rand(4, device="cuda")
+    wide = [x.float() for x in narrow]
+    causal, alibi = attn_dsl.compile("causal"), attn_dsl.compile("alibi")
+    calls: dict[str, Callable[[], object]] = {
+        "causal": lambda: causal(*narrow),
+        "alibi": lambda: alibi(*narrow, slope=slope),
+        "portable": lambda: causal(*wide),
+        "decode": lambda: causal(query[:, :, :1], key, value, q_offset=127),
+        "scaled_dot_product_attention": lambda: torch.nn.functional.scaled_dot_product_attention(
+            *narrow, is_causal=True, enable_gqa=True
+        ),
+        "two empty tensors": lambda: (torch.empty_like(query), torch.empty_like(query)),
+    }
+    best = {}
+    for name, call in calls.items():
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            times.append((time.perf_counter() - start) / 50)
+        best[name] = min(times)
+        print(f"{name} {best[name] * 1e6:.1f} us")
+    assert max(best[name] for name in ("causal", "alibi", "portable", "decode")) < 40e-6 * SLACK or not ALONE
 
 
 def test_the_host_is_quick_with_gradients() -> None:
