@@ -3,8 +3,9 @@
     python benchmarks/cpu.py                              # every variant, forward, one run
     python benchmarks/cpu.py --variants noop softcap --passes forward backward --json cpu.jsonl
 
-The rivals are timed in turn with this compiler, call by call, so that whatever else the machine does meets all of them;
-figures are medians. flex_attention gets the same expressions, printed from the compiler's IR, and its block mask is
+The rivals are timed in turn with this compiler, so that whatever else the machine does meets all of them; in its turn
+each runs twice and the second call counts, since threads of the one before still spin during the first. Figures are
+medians. flex_attention gets the same expressions, printed from the compiler's IR, and its block mask is
 built beforehand; it has no backward pass on the CPU. SDPA computes plain and causal attention only, whatever the
 variant: it is the yardstick, not a rival.
 """
@@ -127,10 +128,9 @@ def measure(name: str, direction: str, arguments: argparse.Namespace) -> Row:
             note = f"flex fails: {type(error).__name__}"
     timed = {who: _timed(run, query, backward) for who, run in contestants.items()}
     times: dict[str, list[float]] = {who: [] for who in timed}
-    for run in timed.values():
-        run()
     for _ in range(s.repeats):
         for who, run in timed.items():
+            run()
             times[who].append(run())
     medians = {who: statistics.median(found) for who, found in times.items()}
     return Row(name, direction, medians["attn_dsl"], medians.get("flex"), medians["sdpa"], medians["sdpa_causal"],
