@@ -18,7 +18,7 @@ LENGTHS = (700, 64, 333)
 TEXTS: dict[str, dict[str, Any]] = {
     "causal": {},
     "sliding_window": {"window": 150},
-    "alibi": {"slope": 2.0 ** -torch.arange(1, H + 1)},
+    "alibi": {"slope": 0.5 ** torch.arange(1, H + 1)},
     "gemma2_local": {"window": 150, "cap": 5.0},
     "gpt_oss": {"window": 150, "sinks": torch.linspace(-1, 2, H)},
 }
@@ -52,30 +52,34 @@ def dense(whole: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return key, value
 
 
-@pytest.mark.parametrize("page", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("name", TEXTS)
+def on_cpu(*tensors: Tensor) -> list[Tensor]:
+    return [x.float().cpu() for x in tensors]
+
+
+@pytest.mark.parametrize(("name", "page"), [
+    ("causal", 16), ("causal", 256), ("sliding_window", 32), ("alibi", 128), ("gemma2_local", 64), ("gpt_oss", 16),
+])  # fmt: skip
 def test_pages_give_what_the_cache_in_one_piece_gives(name: str, page: int) -> None:
     attention, bindings = attn_dsl.compile(name), moved(TEXTS[name])
     cache, sequences, whole = filled(page)
     key, value = dense(whole)
     step = cache.extend(sequences, 0)
-    for tokens in (1, 5, 64, 200):
+    for tokens in (1, 64, 200):
         query = normal(len(LENGTHS), H, tokens, D, seed=9)
         offsets = (step.kv_len - tokens).clamp(min=0)
-        given = {"kv_len": step.kv_len, "return_lse": True, **bindings}
-        expected = attention(query, key, value, q_offset=offsets, **given)
+        given = {"kv_len": step.kv_len.cpu(), "q_offset": offsets.cpu(), "return_lse": True, **TEXTS[name]}
+        expected = attention(*on_cpu(query, key, value), **given)
         found = attention(query, **{**step.layer(), "q_offset": offsets}, return_lse=True, **bindings)
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-2, rtol=1e-2)
+            torch.testing.assert_close(one.float().cpu(), other, atol=1e-2, rtol=1e-2)
         said = attention.explain(query, **{**step.layer(), "q_offset": offsets}, **bindings)
         assert ("decode, since" if tokens <= 64 else "portable, since keys and values are in pages") in said
 
 
-@pytest.mark.parametrize("page", [16, 64, 256])
-@pytest.mark.parametrize("scales", ["head", "page"])
+@pytest.mark.parametrize(("page", "scales"), [(16, "page"), (64, "head"), (256, "page")])
 def test_eight_bits(page: int, scales: str) -> None:
     attention = attn_dsl.compile("causal")
-    given = {n: torch.tensor([0.02, 0.01], device="cuda") for n in ("key_scale", "value_scale")}
+    given = {n: torch.tensor([0.02, 0.03], device="cuda") for n in ("key_scale", "value_scale")}
     cache, sequences, whole = filled(
         page, dtype=torch.float8_e4m3fn, scales=scales, **(given if scales == "head" else {})
     )
@@ -85,30 +89,30 @@ def test_eight_bits(page: int, scales: str) -> None:
         rows = pool[0].float() * (scale[0][:, :, None, None] if scales == "page" else scale[0][:, None, None])
         kept.append([rows[list(cache.pages_of(s))].transpose(0, 1).flatten(1, 2)[None] for s in sequences])
     step = cache.extend(sequences, 0)
-    for tokens in (1, 8, 64, 200):
+    for tokens in (1, 200):
         query = normal(len(LENGTHS), H, tokens, D, seed=9)
         offsets = (step.kv_len - tokens).clamp(min=0)
         found = attention(query, **{**step.layer(), "q_offset": offsets})
         for i, length in enumerate(LENGTHS):
             k, v = (x[i][:, :, :length] for x in kept)
-            assert (k - whole[i][0].float()).abs().max() < 0.3
-            expected = attention(query[i : i + 1].float(), k, v, q_offset=max(length - tokens, 0))
-            torch.testing.assert_close(found[i : i + 1].float(), expected, atol=2e-2, rtol=2e-2)
+            assert ((k - whole[i][0]).abs() <= 0.0625 * whole[i][0].abs() + 1e-3).all()
+            expected = attention(*on_cpu(query[i : i + 1], k, v), q_offset=max(length - tokens, 0))
+            torch.testing.assert_close(found[i : i + 1].float().cpu(), expected, atol=2e-2, rtol=2e-2)
 
 
 def test_eight_bits_in_one_piece() -> None:
     attention = attn_dsl.compile("causal")
-    scales = [torch.rand(3, HK, device="cuda") * 0.01 + 0.005 for _ in range(2)]
+    scales = [torch.rand(3, HK, device="cuda") * 0.01 + 0.015 for _ in range(2)]
     key, value = (
         (normal(3, HK, 500, D, seed=i).float() / s[..., None, None]).to(torch.float8_e4m3fn)
         for i, s in enumerate(scales)
     )
     wide = [x.float() * s[..., None, None] for x, s in zip((key, value), scales, strict=True)]
-    for tokens in (1, 16, 200):
+    for tokens in (1, 200):
         query = normal(3, H, tokens, D, seed=9)
         found = attention(query, key, value, q_offset=500 - tokens, key_scale=scales[0], value_scale=scales[1])
-        expected = attention(query.float(), *wide, q_offset=500 - tokens)
-        torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+        expected = attention(*on_cpu(query, *wide), q_offset=500 - tokens)
+        torch.testing.assert_close(found.float().cpu(), expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("scales", [None, "head", "page"])
@@ -166,24 +170,23 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_packed_sequences_equal_the_loop_forward_and_backward(name: str) -> None:
-    attention, bindings = attn_dsl.compile(name), moved(TEXTS[name])
-    lengths = [300, 1, 129, 64, 0, 1000]
-    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
-    total = sum(lengths)
-    leaves = [normal(total, heads, D, seed=i).requires_grad_() for i, heads in enumerate((H, HK, HK))]
-    captured = [x.requires_grad_() for x in bindings.values() if isinstance(x, Tensor)]
-    out = attention.varlen(*leaves, ends, longest_query=1000, **bindings)
-    outs = [
-        attention(*(x[None].transpose(1, 2) for x in one), **bindings)[0].transpose(0, 1)
-        for one in zip(*(x.split(lengths) for x in leaves), strict=True)
-        if one[0].shape[0]
-    ]
-    expected = torch.cat(outs)
-    torch.testing.assert_close(out, expected, atol=2e-2, rtol=2e-2)
-    upstream = normal(total, H, D, seed=7)
-    grads = [torch.autograd.grad(x, [*leaves, *captured], upstream) for x in (out, expected)]
-    for one, other in zip(*grads, strict=True):
-        scale = other.float().abs().max().item()
-        assert ((one - other).float().abs().max() <= 2e-2 * scale + 1e-3).item()
+@pytest.mark.parametrize(("name", "dtype", "tolerance"), [
+    ("causal", torch.bfloat16, 2e-2), ("sliding_window", torch.bfloat16, 2e-2), ("alibi", torch.float32, 1e-3),
+    ("gpt_oss", torch.float32, 1e-3),
+], ids=str)  # fmt: skip
+def test_packed_sequences_equal_the_loop_forward_and_backward(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    """The loop is that of the CPU."""
+    attention, lengths = attn_dsl.compile(name), [300, 1, 129, 64, 0, 700]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    inputs = [normal(sum(lengths), heads, 64, seed=i).to(dtype) for i, heads in enumerate((H, HK, HK))]
+    upstream = normal(sum(lengths), H, 64, seed=7).to(dtype)
+    results = []
+    for device, precision in (("cuda", dtype), ("cpu", torch.float32)):
+        leaves = [x.to(device, precision).requires_grad_() for x in inputs]
+        bindings = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in TEXTS[name].items()}
+        captured = [x.requires_grad_() for x in bindings.values() if isinstance(x, Tensor)]
+        out = attention.varlen(*leaves, ends.to(device), longest_query=700, **bindings)
+        grads = torch.autograd.grad(out, [*leaves, *captured], upstream.to(device, precision))
+        results.append([x.float().cpu() for x in (out, *grads)])
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()

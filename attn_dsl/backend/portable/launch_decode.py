@@ -103,7 +103,8 @@ def layout_of(kernels: Kernels, call: Call, splits: int | None = None) -> Layout
 
 @functools.lru_cache(maxsize=4096)
 def fewest_splits(programs: int, places: int, tiles: int) -> int:
-    """The fewest splits whose waves of programs fill the machine's `places` to 85 percent of what the best number does.
+    """The fewest splits whose waves of programs fill the machine's `places` to 85 percent of what the best number does,
+    and what else fits these waves.
 
     `programs` are those of one split; a split has at least one of the `tiles`.
     """
@@ -116,7 +117,8 @@ def fewest_splits(programs: int, places: int, tiles: int) -> int:
 
     numbers = range(1, min(tiles, places, MOST_SPLITS) + 1)
     best = max(map(filled, numbers))
-    return next(splits for splits in numbers if filled(splits) >= 0.85 * best)
+    fewest = next(splits for splits in numbers if filled(splits) >= 0.85 * best)
+    return min(-(-programs * fewest // places) * places // programs, numbers[-1])
 
 
 def _shared(capability: tuple[int, int] | None) -> int:
