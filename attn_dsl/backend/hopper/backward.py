@@ -20,7 +20,7 @@ Gradients of captured tensors are sums of P (dP - delta) times what `emit_shares
 After FlashAttention-3 (Shah et al. 2024, section 3.2), with dV issued before dS is formed.
 """
 
-# ruff: noqa: RET505, RUF005, SIM300 (static conditions and lists as Triton knows them)
+# ruff: noqa: RET505, RUF005, SIM102, SIM300 (static conditions and lists as Triton knows them)
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
@@ -534,11 +534,12 @@ def _counting(shape, f, head, q, found):
 
 
 @gluon.jit
-def _logits(shape, f, FUNCTION: gl.constexpr, head, s, lse, q, found):
+def _logits(shape, f, FUNCTION: gl.constexpr, head, s, lse, first, q, found):
     """(logit - lse, the derivative of the score, what shares keep), from the bare products s."""
     x, derivative, kept = s, 1.0, ()
     if FUNCTION is not None:
-        x = FUNCTION(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        x = FUNCTION(s, head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors,
+                     first, head.k0)  # fmt: skip
         if f.DERIVATIVE:
             derivative = x[1]
         for i in gl.static_range(shape.KEPT):
@@ -567,9 +568,9 @@ def _weights(shape, f, x, derivative, kept, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _probabilities(shape, f, head, s, lse, i, full, DTYPE: gl.constexpr):
+def _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE: gl.constexpr):
     """`_weights` for query tile i, from the bare products s; `full` as in `_counts_throughout`, or, where there are
-    PLAIN scores, what that gave."""
+    PLAIN scores, what that gave; `shift` is what then comes to their logits."""
     first = head.start + i * shape.QUERIES
     q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
     found = ()
@@ -579,18 +580,12 @@ def _probabilities(shape, f, head, s, lse, i, full, DTYPE: gl.constexpr):
         lse = lse - head.slope * (head.k - first).to(gl.float32)
     if f.PLAIN is not None:
         if full:
-            if f.SHIFT is not None:
-                shift = f.SHIFT(head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors)
-                lse = lse - shift * head.factor
-            x, derivative, kept = _logits(shape, f, f.PLAIN, head, s, lse, q, found)
-            weights, steep, weighted = _weights(shape, f, x, derivative, kept, DTYPE)
+            weights, steep, weighted = _weigh(shape, f, f.PLAIN, False, head, s, lse - shift, first, q, found, DTYPE)
         else:
-            x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, q, found)
-            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
-            weights, steep, weighted = _weights(shape, f, x, derivative, kept, DTYPE)
+            weights, steep, weighted = _weigh(shape, f, f.SCORE, True, head, s, lse, first, q, found, DTYPE)
         return weights, steep, weighted
     else:
-        x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, q, found)
+        x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, first, q, found)
         if f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
             pass  # every pair counts
         elif (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
@@ -602,10 +597,20 @@ def _probabilities(shape, f, head, s, lse, i, full, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _weigh(shape, f, FUNCTION: gl.constexpr, MASKED: gl.constexpr, head, s, lse, first, q, found, DTYPE: gl.constexpr):
+    """`_weights` from the bare products, by one of the scores."""
+    x, derivative, kept = _logits(shape, f, FUNCTION, head, s, lse, first, q, found)
+    if MASKED:
+        x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+    return _weights(shape, f, x, derivative, kept, DTYPE)
+
+
+@gluon.jit
 def _add_shares(shape, f, head, i, full, weights, weighted, upstream, totals):
-    """Add what the pairs of query tile i have for captured tensors, from dP - delta; the totals over queries after."""
+    """Add what the pairs of query tile i have for captured tensors, from dP - delta: (totals over queries after that,
+    what `_add_tile` is to add), [64, 4] for each amount."""
     if f.ADD_KEY_SUMS is None and f.ADD_PAIRS is None:
-        return totals
+        return totals, ()
     else:
         first = head.start + i * shape.QUERIES
         q = columns(opaque(first), shape.QUERIES, shape.LOGITS)
@@ -617,13 +622,10 @@ def _add_shares(shape, f, head, i, full, weights, weighted, upstream, totals):
                 amounts = amounts + (grad * factors[n],)
         for n in gl.static_range(shape.KEPT):
             amounts = amounts + (_widen(weighted[n]) * upstream,)
+        parts = _nothing(shape, f.ADD_PAIRS)
         if f.ADD_PAIRS is not None:
             if full:
-                sums = ()
-                for n in gl.static_range(len(amounts)):
-                    sums = sums + (warp_sums(amounts[n]),)
-                f.ADD_TILE(sums, head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors, head.shares,
-                           head.copy)  # fmt: skip
+                parts = _thread_sums(amounts)
             else:
                 f.ADD_PAIRS(amounts, head.b, head.h, q, head.k, head.uniform, head.scalars, head.tensors, head.shares,
                             head.copy)  # fmt: skip
@@ -631,17 +633,38 @@ def _add_shares(shape, f, head, i, full, weights, weighted, upstream, totals):
         if f.ADD_KEY_SUMS is not None:
             for n in gl.static_range(len(amounts)):
                 result = result + (totals[n] + thread_sums(amounts[n]),)
-        return result
+        return result, parts
 
 
 @gluon.jit
-def _no_totals(shape, f):
-    """Totals of nothing over queries, [64, 4] for each amount."""
-    totals = ()
-    if f.ADD_KEY_SUMS is not None:
+def _add_tile(shape, f, head, i, full, parts):
+    """Add to the one entry that a full tile has, as products run: the sum over the lanes of a warp takes a while."""
+    if f.ADD_TILE is not None:
+        if full:
+            first = head.start + i * shape.QUERIES
+            sums = ()
+            for n in gl.static_range(len(parts)):
+                sums = sums + (warp_sums(parts[n]),)
+            f.ADD_TILE(sums, head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors, head.shares,
+                       head.copy)  # fmt: skip
+
+
+@gluon.jit
+def _thread_sums(amounts):
+    result = ()
+    for n in gl.static_range(len(amounts)):
+        result = result + (thread_sums(amounts[n]),)
+    return result
+
+
+@gluon.jit
+def _nothing(shape, ADD: gl.constexpr):
+    """Sums of nothing, [64, 4] for each amount, if there is something to ADD."""
+    sums = ()
+    if ADD is not None:
         for _ in gl.static_range(1 + shape.FRESH + shape.KEPT):
-            totals = totals + (thread_sums(gl.zeros([KEYS, shape.QUERIES], gl.float32, shape.LOGITS)),)
-    return totals
+            sums = sums + (thread_sums(gl.zeros([KEYS, shape.QUERIES], gl.float32, shape.LOGITS)),)
+    return sums
 
 
 @gluon.jit
@@ -650,6 +673,10 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
     DTYPE: gl.constexpr = memory.keys.dtype
     if f.PLAIN is not None:
         full = _counts_throughout(shape, f, head, head.start + i * shape.QUERIES, None)
+    shift = 0.0
+    if f.SHIFT is not None:  # loaded while the first product runs, whether it is wanted or not
+        first = head.start + i * shape.QUERIES
+        shift = f.SHIFT(head.b, head.h, first, head.k0, head.uniform, head.scalars, head.tensors) * head.factor
     turn = i
     if shape.ORDERED:
         turn = gl.load(memory.turns + head.turns + i)
@@ -663,7 +690,7 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
         upstream = _issue_turned(shape, values, memory.grads.tile(at))
         s = warpgroup_mma_wait(1, deps=[products])
     lse = memory.queries.row(at, shape.LOGITS)
-    weights, steep, weighted = _probabilities(shape, f, head, s, lse, i, full, DTYPE)
+    weights, steep, weighted = _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE)
     if shape.LATE:
         memory.grads.wait(at)
         upstream = _issue_turned(shape, values, memory.grads.tile(at))
@@ -674,7 +701,7 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
     if f.GAIN is not None:
         ds = ds * head.gain
     ds = _narrow(ds, DTYPE)
-    totals = _add_shares(shape, f, head, i, full, weights, weighted, change, totals)
+    totals, parts = _add_shares(shape, f, head, i, full, weights, weighted, change, totals)
 
     place = (at % 2) * 2 + GROUP
     memory.exchange.index(place).store(ds)
@@ -682,6 +709,7 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
     mbarrier.arrive(memory.told.index(place), count=1)
     half = _issue_query_grad(shape, memory, at, GROUP)
     dk_next = _issue_sum(ds, memory.queries.tile(at), dk, shape.KEY_GRAD)
+    _add_tile(shape, f, head, i, full, parts)
     half, dv = warpgroup_mma_wait(1, deps=[half, dv_next])
     memory.grads.release(at)
     last = _add_query_grad(shape, memory, head, half, i, turn, last, GROUP)
@@ -699,8 +727,8 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     scalars, tensors = problem.scalars(), problem.captured()
     tile, b, hk, own = _place(shape, memory, problem)
     start = problem.start(b)
-    k = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
-    k = gl.expand_dims(k, 1)
+    line = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
+    k = gl.expand_dims(line, 1)
     dk = gl.zeros([KEYS, shape.D], gl.float32, shape.KEY_GRAD)
     dv = gl.zeros([KEYS, shape.DV], gl.float32, shape.VALUE_GRAD)
     mbarrier.wait(memory.loaded.index(0), 0)
@@ -730,7 +758,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             copy = tile % shares[0][1][0]
         head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, gain, slope, uniform,
                     keys, scalars, tensors, shares, copy)  # fmt: skip
-        totals = _no_totals(shape, f)
+        totals = _nothing(shape, f.ADD_KEY_SUMS)
         for n in range(tiles):
             i = nth(segments, n)
             full = None
@@ -739,7 +767,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             dk, dv, last, totals = _step(shape, f, memory, head, passed + n, i, full, dk, dv, last, totals, GROUP)
         passed += tiles
         if f.ADD_KEY_SUMS is not None:
-            f.ADD_KEY_SUMS(totals, b, h, 0, k, uniform, scalars, tensors, shares, copy)
+            f.ADD_KEY_SUMS(totals, b, h, 0, line, uniform, scalars, tensors, shares, copy)
     if shape.ORDERED:
         _tell(memory, last)
     _store(shape, memory, problem, dk, dv, GROUP)

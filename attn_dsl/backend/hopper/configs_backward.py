@@ -48,7 +48,7 @@ class Config:
 
 _WAYS: tuple[dict[str, bool], ...] = ({}, {"ask": False}, {"late": True}, {"late": True, "ask": False})
 _TABLE = {
-    64: tuple(Config(queries, **way) for queries in (128, 64) for way in _WAYS[:2]),
+    64: tuple(Config(queries, **way) for queries in (128, 64) for way in _WAYS[: 256 // queries]),
     128: tuple(Config(64, **way) for way in _WAYS),
 }
 

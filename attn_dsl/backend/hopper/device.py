@@ -73,9 +73,9 @@ def row_max(x, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def row_totals(x, k):
-    """[M, 4] to the row totals [M, 1] in the layout of k."""
+    """[M, 4] to the row totals [M] in the layout of k."""
     layout: gl.constexpr = k.type.layout
-    return gl.expand_dims(row_sums(x, layout), 1)
+    return gl.convert_layout(gl.sum(x, 1), layout)
 
 
 @gluon.jit
@@ -88,6 +88,8 @@ def warp_sums(x):
 def add_to(grad, index, amount, VARYING: gl.constexpr, CHECKED: gl.constexpr):
     """grad[index] += amount, where the checked axes of the index lie in the tensor.
 
+    No thread may hold an element of `amount` in several registers, as it does in the layout of a tile with an axis of
+    one element: Triton 3.6 adds every one of them.
     grad: (pointer to float32, extents, strides); bits of VARYING and CHECKED stand for axes of the index, as in
     `portable.device.element`.
     """

@@ -128,9 +128,9 @@ def emit_module(
     if rows:
         module.add("rows", ROWS, tuple(rows))
     if residue is not SCORE:
-        module.add("residue", ("s", *PAIR), residue)
+        module.add("residue", ("s", *PAIR, "q0", "k0"), residue)
     if plain is not SCORE:
-        module.add("plain", ("s", *PAIR), plain)
+        module.add("plain", ("s", *PAIR, "q0", "k0"), plain)
     if shift is not ZERO:
         module.add("shift", TILE, shift)
     if bounded and (span := reach(variant, positive)) is not None:

@@ -114,9 +114,9 @@ def emit_module(
         module.add("columns", COLUMNS, tuple(columns))
     one = derivative is ONE
     if residue is not SCORE or not one or kept:
-        module.add("score", ("s", *PAIR), _results(residue, [*([] if one else [derivative]), *kept]))
+        module.add("score", ("s", *PAIR, "q0", "k0"), _results(residue, [*([] if one else [derivative]), *kept]))
     if saturations:
-        module.add("plain", ("s", *PAIR), _results(plain, settled[one:]))
+        module.add("plain", ("s", *PAIR, "q0", "k0"), _results(plain, settled[one:]))
         if shift is not ZERO:
             module.add("shift", CORNER, shift)
     if (slope := terms_slope(terms)) is not ZERO:

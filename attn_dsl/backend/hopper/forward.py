@@ -330,8 +330,10 @@ def _residue(shape, f, FUNCTION: gl.constexpr, tile, s, j, INSIDE: gl.constexpr)
     if FUNCTION is None:
         return s
     else:
-        k = columns(j * shape.KEYS, shape.KEYS, shape.LOGITS)
-        x = FUNCTION(s, tile.b, tile.h, tile.q, k, INSIDE, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        k0 = j * shape.KEYS
+        k = columns(k0, shape.KEYS, shape.LOGITS)
+        x = FUNCTION(s, tile.b, tile.h, tile.q, k, INSIDE, tile.uniform, tile.rows, tile.scalars, tile.tensors,
+                     tile.q0, k0)  # fmt: skip
         if f.SLOPE is not None:
             x += ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
         return x
