@@ -136,8 +136,9 @@ class Ends:
         return 4 * sum(tensor.numel() for tensor in self.tensors)
 
 
-Key = tuple[Any, ...]
 Made = TileList | Ends
+Key = tuple[tuple[Any, ...], tuple[int, ...]]
+Place = tuple[tuple[Any, ...], Shape | None]
 
 
 @dataclass
@@ -145,6 +146,7 @@ class _Kept:
     """What was made from some tensors, and where: others than its stream wait for `ready`."""
 
     made: Made
+    versions: tuple[int, ...]
     sources: tuple[Any, ...]
     stream: int
     ready: Any
@@ -167,7 +169,7 @@ class Holder:
     """Keeps the lists that are made or found while it is active, for as long as it lives."""
 
     def __init__(self) -> None:
-        self.lists: dict[tuple[Key, Shape | None], Made] = {}
+        self.lists: dict[Place, Made] = {}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -190,7 +192,7 @@ class Lists:
         used = {node.name for node in post_order(variant.mask) if isinstance(node, Param)}
         self._tensors = tuple(i for i, tensor in enumerate(variant.tensors) if tensor.name in read)
         self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
-        self._kept: OrderedDict[tuple[Key, Shape | None], _Kept] = OrderedDict()
+        self._kept: OrderedDict[Place, _Kept] = OrderedDict()
         self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
 
@@ -206,34 +208,34 @@ class Lists:
 
         They are made unless they are there; `run` other than `launch` only compiles.
         """
-        making = functools.partial(self.make, source, shape, wide, run)
-        listed = self._found(source, shape, making, run)
+        key = None if run is not launch or source.device.type == "meta" else self._key(source)
+        listed = self._found(key, source, shape, lambda: self.make(source, shape, wide, run))
         if not self.runs:
             return listed.tensors
-        return *self._found(source, None, functools.partial(self.make_ends, source, run), run).tensors, *listed.tensors
+        ends = self._found(key, source, None, lambda: self.make_ends(source, run))
+        return *ends.tensors, *listed.tensors
 
-    def _found(self, source: Source, shape: Shape | None, make: Callable[[], Made], run: Runner) -> Made:
-        key = None if run is not launch or source.device.type == "meta" else self._key(source)
+    def _found(self, key: Key | None, source: Source, shape: Shape | None, make: Callable[[], Made]) -> Made:
         if key is None:
             return make()
+        place, versions = key
         capturing = source.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        kept = self._kept.get((key, shape))
-        if kept is None or not kept.is_valid or (capturing and not kept.holders):
+        kept = self._kept.get((place, shape))
+        if kept is None or kept.versions != versions or not kept.is_valid or (capturing and not kept.holders):
             made = make()
             if capturing:
                 return made
-            kept = self._keep((key, shape), made, source)
-        self._kept.move_to_end((key, shape))
+            kept = self._keep((place, shape), versions, made, source)
         holder = _holder.get()
         if holder is not None:
             kept.holders.add(holder)
-            holder.lists[key, shape] = kept.made
+            holder.lists[place, shape] = kept.made
         if not capturing:
             kept.use()
         return kept.made
 
     def _key(self, source: Source) -> Key | None:
-        """What a list of the call depends on; None where a tensor does not count its changes."""
+        """What a list depends on, and the versions of its tensors; None where a tensor does not count its changes."""
         found: list[Any] = [source.sizes[:5], source.sizes[6:], source.device]
         sources = [source.tensors[i] for i in self._tensors]
         for x in (source.q_offset, *(source.parameters[i] for i in self._parameters)):
@@ -241,23 +243,21 @@ class Lists:
                 sources.append(x)
             else:
                 found.append((type(x), x))
-        for x in sources:
-            if x.is_inference():
-                return None
-            found.append((x.data_ptr(), x._version, x.shape, x.stride(), x.dtype))
-        return tuple(found)
+        if any(x.is_inference() for x in sources):
+            return None
+        found += [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in sources]
+        return tuple(found), tuple([x._version for x in sources])
 
-    def _keep(self, at: tuple[Key, Shape | None], made: Made, source: Source) -> _Kept:
+    def _keep(self, at: Place, versions: tuple[int, ...], made: Made, source: Source) -> _Kept:
         tensors = [x for x in (*source.tensors, *source.parameters, source.q_offset) if isinstance(x, Tensor)]
         ready, stream = None, _stream(source.device)
         if source.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        sources = tuple(map(_weak, (x.untyped_storage() for x in tensors)))
-        for old in [old for old, entry in self._kept.items() if not entry.is_valid]:
-            del self._kept[old]
-        kept = self._kept[at] = _Kept(made, sources, stream, ready)
-        while len(self._kept) > KEPT:
+        kept = _Kept(made, versions, tuple([_weak(x.untyped_storage()) for x in tensors]), stream, ready)
+        self._kept.pop(at, None)
+        self._kept[at] = kept
+        if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         return kept
 
@@ -273,7 +273,7 @@ class Lists:
             count, length = rows.shape
             ends = [torch.empty_like(rows, dtype=torch.int32) for _ in range(2)]
             arguments = (*ends, rows, length, length.bit_length())
-            run(find_runs, count * triton.cdiv(length, _RUN_OPTIONS["BLOCK"]), arguments, _RUN_OPTIONS)
+            run(find_runs, count * -(-length // _RUN_OPTIONS["BLOCK"]), arguments, _RUN_OPTIONS)
             made += [end.view(along.shape).movedim(-1, runs.axis) for end in ends]
         return Ends(tuple(made))
 
