@@ -235,6 +235,14 @@ def test_calls_that_do_not_fit_are_refused(wrong: dict[str, Any], said: str) -> 
         attn_dsl.compile("causal")(torch.zeros(1, 4, 1, 16), **given)
 
 
+def test_a_table_is_validated_as_far_as_there_are_keys() -> None:
+    attention, table = attn_dsl.compile("causal"), torch.tensor([[3, 7, 8, -5]], dtype=torch.int32)
+    query, key, value = torch.zeros(1, 4, 1, 16), torch.zeros(8, 2, 16, 16), torch.zeros(8, 2, 16, 8)
+    attention(query, key, value, page_table=table, kv_len=32, validate=True)
+    with pytest.raises(BindingError, match=r"`page_table`: expected pages from 0 to 7, got 8 at \[0, 2\]"):
+        attention(query, key, value, page_table=table, kv_len=33, validate=True)
+
+
 def test_there_is_no_backward_pass() -> None:
     query, key, value = rows(20)
     cache = store()

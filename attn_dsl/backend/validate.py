@@ -14,6 +14,7 @@ from attn_dsl.errors import BindingError
 from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.ir.nodes import Load, Node, post_order
 from attn_dsl.ir.variant import InRange, Nondecreasing, Variant
+from attn_dsl.passes.lengths import KV_LEN, PAGE_TABLE
 
 ROWS, KEYS = 512, 2048
 """Pairs are looked at in tiles of this shape, so that memory does not grow with the square of the length."""
@@ -30,6 +31,8 @@ def validate(variant: Variant, call: Call) -> None:
         tensors=call.tensors,
         device=call.query.device,
     )
+    if PAGE_TABLE in call.tensors:
+        _check_pages(call)
     for declared in variant.tensors:
         for promise in declared.promises:
             if isinstance(promise, Nondecreasing):
@@ -41,6 +44,18 @@ def validate(variant: Variant, call: Call) -> None:
             _check_indices(variant, call, base)
         except (IndexError, ZeroDivisionError) as error:
             raise BindingError(str(error)) from None
+
+
+def _check_pages(call: Call) -> None:
+    """The pages of the keys that there are; what a table names past those is not looked at."""
+    table, (pages, _, size, _) = call.tensors[PAGE_TABLE], call.key.shape
+    there = call.tensors[KV_LEN] if KV_LEN in call.tensors else table.new_full(table.shape[:1], call.sizes["KV"])
+    used = torch.arange(table.shape[1], device=table.device) * size < there[:, None]
+    place = _first(used & ((table < 0) | (table >= pages)))
+    if place is not None:
+        raise BindingError(
+            f"`{PAGE_TABLE}`: expected pages from 0 to {pages - 1}, got {int(table[place])} at {list(place)}"
+        )
 
 
 def _check_order(name: str, tensor: Tensor, axis: int) -> None:
