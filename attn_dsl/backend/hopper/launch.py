@@ -41,7 +41,6 @@ from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.ir.nodes import Node, Param, Size, Var, post_order
 from attn_dsl.ir.types import Type
-from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import derive_schedule
 from attn_dsl.passes.specialize import saturations
 
@@ -58,7 +57,7 @@ SMALL = 1e-12
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = (
     "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "mask", "row_term",
-    "sink", "kv_ranges", "query_box", "key_box",
+    "sink", "kv_ranges",
 )  # fmt: skip
 _lock = threading.Lock()
 
@@ -90,7 +89,6 @@ class Kernels:
     """The Hopper kernels of a variant: emitted functions, and what was decided for each kind of call."""
 
     portable: portable.Kernels
-    boxes: Boxes | None = None
     choices: dict[tuple[Any, ...], Choice[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,7 +126,7 @@ class Kernels:
     def _emit(self, positive: frozenset[Node], fast_tanh: bool, bounded: bool) -> Emitted:
         return emit_module(
             self.portable.listed[0], self.schedule, positive,
-            fast_tanh=fast_tanh, saturations=self.saturations, bounded=bounded, boxes=self.boxes,
+            fast_tanh=fast_tanh, saturations=self.saturations, bounded=bounded,
         )  # fmt: skip
 
     def _is_bounded(self, call: Call) -> bool:
@@ -268,8 +266,7 @@ class Block(TensorDescriptor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim]; of a grid
-    [B, H, Y, X, D] with rows of `width`, boxes of [1, 1, rows // columns, columns, dim].
+    """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim].
 
     What a block has beyond the tensor is read as 0 and not written.
     """
@@ -280,15 +277,12 @@ class BlockShape:
     layout: Any
 
     @staticmethod
-    def of(tensor: Tensor, rows: int, dim: int, width: int = 0, columns: int = 0) -> BlockShape:
+    def of(tensor: Tensor, rows: int, dim: int) -> BlockShape:
         # The stride of an axis of one element is never used, but must be one that the copy engine takes.
         strides = [t if n > 1 else 8 for n, t in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-        sizes, block = list(tensor.shape), [1, 1, rows, dim]
-        if width:
-            sizes[2:3], block[2:3] = [sizes[2] // width, width], [rows // columns, columns]
-            strides[2:] = [strides[2] * width, strides[2]]
+        block = [1, 1, rows, dim]
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
-        return BlockShape(sizes, [*strides, 1], block, layout)
+        return BlockShape(list(tensor.shape), [*strides, 1], block, layout)
 
     def __call__(self, tensor: Tensor) -> Block:
         return Block(tensor, self.sizes, self.strides, self.block, self.layout)
@@ -332,8 +326,7 @@ class _Plan:
             key.stride(),
             value.shape,
             value.stride(),
-            call.sizes,
-            call.grid,
+            call.extents,
             query.device,
             call.result_strides,
         )
@@ -346,20 +339,17 @@ class _Plan:
 
     def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
-        batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
-        out = call.result("out", (*call.query.shape[:3], call.value.shape[3]), "meta")
-        width, of_queries, of_keys = call.grid or (0, 0, 0)
+        batch, heads, q_len, _ = call.query.shape
+        out = call.result("out", (batch, heads, q_len, call.value.shape[3]), "meta")
         tiles = batch * heads * -(-q_len // config.rows)
-        section = heads // kv_heads
+        section = heads // call.key.shape[1]
         if self.uneven:
-            bytes = call.key.element_size() * (d + dv) * kv_len
+            bytes = call.key.element_size() * (d + dv) * call.key.shape[2]
             section *= max(1, CACHE // bytes)
         return _Layout(
             min(tiles, multiprocessors(call.query.device)),
-            (BlockShape.of(call.query, ROWS, d, width, of_queries),
-             BlockShape.of(call.key, config.keys, d, width, of_keys),
-             BlockShape.of(call.value, config.keys, dv, width, of_keys),
-             BlockShape.of(out, ROWS, dv, width, of_queries)),
+            (BlockShape.of(call.query, ROWS, d), BlockShape.of(call.key, config.keys, d),
+             BlockShape.of(call.value, config.keys, dv), BlockShape.of(out, ROWS, dv)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
         )  # fmt: skip
 
@@ -386,7 +376,6 @@ class _Launch:
     plan: _Plan
     layout: _Layout
     out: tuple[int, ...]
-    rows: tuple[int, ...]
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[float, int]
@@ -394,12 +383,11 @@ class _Launch:
 
     @staticmethod
     def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
-        out, sizes = (*call.query.shape[:3], call.value.shape[3]), call.sizes
+        out = (*call.query.shape[:3], call.value.shape[3])
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
-        rows, end = (sizes[0], sizes[1], sizes[3]), (float(call.scale), section or layout.section)
-        return _Launch(plan, layout, out, rows, numbers, captured, end, kind)
+        return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section), kind)
 
     def __call__(
         self,
@@ -413,7 +401,7 @@ class _Launch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if out is None:
             out = torch.empty(self.out, dtype=query.dtype, device=query.device)
-        lse = torch.empty(self.rows, dtype=torch.float32, device=query.device)
+        lse = torch.empty(self.out[:3], dtype=torch.float32, device=query.device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
