@@ -109,7 +109,8 @@ def _scored(tile: Tile, visit: Visit, s: Tensor, after: float) -> Tensor:
     functions = tile.problem.functions
     if functions.score is not None:
         relative = tile.relative(functions.score_relative, visit) if functions.by_distance else ()
-        scored = functions.score(tile.places(s), *tile.arguments(visit), relative)
+        places = tile.arguments(visit) if functions.score_places else (None,) * 4 + tile.captured
+        scored = functions.score(tile.places(s), *places, relative)
         s = filled(scored, tile.places(s)).reshape(s.shape)
     return s.mul_(after) if after != 1.0 else s
 

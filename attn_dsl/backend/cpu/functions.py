@@ -107,6 +107,8 @@ class TileFunctions:
     """What stands in the argument `scalars`: parameters and sizes."""
     score: Emitted | None
     score_relative: Emitted
+    score_places: bool
+    """The score sees more than the logit: indices or positions."""
     before: Emitted
     after: Emitted
     mask: MaskFunctions | None
@@ -193,6 +195,7 @@ def tile_functions(variant: Variant, dtype: torch.dtype, subtract: bool = True) 
         scalars=module.signature.scalars,
         score=None if core is SCORE else names["score"],
         score_relative=names["score_relative"],
+        score_places=bool(core.depends - SCORE.depends),
         before=names["before"],
         after=names["after"],
         mask=None if variant.mask is TRUE else keeps,

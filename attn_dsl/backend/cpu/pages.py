@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.problem import BLOCK, Problem
-from attn_dsl.passes.lengths import KEY_SCALE, PAGE_TABLE, VALUE_SCALE
+from attn_dsl.passes.lengths import KEY_SCALE, KV_LEN, PAGE_TABLE, VALUE_SCALE
 
 
 @torch.no_grad()
@@ -24,6 +24,8 @@ def gathered(problem: Problem, call: Call) -> Call:
         table = torch.arange(problem.batch, dtype=torch.int32).view(-1, 1)
     entries, numbers = _visited(problem, size, table.shape[1])
     slabs = table[entries, numbers].long()
+    if KV_LEN in call.tensors:  # a block may reach past the keys that there are: some page stands for what is masked
+        slabs = torch.where(numbers * size < call.tensors[KV_LEN][entries], slabs, 0)
     found = {}
     for name, pool, scale in (("key", call.key, KEY_SCALE), ("value", call.value, VALUE_SCALE)):
         rows = pool[slabs].to(problem.dtype)

@@ -211,8 +211,12 @@ class Tile:
 
     def arguments(self, visit: Visit) -> tuple[Any, ...]:
         """`b, h, q, k, scalars, tensors` of the tile functions."""
-        problem = self.problem
-        return self.b, self.h, self.q, self._own(problem.keys, visit), problem.scalars, problem.tensors
+        return self.b, self.h, self.q, self._own(self.problem.keys, visit), *self.captured
+
+    @property
+    def captured(self) -> tuple[Any, Any]:
+        """The last arguments of the tile functions: `scalars, tensors`."""
+        return self.problem.scalars, self.problem.tensors
 
     def by_distance(self, function: Emitted, visit: Visit, begin: int = 0, end: int | None = None) -> Sequence[Any]:
         """What a function of `q - k` says along the antidiagonals: `[1 or batches, 1 or heads, rows + keys - 1]`.
