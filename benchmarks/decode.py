@@ -164,7 +164,7 @@ RIVALS: dict[str, Callable[[Case], Run | None]] = {
 RIVALS |= {f"pages of {page}": functools.partial(paged, page=page) for page in (16, 32, 64, 128, 256)}
 
 
-ASLEEP = 500_000
+ASLEEP = 1_000_000
 """Cycles that the GPU sleeps before each run: the host is ahead of it then, and what it does is not measured."""
 
 
