@@ -181,7 +181,9 @@ class Kernels:
         return (call.scale > SMALL, *found)
 
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
-        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
+        functions = self.functions(call)
+        ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped)
         return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
 
 
