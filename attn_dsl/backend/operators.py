@@ -12,7 +12,6 @@ n(umber) in a tensor of the CPU, which is how a float stays symbolic in a graph.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,32 +106,30 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Program, call: Call, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         outputs = forward(program, call, options)
-        ctx.save_for_backward(*outputs, *tensors)
-        nothing: Any = None
-        names = dict.fromkeys(call.tensors, nothing)  # large tensors are for `saved_tensors` alone to hold
-        ctx.rest = program, replace(call, query=nothing, key=nothing, value=nothing, tensors=names), options
+        ctx.save_for_backward(*outputs, *tensors)  # which alone is to hold large tensors
+        offset = None if isinstance(call.q_offset, Tensor) else call.q_offset
+        ctx.rest = program, options, call.scale, offset, call.sizes, call.parameters, tuple(call.tensors)
         ctx.set_materialize_grads(False)
         return outputs[:2]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        (program, call, options), (out, lse, shifted, query, key, value, *others) = ctx.rest, ctx.saved_tensors
+        program, options, scale, offset, sizes, parameters, named = ctx.rest
+        out, lse, shifted, query, key, value, *others = ctx.saved_tensors
         given = iter(others)
-        tensors = {name: next(given) for name in call.tensors}
-        parameters = {name: next(given) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
-        q_offset = next(given) if isinstance(call.q_offset, Tensor) else call.q_offset
-        call = replace(
-            call, query=query, key=key, value=value, tensors=tensors, parameters=parameters, q_offset=q_offset
-        )
+        tensors = {name: next(given) for name in named}
+        parameters = {name: next(given) if isinstance(x, Tensor) else x for name, x in parameters.items()}
+        q_offset = next(given) if offset is None else offset
+        call = Call(query, key, value, scale, q_offset, sizes, parameters, tensors)
         names = [*tensors, *(name for name, x in parameters.items() if isinstance(x, Tensor))]
         needed = dict(zip(names, ctx.needs_input_grad[6:], strict=False))
         wanted = frozenset(name for name, needs in needed.items() if needs)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         found = backward(program, call, options, (out, lse, shifted), grad_out, grad_lse, wanted)
         captured = [found.captured.get(name) for name in names]
-        offset = [None] if isinstance(q_offset, Tensor) else []
-        return (None, None, None, found.query, found.key, found.value, *captured, *offset)
+        last = [None] if offset is None else []
+        return (None, None, None, found.query, found.key, found.value, *captured, *last)
 
 
 # ---------------------------------------------------------------- implementations

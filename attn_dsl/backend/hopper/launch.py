@@ -236,12 +236,18 @@ def refusal(kernels: portable.Kernels, call: Call) -> str | None:
 
 def _bounds_fit(kernels: portable.Kernels, call: Call) -> bool:
     """Whether the keys that a row sees lie between numbers of 32 bits."""
-    seen, _ = bounds(kernels.variant.mask)
-    declared = zip(kernels.variant.parameters, call.parameters, strict=True)
-    numbers: dict[Node, int] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, int)}
-    numbers |= dict(zip((*SIZES, *kernels.extents), call.sizes, strict=True))
-    bits = position_bits(call.q_offset, numbers[Size("Q")], numbers[Size("KV")])
-    return fits([x for x in (seen.low, seen.high) if x is not None], numbers, 1 << bits)
+    sizes = call.sizes
+    bits = position_bits(call.q_offset, sizes[3], sizes[4])
+    key = (tuple(x if isinstance(x, int) else None for x in call.parameters), sizes, bits)
+    if key not in kernels.bounded:
+        if len(kernels.bounded) >= LAYOUTS:
+            kernels.bounded.clear()
+        seen, _ = bounds(kernels.variant.mask)
+        declared = zip(kernels.variant.parameters, call.parameters, strict=True)
+        numbers: dict[Node, int] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, int)}
+        numbers |= dict(zip((*SIZES, *kernels.extents), sizes, strict=True))
+        kernels.bounded[key] = fits([x for x in (seen.low, seen.high) if x is not None], numbers, 1 << bits)
+    return kernels.bounded[key]
 
 
 @functools.lru_cache(maxsize=LAYOUTS)

@@ -68,6 +68,8 @@ class Kernels:
     def __post_init__(self) -> None:
         self.extents = _extents(self.variant)
         self.plans: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self.bounded: dict[tuple[Any, ...], bool] = {}
+        """Whether the keys that rows see lie between numbers of 32 bits, by what decides it; for other backends."""
         self._widths: dict[tuple[Any, ...], bool] = {}
         nodes = frozenset(post_order(*self.variant.roots))
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
