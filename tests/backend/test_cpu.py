@@ -19,8 +19,9 @@ from attn_dsl.api import Attention
 from attn_dsl.backend import operators
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu import attention as cpu
+from attn_dsl.backend.cpu import pieces, tiles
 from attn_dsl.backend.cpu import problem as cpu_problem
-from attn_dsl.backend.cpu import tiles
+from attn_dsl.backend.cpu.shapes import TileShape
 from attn_dsl.backend.execute import Options, program_for
 from attn_dsl.frontend import load
 from attn_dsl.ir.evaluate import attention as dense
@@ -113,10 +114,10 @@ def test_random_variants_agree(variant: Variant, seed: int, shape: tuple[int, in
     offset=st.integers(0, 9),
 )
 def test_random_affine_masks_agree_whatever_the_tiles(variant: Variant, seed: int, rows: int, offset: int) -> None:
-    shape = cpu_problem.TileShape(rows, 4, 1)
+    shape = TileShape(rows, 4, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "BLOCK", 4)
-        patch.setattr(cpu_problem, "BLOCK", 4)
+        for module in (pieces, cpu_problem, tiles):
+            patch.setattr(module, "BLOCK", 4)
         patch.setattr(cpu_problem.Problem, "shaped", lambda problem: replace(problem, shape=shape))
         _compare_random(variant, seed, 9, 18, offset)
 

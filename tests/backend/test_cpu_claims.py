@@ -15,9 +15,10 @@ from test_cpu import _compare_random, compare
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu import attention as cpu
 from attn_dsl.backend.cpu import claims as cpu_claims
+from attn_dsl.backend.cpu import pieces, tiles
 from attn_dsl.backend.cpu import problem as cpu_problem
-from attn_dsl.backend.cpu import tiles
-from attn_dsl.backend.cpu.problem import Problem, TileShape
+from attn_dsl.backend.cpu.problem import Problem
+from attn_dsl.backend.cpu.shapes import TileShape
 from attn_dsl.backend.execute import program_for
 from attn_dsl.frontend import load
 from attn_dsl.ir.evaluate import Environment, evaluate
@@ -26,6 +27,7 @@ from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
 
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+BLOCKED = (pieces, cpu_problem, tiles)
 MASKS = st.one_of(strategies.booleans(), strategies.affine_masks())
 
 
@@ -61,7 +63,8 @@ def _problem(variant: Variant, seed: int, q_len: int, kv_len: int, offset: int) 
 )
 def test_no_claim_about_a_tile_is_wrong(variant: Variant, seed: int, offset: int, height: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_problem, "BLOCK", 4)
+        for module in BLOCKED:
+            patch.setattr(module, "BLOCK", 4)
         problem, mask = _problem(variant, seed, 10, 18, offset)
         if problem.claims is None:
             return
@@ -85,7 +88,7 @@ def test_random_variants_agree_in_tiles_of_every_form(
     variant: Variant, seed: int, offset: int, shape: TileShape
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tiles, cpu_problem):
+        for module in BLOCKED:
             patch.setattr(module, "BLOCK", 4)
         patch.setattr(cpu_problem, "FEW_PIECES", 1)
         patch.setattr(Problem, "shaped", lambda problem: problem._with(shape))
@@ -105,7 +108,7 @@ STACKED = {
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_stacks_of_tile_rows(name: str, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that stand alike to their keys are taken together, and there are such."""
-    for module in (tiles, cpu_problem):
+    for module in BLOCKED:
         monkeypatch.setattr(module, "BLOCK", 4)
     monkeypatch.setattr(Problem, "shaped", lambda problem: problem._with(TileShape(4, 32, 1, 5)))
     stacks: list[int] = []

@@ -13,7 +13,8 @@ from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.backward import Gradients, Saved, differentiate
 from attn_dsl.backend.cpu.forward import attend
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, Problem, TileShape
+from attn_dsl.backend.cpu.problem import FEW_OPERATIONS, Problem
+from attn_dsl.backend.cpu.shapes import TileShape
 from attn_dsl.backend.cpu.workers import operations_on
 from attn_dsl.ir.nodes import Param, Size
 from attn_dsl.ir.variant import Variant

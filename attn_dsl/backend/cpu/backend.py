@@ -9,7 +9,8 @@ import torch
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.attention import problem_of
 from attn_dsl.backend.cpu.functions import schedule_functions, tile_functions
-from attn_dsl.backend.cpu.problem import BLOCK, Problem
+from attn_dsl.backend.cpu.pieces import BLOCK
+from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.cpu.tiles import tiles
 from attn_dsl.errors import BindingError
 from attn_dsl.passes.pipeline import Program

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.cpu.problem import BLOCK, Problem
+from attn_dsl.backend.cpu.pieces import BLOCK
+from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.passes.lengths import KEY_SCALE, KV_LEN, PAGE_TABLE, VALUE_SCALE
 
 

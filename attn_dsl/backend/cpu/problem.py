@@ -7,117 +7,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.cpu.claims import EMPTY, PARTIAL, Claims
 from attn_dsl.backend.cpu.functions import ScheduleFunctions, TileFunctions
+from attn_dsl.backend.cpu.pieces import BLOCK, Piece, Run, Seen, cut, joined
+from attn_dsl.backend.cpu.shapes import TileShape, chosen
 from attn_dsl.backend.cpu.workers import operations_on, spread
 
 T = TypeVar("T")
 
-BLOCK = 64
-"""Keys in a tile of the schedule. Runs are made of these, up to `TileShape.keys` long."""
-KEYS = 640
-"""Keys of a tile, where so many are seen."""
-CACHE = 5 << 19
-"""Bytes of logits in a tile: more leave the cache between operations, fewer pay for more operations."""
 FEW_PIECES = 4
 """Keys in more pieces than these are gathered."""
-ROWS = {512: 1.0, 256: 1.08, 128: 1.17}
-"""Query rows of a tile, of all heads that share its keys, and what a pair costs then. Measured on two Zen cores."""
-SCATTERED = {**ROWS, 64: 1.3}
-"""The same, where tensors tell which keys are seen."""
-STACK = 8
-"""Tile rows below which they are not stacked."""
-SAMPLES = 8
-"""Places at which it is asked whether tile rows stand alike; at three of four they must."""
-STACKED = 1.12
-"""What rows of stacks cost for each pair, as in `ROWS`; a matrix of a stack has as many rows as a block has keys."""
-TALL = (2048, 1024)
-"""The same, where all rows see the same keys."""
-CELLS = 3 << 17
-"""Logits in such a tile."""
-FEW_PAIRS = 200_000
-"""Below so many pairs tiles are as tall as they may be."""
 FEW_OPERATIONS = 50_000_000
 """Below so many floating-point operations threads cost more than they bring."""
 
 
-@dataclass(frozen=True)
-class TileShape:
-    """Query rows, keys and key/value heads that are processed together.
-
-    Or, of one head, up to `depth` consecutive tile rows that stand alike to their keys.
-    """
-
-    rows: int
-    keys: int
-    heads: int
-    depth: int = 1
-
-    @staticmethod
-    def of(problem: Problem, rows: int, visited: int) -> TileShape:
-        """The shape for so many rows of a head; `visited` keys are what a row of tiles sees.
-
-        Fewer rows go with several heads, so long as every thread gets some tiles: a mask is made once for them.
-        """
-        group, threads = problem.group, problem.threads
-        keys = min(KEYS, math.ceil(visited / BLOCK) * BLOCK)
-        heads = CACHE // (rows * group * keys * problem.dtype.itemsize)
-        tiles = problem.batch * problem.kv_heads * math.ceil(problem.q_len / rows)
-        return TileShape(rows, keys, max(min(heads, tiles // (4 * threads)), 1))
-
-    @staticmethod
-    def tall(problem: Problem) -> TileShape | None:
-        """The shape where all rows see the same keys, and so none waste any: one head, and as many rows as there are.
-
-        A tall product is the fastest, if every thread gets some tiles.
-        """
-        group, matrices = problem.group, problem.batch * problem.kv_heads
-        for rows in TALL:
-            if rows <= problem.q_len * group and rows % group == 0:
-                rows //= group
-                if matrices * math.ceil(problem.q_len / rows) >= 4 * problem.threads:
-                    return TileShape(rows, CELLS // (rows * group), 1)
-        return None
-
-
 Part = tuple[int, int, int, int]
 """The heads `[h0, h1)` of the batches `[b0, b1)`, as `(b0, b1, h0, h1)`: whole groups, or a part of one."""
-
-
-class Run(NamedTuple):
-    """The keys `[begin, end)`; unless `masked`, every row sees them all."""
-
-    begin: int
-    end: int
-    masked: bool
-
-
-Ranges = tuple[tuple[int, int], ...]
-"""Ranges of keys `[begin, end)`, ascending."""
-
-
-class Piece(NamedTuple):
-    """The keys `[begin, end)`, taken together; every row sees them all but in the ranges `masked`."""
-
-    begin: int
-    end: int
-    masked: Ranges
-
-    def moved(self, keys: int) -> Piece:
-        """The piece so many keys further on."""
-        return Piece(self.begin + keys, self.end + keys, tuple((a + keys, b + keys) for a, b in self.masked))
-
-
-Seen = tuple[Piece, ...] | Tensor
-"""The keys that some heads see alike; or codes `[heads, blocks]` of what each sees of each block."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +61,6 @@ class Problem:
         return self.heads // self.kv_heads
 
     @property
-    def small(self) -> bool:
-        """Whether more tiles would cost more than fewer pairs save."""
-        return self.batch * self.heads * self.q_len * self.kv_len < FEW_PAIRS
-
-    @property
     def keeps_masks(self) -> bool:
         """Whether the mask of a tile is the same for all tiles that stand alike to their keys."""
         mask = self.functions.mask
@@ -165,67 +73,14 @@ class Problem:
         return self.functions.by_distance or (mask is not None and mask.by_distance and not self.keeps_masks)
 
     def shaped(self) -> Problem:
-        """The problem with the tile shape that fits its schedule.
-
-        A row of tiles computes the whole runs that its rows see: fewer rows waste less, and make more tiles of it.
-        """
-        if not any(run.masked for run in self._scheduled(0, 0, 0, self.q_len)):
-            tall = TileShape.tall(self)
-            if tall is not None:
-                return self._with(tall)
-        found: list[tuple[float, int, int]] = []
-        heights = SCATTERED if self.gathers else ROWS
-        for height, cost in list(heights.items())[: 1 if self.small else None]:
-            rows = min(max(height // self.group, 1), self.q_len)
-            if not found or rows < found[-1][1]:
-                visited = self._visited(rows)
-                found.append((visited * cost, rows, visited))
-        cost, rows, visited = min(found, key=lambda item: item[0])
-        stacked = self._stacked()
-        if stacked is not None and stacked[0] < cost:
-            return self._with(stacked[1])
-        return self._with(TileShape.of(self, rows, max(visited, BLOCK)))
-
-    def _stacked(self) -> tuple[float, TileShape] | None:
-        """The shape of stacks and its cost, if tile rows from all over stand alike to their keys."""
-        rows = max(BLOCK // self.group, 1)
-        last = self.q_len // rows - 2
-        if self.small or self.gathers or self.schedule.per_head or last < STACK or rows * self.group != BLOCK:
-            return None
-        visited, apart = 0, 0
-        part, shape = (0, self.batch, 0, self.heads), TileShape(rows, KEYS, 1)
-        for place in range(1, 2 * SAMPLES, 2):
-            tile = last * place // (2 * SAMPLES)
-            one, two = (list(self.rectangles(number, part, shape)) for number in (tile, tile + 1))
-            apart += len(one) > 1 or len(two) > 1 or not alike(one[0][1], two[0][1], rows)
-            visited += seen_keys(one[0][1])
-        if apart > SAMPLES // 4:
-            return None
-        visited //= SAMPLES
-        keys = min(max(visited, BLOCK), KEYS)
-        depth = CACHE // (BLOCK * keys * self.dtype.itemsize)
-        whole = math.ceil(self.q_len / (rows * depth)) * self.batch * self.kv_heads
-        if depth < 2 or whole < 4 * self.threads:
-            return None
-        return visited * STACKED, TileShape(rows, KEYS, 1, depth)
+        """The problem with the tile shape that fits its schedule."""
+        return self._with(chosen(self))
 
     def _with(self, shape: TileShape) -> Problem:
         """The problem with a tile shape; what was computed of it holds for any."""
         result = replace(self, shape=shape)
         result.__dict__.update({**self.__dict__, "shape": shape})
         return result
-
-    def _visited(self, rows: int) -> int:
-        """How many keys a tile of so many rows sees, on average: over four places where the schedule says it."""
-        if self.gathers and self.claims is not None:
-            return int(self.claims.visited(rows) * BLOCK)
-        last = (self.q_len - 1) // rows
-        visited = 0
-        for eighths in (1, 3, 5, 7):
-            tile, part = last * eighths // 8, (0, self.batch, 0, self.heads)
-            for (b0, b1, h0, h1), seen in self.rectangles(tile, part, TileShape(rows, KEYS, 1)):
-                visited += (b1 - b0) * (h1 - h0) * seen_keys(seen)
-        return visited // (4 * self.batch * self.heads)
 
     def spread(self, work: Callable[[Iterator[T]], None], items: Iterator[T], pieces: int) -> None:
         """Run `work` over so many independent items: on all threads or, where the items are too few, with torch's."""
@@ -361,9 +216,9 @@ class Problem:
 
     def _pieces(self, b: int, h: int, start: int, stop: int, keys: int) -> tuple[Piece, ...]:
         """What the rows `[start, stop)` of a head visit, ascending, in pieces of at most so many keys."""
-        return cut(self._scheduled(b, h, start, stop), keys)
+        return cut(self.scheduled(b, h, start, stop), keys)
 
-    def _scheduled(self, b: int, h: int, start: int, stop: int) -> list[Run]:
+    def scheduled(self, b: int, h: int, start: int, stop: int) -> list[Run]:
         """The runs that the schedule leaves when it is asked block by block, ascending."""
         runs = self._ranges(b, h, start, stop)
         return joined(sorted(block for run in runs for block in self._decided(run, b, h, start, stop)))
@@ -390,62 +245,10 @@ class Problem:
                 yield Run(begin, end, run.masked and not (full is not None and full(*place)))
 
 
-def alike(one: Seen, two: Seen, rows: int) -> bool:
-    """Whether a tile row stands to its keys as the one `rows` queries before: the same keys, or so many further on."""
-    if isinstance(one, Tensor) or isinstance(two, Tensor) or len(one) != len(two):
-        return False
-    return all(b in (a, a.moved(rows)) for a, b in zip(one, two, strict=True))
-
-
-def seen_keys(seen: Seen) -> int:
-    """How many keys a tile computes."""
-    if isinstance(seen, Tensor):
-        return int((seen > EMPTY).sum(-1).amax()) * BLOCK
-    return sum(piece.end - piece.begin for piece in seen)
-
-
 def _four(x: Any, like: Tensor) -> Tensor:
     """A side as a tensor of four axes; it may be a number."""
     side: Tensor = torch.as_tensor(x)
     return side if side.dim() == like.dim() else side.view(1, 1, 1, 1)
-
-
-def cut(runs: Iterable[Run], keys: int) -> tuple[Piece, ...]:
-    """The runs in pieces of at most so many keys, near ones joined."""
-    result: list[Piece] = []
-    for begin, end, masked in (part for run in runs for part in parts(run, keys)):
-        ranges: Ranges = ((begin, end),) if masked else ()
-        if result and result[-1].end == begin and end - result[-1].begin <= keys:
-            first, _, before = result.pop()
-            begin, ranges = first, _linked(before, ranges)
-        result.append(Piece(begin, end, ranges))
-    return tuple(result)
-
-
-def joined(runs: Iterable[Run]) -> list[Run]:
-    """Adjacent runs of one kind made one."""
-    result: list[Run] = []
-    for run in runs:
-        if result and result[-1].end == run.begin and result[-1].masked == run.masked:
-            result[-1] = Run(result[-1].begin, run.end, run.masked)
-        else:
-            result.append(run)
-    return result
-
-
-def parts(run: Run, keys: int) -> Iterator[Run]:
-    """The run in parts of at most `keys`, about equal, that begin at blocks."""
-    count = -(-(run.end - run.begin) // keys)
-    step = math.ceil((run.end - run.begin) / (count * BLOCK)) * BLOCK
-    for begin in range(run.begin, run.end, step):
-        yield Run(begin, min(begin + step, run.end), run.masked)
-
-
-def _linked(before: Ranges, after: Ranges) -> Ranges:
-    """Ranges and those that follow, adjacent ones made one."""
-    if before and after and before[-1][1] == after[0][0]:
-        return (*before[:-1], (before[-1][0], after[0][1]), *after[1:])
-    return before + after
 
 
 def _equal(rows: Sequence[tuple[Piece, ...]]) -> Iterator[tuple[int, int]]:

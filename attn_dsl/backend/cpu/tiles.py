@@ -13,7 +13,8 @@ from torch import Tensor
 
 from attn_dsl.backend.cpu.claims import EMPTY, FULL, PARTIAL
 from attn_dsl.backend.cpu.functions import Emitted, MaskFunctions
-from attn_dsl.backend.cpu.problem import BLOCK, Part, Problem, Seen, alike
+from attn_dsl.backend.cpu.pieces import BLOCK, Seen, alike
+from attn_dsl.backend.cpu.problem import Part, Problem
 from attn_dsl.backend.cpu.relative import antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
 
