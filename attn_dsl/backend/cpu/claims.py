@@ -9,6 +9,7 @@ That takes O(Q + KV) for the sides and a few operations for each tile; no pair i
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,7 @@ class Claims:
     tensors: Mapping[str, Tensor]
     block: int
     blocks: int
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     _decided_at: tuple[int, int, int] | None = None
     _codes: Tensor = field(default_factory=lambda: torch.empty(0))
     _known: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
@@ -86,12 +88,13 @@ class Claims:
         parts = height // unit
         size = max(CELLS // (self._cells * MOST), 1) * MOST if MOST % parts == 0 else parts
         chunk, place = divmod(tile * parts, size)
-        if self._known.get((height, size, chunk)) is None:
-            if self._decided_at != (unit, size, chunk):
-                self._decided_at, self._codes = (unit, size, chunk), self._decided(chunk * size, size, unit)
-                self._known.clear()
-            self._known[height, size, chunk] = _joined(self._codes, parts)
-        return self._known[height, size, chunk], place // parts
+        with self._lock:  # threads of a backward pass walk tile rows of their own
+            if (height, size, chunk) not in self._known:
+                if self._decided_at != (unit, size, chunk):
+                    self._decided_at, self._codes = (unit, size, chunk), self._decided(chunk * size, size, unit)
+                    self._known.clear()
+                self._known[height, size, chunk] = _joined(self._codes, parts)
+            return self._known[height, size, chunk], place // parts
 
     @cached_property
     def _cells(self) -> int:
