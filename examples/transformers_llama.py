@@ -1,6 +1,6 @@
 """A Llama of Hugging Face's transformers whose attention is a `.attn` text, through the library's own registry.
 
-    pip install transformers
+    pip install 'attn-dsl[transformers]'
     python examples/transformers_llama.py
     python examples/transformers_llama.py --device cuda --dtype bfloat16 --layers 16 --width 2048
 
