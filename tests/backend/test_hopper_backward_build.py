@@ -22,8 +22,8 @@ from attn_dsl.backend.portable.launch import Call
 
 def call(of: Program, dim: int, length: int = 256, heads: int = 4, device: str = "meta") -> Call:
     query = torch.empty(1, heads, length, dim, dtype=torch.bfloat16, device=device)
-    tensors = tuple(torch.empty(heads, device=device) for _ in of.variant.tensors)
-    known = {"cap": 20.0, "window": 100}
+    tensors = tuple(torch.empty((heads, 257)[: len(x.extents)], device=device) for x in of.variant.tensors)
+    known = {"cap": 20.0, "window": 100, "reach": 128}
     return Call(query, query, query, tuple(known[p.name] for p in of.variant.parameters), tensors, (), 0.1)
 
 
@@ -42,6 +42,15 @@ def test_scores_leave_the_preferred_configuration_sound(name: str) -> None:
     of = program_of(name)
     choice = launch_backward.Kernels(of.kernels).choice(call(of, 128), compile=compile_ahead)
     assert choice.config == candidates(128, 128)[0], choice.rejected
+
+
+@pytest.mark.parametrize(("name", "captured"), [("softcap", "cap"), ("t5_bias", "table")])
+def test_sums_on_the_way_leave_some_configuration_sound(name: str, captured: str) -> None:
+    of = program_of(name)
+    kernels = launch_backward.Kernels(of.kernels)
+    assert kernels.fusable(frozenset({captured})) == {captured}
+    choice = kernels.choice(call(of, 128), compile=compile_ahead, fused=frozenset({captured}))
+    assert choice.build is not None and choice.build.spilled <= launch_backward.SPILLS, choice.rejected
 
 
 def test_an_order_leaves_some_configuration_sound() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -91,6 +92,37 @@ def test_head_dimensions(name: str, dims: tuple[int, int]) -> None:
 def test_lengths_and_offsets(name: str, dim: int, lengths: tuple[int, ...]) -> None:
     q_len, kv_len, *start = lengths
     check(larger(name, Q=q_len, KV=kv_len, q_offset=start[0] if start else 0, D=dim, DV=dim))
+
+
+EDGES = [edge + off for edge in (64, 128, 192, 256, 512, 1024, 2048, 4096) for off in (-1, 0, 1)]
+LENGTHS = sorted({1, 2, 3, 5, 8, 13, 21, 34, *EDGES, *random.Random(0).sample(range(65, 4096), 32)})
+
+
+def dense(inputs: list[Tensor], upstream: Tensor, causal: bool, dtype: torch.dtype) -> list[Tensor]:
+    """The output and the gradients of query, key and value, every operation in `dtype`."""
+    query, key, value = (x.detach().to(dtype).requires_grad_() for x in inputs)
+    score = query @ key.mT / query.shape[3] ** 0.5
+    if causal:
+        score = score.masked_fill(torch.ones(score.shape[2:], dtype=torch.bool, device="cuda").triu(1), -torch.inf)
+    out = score.softmax(-1) @ value
+    return [out.detach(), *torch.autograd.grad(out, (query, key, value), upstream.to(dtype))]
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "noop"])
+def test_lengths_from_1_to_4097(name: str, dim: int) -> None:
+    attention = attn_dsl.compile(name)
+    for length in LENGTHS:
+        inputs = [torch.randn(1, 2, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        upstream, leaves = torch.randn_like(inputs[0]), [x.clone().requires_grad_() for x in inputs]
+        bound = attention._binder.bind(*leaves, None, 0, {})
+        out, _ = operators.attention(attention._executable, bound, Options("hopper"))
+        found = [out, *torch.autograd.grad(out, leaves, upstream)]
+        truth = dense(inputs, upstream, name == "causal", torch.float64)
+        eager = dense(inputs, upstream, name == "causal", torch.bfloat16)
+        for what, a, b, c in zip(("out", *INPUTS), found, truth, eager, strict=True):
+            ours, theirs = ((x.double() - b).norm().item() for x in (a, c))
+            assert ours <= 1.1 * theirs + 2e-3 * b.norm().item() + 1e-4, (what, length, ours, theirs)
 
 
 @pytest.mark.parametrize("dim", [64, 128])
