@@ -39,7 +39,7 @@ from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
-from attn_dsl.ir.nodes import Node, Param, Size, Var, post_order
+from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.schedule import derive_schedule
 from attn_dsl.passes.specialize import saturations
