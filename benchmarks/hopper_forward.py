@@ -214,6 +214,8 @@ def timings() -> Iterator[Case]:
     for variant in ("noop", "causal"):
         yield Case(variant, dim=64, heads=32)
         yield Case(variant, dim=256, batch=4)
+    for dim in (80, 96, 192):  # of no tile shape of their own
+        yield Case("causal", dim=dim)
 
 
 def configurations() -> Iterator[tuple[Case, Config, int | None]]:
@@ -390,7 +392,7 @@ def tasks(part: str, options: argparse.Namespace) -> list[Task]:
     wanted = options.only.split(",") if options.only else None
 
     def keep(case: Case) -> bool:
-        return wanted is None or case.variant in wanted
+        return wanted is None or case.variant in wanted or f"{case.variant}:{case.dim}" in wanted
 
     if part == "check":
         return [Task(str(c), functools.partial(check, c), (c, None)) for c in checks() if keep(c)]
@@ -461,7 +463,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=["check", "time", "configs"])
     parser.add_argument("--limit", type=float, default=460, help="seconds for everything")
-    parser.add_argument("--only", default="", help="variants, separated by commas")
+    parser.add_argument("--only", default="", help="variants, or as causal:96, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
