@@ -213,6 +213,8 @@ def reordered(program: Program, call: Call, options: Options) -> Ordered | None:
 def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    if grad.dtype is like.dtype and grad.shape == like.shape and grad.device == like.device and grad.is_contiguous():
+        return grad
     return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
 
 
@@ -281,8 +283,12 @@ def _gpu_backward(
 
     out, lse, shifted = outputs
     device = call.query.device
-    leaves = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
-    bound = replace(portable_call(program, replace(call, parameters=leaves), options), results=results)
+    if any(isinstance(x, Tensor) for x in call.parameters.values()):
+        leaves = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in call.parameters.items()}
+        call = replace(call, parameters=leaves)
+    bound = portable_call(program, call, options)
+    if results:
+        bound = replace(bound, results=results)
     shifted = shifted if program.has_row_term else lse
     found = backward(program, bound, options, out, shifted, grad_out, grad_lse, wanted)
     return Gradients(found.query, found.key, found.value, found.captured)
