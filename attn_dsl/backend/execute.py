@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.order import Residues
     from attn_dsl.passes.order_by_data import Sorted
+    from attn_dsl.passes.order_grid import Strips
     from attn_dsl.passes.prove import Proof
 
 CPU, GPU, PORTABLE, HOPPER, DECODE = "cpu", "gpu", "portable", "hopper", "decode"
@@ -73,12 +74,14 @@ class Program:
         self.binder = Binder(variant)
         self.reordered: dict[tuple[Any, ...], Program] = {}
         """This program in other orders of positions, by what tells them apart."""
+        self.strips: tuple[Strips, int] | None = None
+        """Of what grid, with how many columns of keys, where the program is one over strips of it."""
         self.choices: dict[tuple[Any, ...], Choice] = {}
         """Which order calls take, by kind."""
         self._proof = proof
 
     @functools.cached_property
-    def orders(self) -> tuple[Residues | Sorted, ...]:
+    def orders(self) -> tuple[Residues | Sorted | Strips, ...]:
         """The orders of positions that the mask speaks of."""
         from attn_dsl.passes.order import residues
         from attn_dsl.passes.order_by_data import sorts
@@ -100,7 +103,7 @@ class Program:
     def hopper(self) -> HopperKernels:
         from attn_dsl.backend.hopper.launch import Kernels
 
-        return Kernels(self.kernels)
+        return Kernels(self.kernels, None if self.strips is None else self.strips[0].boxes(self.strips[1]))
 
     @functools.cached_property
     def hopper_backward(self) -> HopperBackwardKernels:
@@ -313,6 +316,7 @@ def portable_call(program: Program, call: Call, options: Options) -> PortableCal
         options.float32_precision,
         chosen(program, query, value, _capability(query.device)) if query.is_cuda else None,
         dims=(sizes["B"], sizes["H"], sizes["HK"], sizes["Q"], sizes["KV"], sizes["D"]),
+        grid=None if program.strips is None else program.strips[0].grid(program.strips[1], call.parameters),
     )
 
 

@@ -62,6 +62,7 @@ def forward(program: execute.Program, call: portable.Call, backend: str) -> tupl
         return launch.forward(program.hopper, call, config=found.choice.config)
     if backend == HOPPER:
         raise BindingError(f"the Hopper kernels do not take the call: {found.reason}")
+    assert call.grid is None, "boxes are for the Hopper kernels"
     return portable.forward(program.kernels, call)
 
 
@@ -92,6 +93,13 @@ def route(
         return Route(PORTABLE, reason)
     choice = program.hopper.choice(call, compile)
     return Route(PORTABLE if choice.config is None else HOPPER, choice.reason, choice)
+
+
+def takes_grids(program: execute.Program, call: portable.Call) -> bool:
+    """Whether the Hopper forward kernel takes a call over strips of a grid."""
+    if unavailable(_capability(call.query.device)) is not None:
+        return False
+    return route(program, call, decodes=False).backend == HOPPER
 
 
 @dataclass(frozen=True)
@@ -227,12 +235,13 @@ def explain(program: Program, call: Call) -> str:
         lines[0] += f"; {ordered.laid_out}"
         of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
-    back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     capability = _capability(call.query.device)
-    lines += [
-        describe(of, bound, route(of, bound, decodes=ordered is None), capability),
-        describe_backward(of, bound, back, capability),
-    ]
+    lines.append(describe(of, bound, route(of, bound, decodes=ordered is None), capability))
+    if ordered and not ordered.layout.both_passes:
+        of = execute.program_for(program.variant, program.proof)
+        bound = execute.portable_call(of, call, Options(GPU))
+    back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
+    lines.append(describe_backward(of, bound, back, capability))
     return "\n".join(lines)
 
 

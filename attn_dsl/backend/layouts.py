@@ -2,6 +2,7 @@
 
 `Classes`      residue classes, by strides alone
 `Permutation`  positions as a sort has them, by one copy
+`Grid`         strips of a grid, which the Hopper forward kernel reads in boxes
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from attn_dsl.passes.order import Place
 
 
 class Layout(Protocol):
-    """An order of the positions of queries and, where `keys` is said, of keys."""
+    """An order of the positions of queries and, where `keys` is said, of keys.
+
+    both_passes: the backward pass takes it as well as the forward.
+    """
+
+    @property
+    def both_passes(self) -> bool: ...
 
     def is_view(self, x: Tensor) -> bool:
         """Whether strides alone can say it."""
@@ -46,6 +53,7 @@ class Classes:
     count: int
     place: Place
     batch: int
+    both_passes: bool = True
 
     def is_view(self, x: Tensor) -> bool:
         (batch, heads, rows, _), stride = x.shape, x.stride()
@@ -120,6 +128,7 @@ class Permutation:
 
     queries: Tensor
     keys: Tensor
+    both_passes: bool = True
 
     def is_view(self, x: Tensor) -> bool:
         return False
@@ -138,6 +147,36 @@ class Permutation:
         if x.dim() == 4:
             return _permuted(x, index, scatter=True)
         return torch.empty_like(x).scatter_(2, index.expand(x.shape), x)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tensors as they are, which a kernel reads in boxes; its lines are those of strips, the heads of each together.
+
+    width: of the grid. columns: of queries in a strip.
+    """
+
+    width: int
+    columns: int
+    both_passes: bool = False
+
+    def is_view(self, x: Tensor) -> bool:
+        return True
+
+    def split(self, x: Tensor, *, keys: bool = False) -> Tensor:
+        return x
+
+    def split_line(self, x: Tensor, filler: float) -> Tensor:
+        raise NotImplementedError("the backward pass takes the order as given")
+
+    def target(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        made = like.new_empty(*shape)
+        return made, made
+
+    def join(self, x: Tensor, rows: int, *, keys: bool = False) -> Tensor:
+        strips = -(-self.width // self.columns)
+        x = x.view(x.shape[0], strips, -1, x.shape[2] // self.columns, self.columns)  # [B, strip, H, y, x]
+        return x.permute(0, 2, 3, 1, 4).flatten(3, 4)[..., : self.width].flatten(2, 3)
 
 
 def _permuted(x: Tensor, index: Tensor, *, scatter: bool) -> Tensor:

@@ -19,11 +19,23 @@ from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cost import visited_tiles
 from attn_dsl.backend.cpu.functions import schedule_functions
-from attn_dsl.backend.execute import CPU, DECODE, GPU, Gradients, Options, Outputs, Program, portable_call, program_for
-from attn_dsl.backend.layouts import Classes, Layout, Permutation
+from attn_dsl.backend.execute import (
+    CPU,
+    DECODE,
+    GPU,
+    HOPPER,
+    Gradients,
+    Options,
+    Outputs,
+    Program,
+    portable_call,
+    program_for,
+)
+from attn_dsl.backend.layouts import Classes, Grid, Layout, Permutation
 from attn_dsl.ir.infix import infix
 from attn_dsl.passes.order import Place, Residues, number
 from attn_dsl.passes.order_by_data import Sorted
+from attn_dsl.passes.order_grid import QUERY_COLUMNS, Strips
 
 if TYPE_CHECKING:  # it loads Triton
     from attn_dsl.backend.portable.launch import Call as PortableCall
@@ -32,6 +44,8 @@ BLOCK = (128, 128)
 """The tile shape for which visited pairs are counted."""
 GAIN = 0.9
 """An order must leave so much of the pairs that are visited without it, or less."""
+KEY_COLUMNS = (32, 64, 128)
+"""Of a box of keys, which holds as many rows as make a tile of them."""
 SHORT = 512
 """Fewer keys are few tiles in any order."""
 KEPT = 4096
@@ -48,6 +62,7 @@ class Ordered:
     program: Program
     call: Call
     given: Call
+    outer: Program
     options: Options
 
     @property
@@ -75,6 +90,8 @@ class Ordered:
         self, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None, wanted: frozenset[str]
     ) -> Gradients:
         layout, given = self.layout, self.given
+        if not layout.both_passes:
+            return execute.run_backward(self.outer, given, self.options, outputs, grad_out, grad_lse, wanted)
         out, lse, shifted = outputs
         lines = [layout.split_line(x, float("-inf")) if x.numel() else x for x in (lse, shifted)]
         grad_lse = None if grad_lse is None else layout.split_line(grad_lse, 0.0)
@@ -149,9 +166,12 @@ class Replay:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was decided for a kind of call: an order, or none, and why. count: of residue classes."""
+    """What was decided for a kind of call: an order, or none, and why.
 
-    order: Residues | Sorted | None
+    count: of residue classes, or of columns of keys in a strip.
+    """
+
+    order: Residues | Sorted | Strips | None
     why: str
     count: int = 1
 
@@ -163,6 +183,9 @@ def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
         case Residues() as order:
             assert found is not None
             return _in_classes(order, program, call, options, found.count)
+        case Strips() as order:
+            assert found is not None
+            return _in_strips(order, program, call, options, found.count)
         case Sorted() as order:
             return _by_data(order, program, call, options)
         case None:
@@ -190,7 +213,7 @@ def _decided(program: Program, call: Call, options: Options) -> Choice:
         return Choice(None, "as given, for few queries")
     before = _visited(program, call.sizes, call.parameters, call.q_offset)
     best, least = Choice(None, "as given: no other visits fewer pairs"), None if before is None else before * GAIN
-    for found, after in _classes(program, call):
+    for found, after in (*_classes(program, call), *_strips(program, call, options)):
         if least is None or (after is not None and after < least):
             saved = "" if before is None or after is None else f": {after:,} pairs visited instead of {before:,}"
             best, least = replace(found, why=found.why + saved), after
@@ -219,6 +242,30 @@ def _classes(program: Program, call: Call) -> Iterator[tuple[Choice, int | None]
         pairs = _visited(inner, sizes, {**call.parameters, **_named(order, call)}, start // count)
         what = f"{count} residue classes of {infix(order.modulus)}"
         yield Choice(order, what, count), None if pairs is None else pairs * call.sizes["B"]
+
+
+def _strips(program: Program, call: Call, options: Options) -> Iterator[tuple[Choice, int | None]]:
+    """Choices of strips of a grid, for the Hopper forward kernel, and the pairs that each visits."""
+    if options.backend not in (GPU, HOPPER) or call.q_offset or not call.query.is_cuda:
+        return
+    from attn_dsl.backend.gpu import takes_grids
+
+    sizes = call.sizes
+    for order in program.orders:
+        width = number(order.width, call.parameters) if isinstance(order, Strips) else None
+        if not isinstance(order, Strips) or width is None or width < 1 or sizes["Q"] % width or sizes["KV"] % width:
+            continue
+        columns = next((n for n in KEY_COLUMNS if order.starts(width, n, call.parameters) is not None), None)
+        if columns is None:
+            continue
+        laid = _in_strips(order, program, call, options, columns)
+        if not takes_grids(laid.program, portable_call(laid.program, laid.call, options)):
+            continue
+        known = {**laid.call.parameters, order.name("H"): 1}  # strips differ, and heads do not
+        strips = -(-width // QUERY_COLUMNS)
+        pairs = _visited(laid.program, {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}, known, 0)
+        what = f"{strips} strips of the grid of {infix(order.width)} columns, keys in boxes of {columns} columns"
+        yield Choice(order, what, columns), None if pairs is None else pairs * sizes["B"] * sizes["H"]
 
 
 def _sorts(program: Program, call: Call) -> Iterator[Choice]:
@@ -254,12 +301,13 @@ def _in_classes(order: Residues, program: Program, call: Call, options: Options,
     assert isinstance(call.q_offset, int)
     known = {**_named(order, call), **call.parameters}
     parameters = {parameter.name: known[parameter.name] for parameter in inner.variant.parameters}
-    return _laid_out(layout, inner, call, options, parameters, call.tensors, call.q_offset // count)
+    return _laid_out(layout, inner, program, call, options, parameters, call.tensors, call.q_offset // count)
 
 
 def _laid_out(
     layout: Layout,
     inner: Program,
+    outer: Program,
     call: Call,
     options: Options,
     parameters: Mapping[str, Any],
@@ -280,7 +328,7 @@ def _laid_out(
         tensors={tensor.name: tensors[tensor.name] for tensor in inner.variant.tensors},
         q_offset=q_offset,
     )
-    return Ordered(layout, inner, bound, call, options)
+    return Ordered(layout, inner, bound, call, outer, options)
 
 
 def _named(order: Residues, call: Call) -> dict[str, int]:
@@ -309,6 +357,28 @@ def _program(program: Program, order: Residues, place: Place, ragged: bool) -> P
     return program.reordered[key]
 
 
+# ---------------------------------------------------------------- strips of a grid
+
+
+def _in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int) -> Ordered:
+    key = (order.width, columns)
+    if key not in program.reordered:
+        inner = program.reordered[key] = program_for(order.reordered(columns, ragged=False))
+        inner.strips = order, columns
+    inner, sizes = program.reordered[key], call.sizes
+    width = number(order.width, call.parameters)
+    assert width is not None
+    strips = -(-width // QUERY_COLUMNS)
+    lengths = {"Q": sizes["Q"] // width * QUERY_COLUMNS, "KV": sizes["KV"] // width * columns}
+    known = {**{order.name(name): size for name, size in sizes.items()}, order.name("lead"): 0, **call.parameters}
+    bound = replace(
+        call,
+        sizes={**sizes, **lengths, "H": strips * sizes["H"], "HK": strips * sizes["HK"]},
+        parameters={parameter.name: known[parameter.name] for parameter in inner.variant.parameters},
+    )
+    return Ordered(Grid(width, QUERY_COLUMNS), inner, bound, call, program, options)
+
+
 # ---------------------------------------------------------------- orders by data
 
 
@@ -320,7 +390,7 @@ def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> O
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     layout = Permutation(_spread(order, found.order, kv_heads, heads), _spread(order, found.order, kv_heads, kv_heads))
     tensors = {**call.tensors, order.sorted_name: found.elements, order.order_name: found.places}
-    return _laid_out(layout, program.reordered[key], call, options, call.parameters, tensors, 0)
+    return _laid_out(layout, program.reordered[key], program, call, options, call.parameters, tensors, 0)
 
 
 def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:

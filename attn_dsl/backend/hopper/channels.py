@@ -1,11 +1,20 @@
 """What the producer and the consumers of a Hopper kernel hand each other: rings of tiles, and a board of turns."""
 
-# ruff: noqa: RUF005 (tuples as Triton knows them)
+# ruff: noqa: RET505, RUF005 (static conditions and tuples as Triton knows them)
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
+
+
+@gluon.jit
+def corner(first):
+    """Coordinates of a block of whole rows that begins at (batch, head, row) or, in a grid, (batch, head, y, x)."""
+    if len(first) == 3:
+        return [first[0], first[1], first[2], 0]
+    else:
+        return [first[0], first[1], first[2], first[3], 0]
 
 
 @aggregate
@@ -25,7 +34,10 @@ class Ring:
     @gluon.jit
     def tile(self, place):
         """[rows, columns] of a place."""
-        return self.tiles.index(place).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+        if len(self.tiles.shape) == 5:
+            return self.tiles.index(place).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+        else:
+            return self.tiles.index(place).reshape([self.tiles.shape[3] * self.tiles.shape[4], self.tiles.shape[5]])
 
     @gluon.jit
     def wait(self, place, round):
@@ -37,11 +49,11 @@ class Ring:
         mbarrier.arrive(self.free.index(place), count=1)
 
     @gluon.jit
-    def load(self, place, round, descriptor, b, h, row):
-        """Fill the place for the `round`-th time, with the rows from `row` on, once its consumers have freed it."""
+    def load(self, place, round, descriptor, first):
+        """Fill the place for the `round`-th time, with what begins at `first`, once its consumers have freed it."""
         mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
         mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(descriptor, [b, h, row, 0], self.full.index(place), self.tiles.index(place))
+        tma.async_copy_global_to_shared(descriptor, corner(first), self.full.index(place), self.tiles.index(place))
 
 
 @gluon.jit

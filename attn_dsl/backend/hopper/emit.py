@@ -40,6 +40,7 @@ from attn_dsl.ir.nodes import (
 )
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.monotone import K0, Q0
+from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import Schedule
 from attn_dsl.passes.separate import Terms, separate
 from attn_dsl.passes.specialize import Saturation
@@ -50,6 +51,8 @@ ROWS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "rows", "scalars", "tensors")
 BOUND = ("b", "h", "q", "inside: tl.constexpr", "uniform", "rows", "scalars", "tensors")
 TILE = ("b", "h", "q0", "k0", "uniform", "scalars", "tensors")
+QUERY_BOX = ("b", "h", "q", "scalars", "tensors")
+KEY_BOX = ("b", "h", "k", "scalars", "tensors")
 RANGES = ("b", "h", "q0", "q1", "q_offset", "block", "scalars", "tensors")
 
 
@@ -101,11 +104,12 @@ def emit_module(
     fast_tanh: bool = True,
     saturations: Sequence[Saturation] = (),
     bounded: bool = False,
+    boxes: Boxes | None = None,
 ) -> Emitted:
     """The functions of a variant; `positive` are the parameters (and the softmax scale) known to be > 0 in the call.
 
     `saturations` are those that the schedule was derived with. `bounded` says that the `reach` of the logits may stand
-    in for the maximum of each row: the function `peak` is then there.
+    in for the maximum of each row: the function `peak` is then there. `boxes` are those of a grid.
     """
     plain_signature = Signature.of(variant)
     signature = Signature((*plain_signature.scalars, SCALE), plain_signature.tensors)
@@ -146,6 +150,9 @@ def emit_module(
             module.add(name, BOUND, bound)
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
+    if boxes is not None:
+        module.add("query_box", QUERY_BOX, boxes.query)
+        module.add("key_box", KEY_BOX, boxes.key)
     segments = schedule.kv.segments
     masked = tuple((s.begin, s.end) for s in segments if s.masked)
     module.add("kv_ranges", RANGES, (masked, tuple((s.begin, s.end) for s in segments if not s.masked)))

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.channels import Board, Ring, board, ring
+from attn_dsl.backend.hopper.channels import Board, Ring, board, corner, ring
 from attn_dsl.backend.hopper.device import (
     between,
     columns,
@@ -101,11 +101,14 @@ class Functions:
     ROW_TERM: gl.constexpr
     SINK: gl.constexpr
     KV_RANGES: gl.constexpr
+    QUERY_BOX: gl.constexpr
+    KEY_BOX: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
-        self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES
-    ):
+        self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES,
+        QUERY_BOX, KEY_BOX
+    ):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
         self.ROWS = gl.constexpr(ROWS)
@@ -120,11 +123,13 @@ class Functions:
         self.ROW_TERM = gl.constexpr(ROW_TERM)
         self.SINK = gl.constexpr(SINK)
         self.KV_RANGES = gl.constexpr(KV_RANGES)
+        self.QUERY_BOX = gl.constexpr(QUERY_BOX)
+        self.KEY_BOX = gl.constexpr(KEY_BOX)
 
 
 @aggregate
 class Memory:
-    """Descriptors of `[B, H, S, D]` in global memory, and buffers in shared memory.
+    """Descriptors of `[B, H, S, D]` or, of a grid, `[B, H, Y, X, D]` in global memory, and buffers in shared memory.
 
     `queries` has a place for each warpgroup, filled once a query tile; `keys` and `values` are rings of key tiles.
     """
@@ -288,6 +293,15 @@ def _visits(shape, f, tile, b, h, start, scalars, tensors):
 
 
 @gluon.jit
+def _at(BOX: gl.constexpr, b, h, row, scalars, tensors):
+    """Where a tile begins whose first row is `row` of a head: in a grid, what BOX makes of it, (head, y, x)."""
+    if BOX is None:
+        return (b, h, row)
+    else:
+        return (b,) + BOX(b, h, row, scalars, tensors)
+
+
+@gluon.jit
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it: S(i) comes before O += P(i-1) V(i-1)."""
     scalars, tensors = problem.scalars(), problem.captured()
@@ -304,20 +318,25 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
         row = visits.nth(0) * shape.KEYS
-        memory.keys.load(passed % shape.STAGES, passed // shape.STAGES, memory.key, b, hk, row)
+        begin = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
+        memory.keys.load(passed % shape.STAGES, passed // shape.STAGES, memory.key, begin)
         for g in gl.static_range(shape.GROUPS):
-            memory.queries.load(g, turn, memory.query, b, h, (tile * shape.GROUPS + g) * shape.ROWS)
+            begin = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + g) * shape.ROWS, scalars, tensors)
+            memory.queries.load(g, turn, memory.query, begin)
         for n in range(1, visits.tiles):
             at = passed + n
             following = visits.nth(n) * shape.KEYS
-            memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, b, hk, following)
-            memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, b, hk, row)
+            ahead = _at(f.KEY_BOX, b, hk, following, scalars, tensors)
+            memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, ahead)
+            here = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
+            memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, here)
             row = following
         number = memory.board.following(total)  # while the consumers have two tiles of keys left
         turn += 1
         passed += visits.tiles
         at = passed - 1
-        memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, b, hk, row)
+        last = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
+        memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, last)
     memory.board.write(turn, -1, 0, 0)
 
 
@@ -567,7 +586,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         inverse = _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP)
         acc, inverse = warpgroup_mma_wait(0, deps=[output, inverse])
         memory.values.release((passed - 1) % shape.STAGES)
-        _store(shape, memory, acc * per_row(inverse, shape.OUTPUT), turn, GROUP)
+        _store(shape, f, memory, acc * per_row(inverse, shape.OUTPUT), turn, scalars, tensors, GROUP)
         memory.board.release(turn)
         turn += 1
         memory.board.wait(turn)
@@ -595,7 +614,7 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
 
 
 @gluon.jit
-def _store(shape, memory, acc, turn, GROUP: gl.constexpr):
+def _store(shape, f, memory, acc, turn, scalars, tensors, GROUP: gl.constexpr):
     """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
     tile, b, h = memory.board.read(turn)
     staging = memory.staging.index(GROUP)
@@ -603,7 +622,8 @@ def _store(shape, memory, acc, turn, GROUP: gl.constexpr):
         tma.store_wait(0)  # of the tile before
     staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(memory.out, [b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, 0], staging)
+    first = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, scalars, tensors)
+    tma.async_copy_shared_to_global(memory.out, corner(first), staging)
     if not shape.OWN_OUTPUT:
         tma.store_wait(0)
         memory.queries.release(GROUP)
@@ -622,15 +642,18 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       SINK: gl.constexpr, KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                       GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
                       PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
-                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr):  # fmt: skip
+                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, QUERY_BOX: gl.constexpr = None,
+                      KEY_BOX: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
     (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
     pointer to [B], `section` how many heads run side by side, `counter` a zero (see `Board`). Positions are 32-bit.
+    QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`).
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE)
-    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES)
+    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES,
+                  QUERY_BOX, KEY_BOX)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = ring(query, GROUPS, 1)
     keys = ring(key, STAGES, GROUPS)

@@ -41,6 +41,7 @@ from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
+from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import derive_schedule
 from attn_dsl.passes.specialize import saturations
 
@@ -57,7 +58,7 @@ SMALL = 1e-12
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = (
     "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "mask", "row_term",
-    "sink", "kv_ranges",
+    "sink", "kv_ranges", "query_box", "key_box",
 )  # fmt: skip
 _lock = threading.Lock()
 
@@ -89,6 +90,7 @@ class Kernels:
     """The Hopper kernels of a variant: emitted functions, and what was decided for each kind of call."""
 
     portable: portable.Kernels
+    boxes: Boxes | None = None
     choices: dict[tuple[Any, ...], Choice[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,7 +128,7 @@ class Kernels:
     def _emit(self, positive: frozenset[Node], fast_tanh: bool, bounded: bool) -> Emitted:
         return emit_module(
             self.portable.listed[0], self.schedule, positive,
-            fast_tanh=fast_tanh, saturations=self.saturations, bounded=bounded,
+            fast_tanh=fast_tanh, saturations=self.saturations, bounded=bounded, boxes=self.boxes,
         )  # fmt: skip
 
     def _is_bounded(self, call: Call) -> bool:
@@ -274,7 +276,8 @@ class Block(TensorDescriptor):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class BlockShape:
-    """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim].
+    """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim]; of a grid
+    [B, H, Y, X, D] with rows of `width`, boxes of [1, 1, rows // columns, columns, dim].
 
     What a block has beyond the tensor is read as 0 and not written.
     """
@@ -285,12 +288,15 @@ class BlockShape:
     layout: Any
 
     @staticmethod
-    def of(tensor: Tensor, rows: int, dim: int) -> BlockShape:
+    def of(tensor: Tensor, rows: int, dim: int, width: int = 0, columns: int = 0) -> BlockShape:
         # The stride of an axis of one element is never used, but must be one that the copy engine takes.
         strides = [t if n > 1 else 8 for n, t in zip(tensor.shape[:3], tensor.stride()[:3], strict=True)]
-        block = [1, 1, rows, dim]
+        sizes, block = list(tensor.shape), [1, 1, rows, dim]
+        if width:
+            sizes[2:3], block[2:3] = [sizes[2] // width, width], [rows // columns, columns]
+            strides[2:] = [strides[2] * width, strides[2]]
         layout = gl.NVMMASharedLayout.get_default_for(block, _TYPES[tensor.dtype])
-        return BlockShape(list(tensor.shape), [*strides, 1], block, layout)
+        return BlockShape(sizes, [*strides, 1], block, layout)
 
     def __call__(self, tensor: Tensor) -> Block:
         return Block(tensor, self.sizes, self.strides, self.block, self.layout)
@@ -334,7 +340,8 @@ class _Plan:
             key.stride(),
             value.shape,
             value.stride(),
-            call.extents,
+            call.sizes,
+            call.grid,
             query.device,
             call.result_strides,
         )
@@ -347,17 +354,20 @@ class _Plan:
 
     def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
-        batch, heads, q_len, _ = call.query.shape
-        out = call.result("out", (batch, heads, q_len, call.value.shape[3]), "meta")
+        batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
+        out = call.result("out", (*call.query.shape[:3], call.value.shape[3]), "meta")
+        width, of_queries, of_keys = call.grid or (0, 0, 0)
         tiles = batch * heads * -(-q_len // config.rows)
-        section = heads // call.key.shape[1]
+        section = heads // kv_heads
         if self.uneven:
-            bytes = call.key.element_size() * (d + dv) * call.key.shape[2]
+            bytes = call.key.element_size() * (d + dv) * kv_len
             section *= max(1, CACHE // bytes)
         return _Layout(
             min(tiles, multiprocessors(call.query.device)),
-            (BlockShape.of(call.query, ROWS, d), BlockShape.of(call.key, config.keys, d),
-             BlockShape.of(call.value, config.keys, dv), BlockShape.of(out, ROWS, dv)),
+            (BlockShape.of(call.query, ROWS, d, width, of_queries),
+             BlockShape.of(call.key, config.keys, d, width, of_keys),
+             BlockShape.of(call.value, config.keys, dv, width, of_keys),
+             BlockShape.of(out, ROWS, dv, width, of_queries)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
         )  # fmt: skip
 
@@ -384,6 +394,7 @@ class _Launch:
     plan: _Plan
     layout: _Layout
     out: tuple[int, ...]
+    rows: tuple[int, ...]
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[float, int]
@@ -391,11 +402,12 @@ class _Launch:
 
     @staticmethod
     def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
-        out = (*call.query.shape[:3], call.value.shape[3])
+        out, sizes = (*call.query.shape[:3], call.value.shape[3]), call.sizes
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
-        return _Launch(plan, layout, out, numbers, captured, (float(call.scale), section or layout.section), kind)
+        rows, end = (sizes[0], sizes[1], sizes[3]), (float(call.scale), section or layout.section)
+        return _Launch(plan, layout, out, rows, numbers, captured, end, kind)
 
     def __call__(
         self,
@@ -409,7 +421,7 @@ class _Launch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         if out is None:
             out = torch.empty(self.out, dtype=query.dtype, device=query.device)
-        lse = torch.empty(self.out[:3], dtype=torch.float32, device=query.device)
+        lse = torch.empty(self.rows, dtype=torch.float32, device=query.device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])

@@ -36,7 +36,8 @@ class Call:
     extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
     precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`. capability: compute capability to
     compile for, where it is not that of the tensors' device. results: tensors to write `out`, `dq`, `dk` and `dv` to,
-    dense in their last axis; what is not there is written to a new one. dims: (B, H, HK, Q, KV,
+    dense in their last axis; what is not there is written to a new one. grid: positions are those of a grid of so many
+    columns, read in boxes with so many columns of queries and of keys. dims: (B, H, HK, Q, KV,
     D), where the shapes of query and key do not say them.
     """
 
@@ -53,6 +54,7 @@ class Call:
     tiles: Tiles | None = None
     capability: tuple[int, int] | None = None
     results: Mapping[str, Tensor] = field(default_factory=dict)
+    grid: tuple[int, int, int] | None = None
     dims: tuple[int, ...] | None = None
 
     def result(self, name: str, shape: Sequence[int], device: torch.device | str | None = None) -> Tensor:
