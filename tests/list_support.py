@@ -12,6 +12,7 @@ from torch import Tensor
 from variant_cases import Case, Sizes
 
 from attn_dsl.backend.execute import Options, Program, portable_call
+from attn_dsl.backend.portable.host import Call
 from attn_dsl.backend.portable.listing import Lists, Shape, Source, TileList
 from attn_dsl.backend.tile_kinds import Axis, tile_kinds
 from attn_dsl.ir.evaluate import Environment, evaluate
@@ -46,16 +47,9 @@ def listed(
     device: str = "cpu",
 ) -> Listed:
     """By the kernels."""
-    program, s, bindings = parts(problem)
-    bindings = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in bindings.items()}
-    shapes = (s.B, s.H, s.Q, s.D), (s.B, s.HK, s.KV, s.D), (s.B, s.HK, s.KV, s.DV)
-    query, key, value = (torch.zeros(shape, device=device) for shape in shapes)
-    bound = program.binder.bind(query, key, value, None, s.q_offset if q_offset is None else q_offset, bindings)
-    call = portable_call(program, bound, Options("portable"))
-    claims = derive_claims(program.variant, program._proof)
-    made = Lists(program.variant, program.kernels.extents, claims).make(
-        Source.of(call), Shape(*block, transposed), program.kernels.wide(call)
-    )
+    s = parts(problem)[1]
+    program, call = _call(problem, q_offset, device)
+    made = _lists(program).make(Source.of(call), Shape(*block, transposed), program.kernels.wide(call))
     own, other = -(-s.Q // block[0]), -(-s.KV // block[1])
     if transposed:
         own, other = other, own
@@ -71,6 +65,25 @@ def listed(
                     visits[b, h, tile, entries[last - n]] += 1
                     full[b, h, tile, entries[last - n]] = True
     return Listed(made, visits, full)
+
+
+def uniform(problem: Problem, part: tuple[int, int]) -> bool:
+    """Whether the mask is the same for all pairs of each part of a tile."""
+    program, call = _call(problem)
+    return _lists(program).uniform(Source.of(call), *part)
+
+
+def _lists(program: Program) -> Lists:
+    return Lists(program.variant, program.kernels.extents, derive_claims(program.variant, program._proof))
+
+
+def _call(problem: Problem, q_offset: int | Tensor | None = None, device: str = "cpu") -> tuple[Program, Call]:
+    program, s, bindings = parts(problem)
+    bindings = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in bindings.items()}
+    shapes = (s.B, s.H, s.Q, s.D), (s.B, s.HK, s.KV, s.D), (s.B, s.HK, s.KV, s.DV)
+    query, key, value = (torch.zeros(shape, device=device) for shape in shapes)
+    bound = program.binder.bind(query, key, value, None, s.q_offset if q_offset is None else q_offset, bindings)
+    return program, portable_call(program, bound, Options("portable"))
 
 
 def reference(

@@ -72,12 +72,14 @@ class Refinement:
     """Claims about pieces of tiles; where `elements`, only the mask of each pair decides.
 
     divisors: for `q` and `k`, what quotients of the position divide by; a piece must not cross a multiple of one.
+    piecewise: the mask speaks of positions by such quotients alone, so that it is the same for all pairs of a piece.
     """
 
     possible: Node
     certain: Node
     divisors: dict[str, tuple[Node, ...]]
     elements: bool
+    piecewise: bool
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,18 @@ def _refined(variant: Variant, mask: Node, proof: Proof) -> Refinement:
     fine = Intervals(variant, summarize=False)
     possible, certain = _joined(fine, mask, proof)
     divisors = {axis: _divisors(mask, axis) for axis in ("q", "k")}
-    return Refinement(simplify_node(possible), simplify_node(certain), divisors, fine.elements)
+    return Refinement(
+        simplify_node(possible), simplify_node(certain), divisors, fine.elements, _is_piecewise(variant.mask)
+    )
+
+
+def _is_piecewise(mask: Node) -> bool:
+    """Whether positions occur as what a quotient divides, and nowhere else."""
+    for node in post_order(mask):
+        divided = isinstance(node, Binary) and node.op is BinaryOp.FLOORDIV and not varies(node.y)
+        if not divided and any(isinstance(child, Index) and varies(child) for child in node.children):
+            return False
+    return True
 
 
 def _divisors(mask: Node, axis: str) -> tuple[Node, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
 
-from list_support import Listed, listed, reference
+from list_support import Listed, listed, reference, uniform
 from portable_support import compiled
 from variant_cases import Case, Sizes
 
@@ -94,3 +94,21 @@ def test_random_masks_over_random_tensors(seed: int) -> None:
         found = listed((program, sizes, bindings), (16, 8), transposed)
         expected = reference((program, sizes, bindings), (16, 8), transposed)
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("block", "offset", "parts", "expected"),
+    [
+        (64, 0, (64, 64), True),
+        (64, 0, (64, 128), False),
+        (128, 0, (64, 128), True),
+        (64, 32, (64, 64), False),
+        (48, 0, (64, 64), False),
+    ],
+)
+def test_parts_of_tiles_of_which_the_mask_is_the_same(
+    block: int, offset: int, parts: tuple[int, int], expected: bool
+) -> None:
+    of = replace(case("bigbird"), parameters={**READING["bigbird"], "block": block})
+    assert uniform(replace(of, sizes=replace(of.sizes, q_offset=offset)), parts) == expected
+    assert not uniform(case("document"), parts) and not uniform(case("hash_buckets"), parts)

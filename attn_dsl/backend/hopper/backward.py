@@ -55,6 +55,7 @@ class Shape:
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
     LATE        dP begins when P is done, which leaves P and the mask more registers
+    PARTS       the mask is the same for all pairs of a warpgroup's part of a tile
     WIDE        ranges are computed in 64 bits
     FRESH, KEPT so many inner factors of shares are computed with the gradient, and given by the score
     """
@@ -70,6 +71,7 @@ class Shape:
     ASK: gl.constexpr
     ORDERED: gl.constexpr
     LATE: gl.constexpr
+    PARTS: gl.constexpr
     WIDE: gl.constexpr
     FRESH: gl.constexpr
     KEPT: gl.constexpr
@@ -79,8 +81,8 @@ class Shape:
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESH,
-                 KEPT):  # fmt: skip
+    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
+                 FRESH, KEPT):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -93,6 +95,7 @@ class Shape:
         self.ASK = gl.constexpr(ASK)
         self.ORDERED = gl.constexpr(ORDERED)
         self.LATE = gl.constexpr(LATE)
+        self.PARTS = gl.constexpr(PARTS)
         self.WIDE = gl.constexpr(WIDE)
         self.FRESH = gl.constexpr(FRESH)
         self.KEPT = gl.constexpr(KEPT)
@@ -255,8 +258,9 @@ class Head:
     """What the pairs of a warpgroup's keys with one query head have in common.
 
     pair: number of batch and head within the launch; turns: where its key tile begins in the table of that name.
-    k: [64, 1] positions; k0: the first of both warpgroups. `uniform`, `keys`: what the emitted functions of these names
-    gave. `shares`: the gradients of captured tensors, [copies, ...] each, and `copy` the one that this program adds to.
+    k: [64, 1] positions, of which `own` is the first; k0: the first of both warpgroups. `uniform`, `keys`: what the
+    emitted functions of these names gave. `shares`: the gradients of captured tensors, [copies, ...] each, and `copy`
+    the one that this program adds to.
     """
 
     b: gl.tensor
@@ -264,6 +268,7 @@ class Head:
     pair: gl.tensor
     turns: gl.tensor
     k: gl.tensor
+    own: gl.tensor
     k0: gl.tensor
     start: gl.tensor
     q_len: gl.tensor
@@ -279,13 +284,14 @@ class Head:
     copy: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, b, h, pair, turns, k, k0, start, q_len, kv_len, factor, gain, slope, uniform, keys, scalars,
-                 tensors, shares, copy):  # fmt: skip
+    def __init__(self, b, h, pair, turns, k, own, k0, start, q_len, kv_len, factor, gain, slope, uniform, keys,
+                 scalars, tensors, shares, copy):  # fmt: skip
         self.b = b
         self.h = h
         self.pair = pair
         self.turns = turns
         self.k = k
+        self.own = own
         self.k0 = k0
         self.start = start
         self.q_len = q_len
@@ -520,17 +526,32 @@ def _counts_throughout(shape, f, head, first, full):
 
 
 @gluon.jit
-def _counting(shape, f, head, q, found):
+def _end_of_part(f, head, first):
+    """The end of the keys that count of the warpgroup's part of the tile from query `first` on: 0 if it is masked."""
+    keys, found = (), ()
+    if f.KEYS is not None:
+        keys = f.KEYS(head.b, head.h, head.own, False, head.uniform, head.scalars, head.tensors)
+    if f.COLUMNS is not None:
+        found = f.COLUMNS(head.b, head.h, first, False, head.uniform, head.scalars, head.tensors)
+    mask = f.MASK(head.b, head.h, first, head.own, False, head.uniform, keys, found, head.scalars, head.tensors)
+    return gl.where(mask, head.kv_len, 0)
+
+
+@gluon.jit
+def _counting(shape, f, head, first, q, found):
     """Which pairs count, [64, QUERIES] or what spreads to that."""
-    keep = head.k < head.kv_len
-    if f.COLUMNS is not None and f.SCORE is None:  # for the mask alone: full tiles do without
-        found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
-    if f.MASK is not None:
-        mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
-        keep = mask if shape.WHOLE else keep & mask
-    if shape.POSITIONAL:
-        keep = keep & (q < head.start + head.q_len)
-    return keep
+    if shape.PARTS:
+        return head.k < _end_of_part(f, head, first)
+    else:
+        keep = head.k < head.kv_len
+        if f.COLUMNS is not None and f.SCORE is None:  # for the mask alone: full tiles do without
+            found = f.COLUMNS(head.b, head.h, q, False, head.uniform, head.scalars, head.tensors)
+        if f.MASK is not None:
+            mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+            keep = mask if shape.WHOLE else keep & mask
+        if shape.POSITIONAL:
+            keep = keep & (q < head.start + head.q_len)
+        return keep
 
 
 @gluon.jit
@@ -589,10 +610,10 @@ def _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE: gl.constexpr):
         if f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
             pass  # every pair counts
         elif (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
-            x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+            x = gl.where(_counting(shape, f, head, first, q, found), x, NEVER)
         else:  # in one loop for all tiles: registers do not suffice for two
             if not _counts_throughout(shape, f, head, first, full):
-                x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+                x = gl.where(_counting(shape, f, head, first, q, found), x, NEVER)
         return _weights(shape, f, x, derivative, kept, DTYPE)
 
 
@@ -601,7 +622,7 @@ def _weigh(shape, f, FUNCTION: gl.constexpr, MASKED: gl.constexpr, head, s, lse,
     """`_weights` from the bare products, by one of the scores."""
     x, derivative, kept = _logits(shape, f, FUNCTION, head, s, lse, first, q, found)
     if MASKED:
-        x = gl.where(_counting(shape, f, head, q, found), x, NEVER)
+        x = gl.where(_counting(shape, f, head, first, q, found), x, NEVER)
     return _weights(shape, f, x, derivative, kept, DTYPE)
 
 
@@ -756,8 +777,8 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         copy = 0 * tile
         if len(shares) > 0:
             copy = tile % shares[0][1][0]
-        head = Head(b, h, pair, turns, k, tile * (2 * KEYS), start, q_len, kv_len, factor, gain, slope, uniform,
-                    keys, scalars, tensors, shares, copy)  # fmt: skip
+        head = Head(b, h, pair, turns, k, tile * (2 * KEYS) + GROUP * KEYS, tile * (2 * KEYS), start, q_len, kv_len,
+                    factor, gain, slope, uniform, keys, scalars, tensors, shares, copy)  # fmt: skip
         totals = _nothing(shape, f.ADD_KEY_SUMS)
         for n in range(tiles):
             i = nth(segments, n)
@@ -817,8 +838,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                        SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, FULL: gl.constexpr,
                        Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
                        ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, WHOLE: gl.constexpr, POSITIONAL: gl.constexpr,
-                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
-                       FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, PARTS: gl.constexpr,
+                       WIDE: gl.constexpr, FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                        QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr, GRAD_STAGES: gl.constexpr,
                        REGISTERS: gl.constexpr):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
@@ -828,7 +849,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     side. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys
     of each batch and key head, which begin with pair `first` (`Memory`).
     """
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, WIDE, FRESHES, KEPT)
+    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
+                  FRESHES, KEPT)  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
                   Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)

@@ -61,12 +61,13 @@ class Shape:
     PING_PONG: gl.constexpr
     OWN_OUTPUT: gl.constexpr
     RESCALE_LATE: gl.constexpr
+    PARTS: gl.constexpr  # the mask is the same for all pairs of a warpgroup's part of a tile
     LOGITS: gl.constexpr
     OUTPUT: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE):
+    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS):
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -78,6 +79,7 @@ class Shape:
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
+        self.PARTS = gl.constexpr(PARTS)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
@@ -202,13 +204,14 @@ class Problem:
 class Tile:
     """What the elements of a query tile of one warpgroup have in common.
 
-    q: [rows, 1] positions; q0: that of the first query of all warpgroups. `uniform`, `rows`: what the emitted functions
-    of these names gave.
+    q: [rows, 1] positions, of which `first` is the first; q0: that of the first query of all warpgroups. `uniform`,
+    `rows`: what the emitted functions of these names gave, `rows` for the first alone where the mask goes by parts.
     """
 
     b: gl.tensor
     h: gl.tensor
     q: gl.tensor
+    first: gl.tensor
     q0: gl.tensor
     kv_len: gl.tensor
     factor: gl.tensor
@@ -219,10 +222,11 @@ class Tile:
     tensors: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, b, h, q, q0, kv_len, factor, slope, uniform, rows, scalars, tensors):
+    def __init__(self, b, h, q, first, q0, kv_len, factor, slope, uniform, rows, scalars, tensors):
         self.b = b
         self.h = h
         self.q = q
+        self.first = first
         self.q0 = q0
         self.kv_len = kv_len
         self.factor = factor
@@ -363,7 +367,10 @@ def _masked(shape, f, tile, x, j):
     """x where the mask keeps the pair, else -inf."""
     first = j * shape.KEYS
     high = tile.kv_len - 1
-    if f.MASK is not None:
+    if shape.PARTS:
+        keep = f.MASK(tile.b, tile.h, tile.first, first, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        high = gl.where(keep, high, -1)
+    elif f.MASK is not None:
         k = columns(first, shape.KEYS, shape.LOGITS)
         keep = f.MASK(tile.b, tile.h, tile.q, k, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
         x = gl.where(keep, x, NEVER)
@@ -607,10 +614,10 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
     if f.UNIFORM is not None:
         uniform = f.UNIFORM(b, h, scalars, tensors)
     if f.ROWS is not None:
-        rows = f.ROWS(b, h, q, False, uniform, scalars, tensors)
+        rows = f.ROWS(b, h, start + first if shape.PARTS else q, False, uniform, scalars, tensors)
     if f.SLOPE is not None:
         slope = f.SLOPE(b, h, scalars, tensors) / factor
-    return Tile(b, h, q, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
+    return Tile(b, h, q, start + first, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
 
 
 @gluon.jit
@@ -642,8 +649,8 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       SINK: gl.constexpr, KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                       GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
                       PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
-                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, QUERY_BOX: gl.constexpr = None,
-                      KEY_BOX: gl.constexpr = None):  # fmt: skip
+                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, PARTS: gl.constexpr,
+                      QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
@@ -651,7 +658,7 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     pointer to [B], `section` how many heads run side by side, `counter` a zero (see `Board`). Positions are 32-bit.
     QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`).
     """
-    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE)
+    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS)
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES,
                   QUERY_BOX, KEY_BOX)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)

@@ -173,9 +173,15 @@ class Kernels:
             call.value.shape[3],
             call.precise,
             self._is_bounded(call),
+            *(self.portable.masks_parts(call, ROWS, keys) for keys in (64, 128)),
             *self._signs(call),
             *numbers,
         )
+
+    def masks_parts(self, call: Call, config: Config, functions: Mapping[str, Any]) -> bool:
+        """Whether the mask is the same for all pairs of a warpgroup's part of a tile, and nothing else wants rows."""
+        alone = all(functions[name] is None for name in ("RESIDUE", "PLAIN", "LOW", "HIGH"))
+        return alone and functions["MASK"] is not None and self.portable.masks_parts(call, ROWS, config.keys)
 
     def _signs(self, call: Call) -> tuple[bool, ...]:
         """Whether the softmax scale and each float parameter are known to be > 0."""
@@ -186,6 +192,7 @@ class Kernels:
         functions = self.functions(call)
         ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
         found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped)
+        found = tuple(sorted(found, key=lambda config: not self.masks_parts(call, config, functions)))
         return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
 
 
@@ -328,7 +335,8 @@ class _Plan:
     def of(kernels: Kernels, call: Call, config: Config) -> _Plan:
         functions = kernels.functions(call)
         d, dv = padded(call.query.shape[3]), padded(call.value.shape[3])
-        options = Options({**functions, "D": d, "DV": dv, **_options(config), "num_warps": 4})
+        parts = kernels.masks_parts(call, config, functions)
+        options = Options({**functions, "D": d, "DV": dv, **_options(config), "PARTS": parts, "num_warps": 4})
         return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
     def layout(self, call: Call) -> _Layout:

@@ -174,7 +174,12 @@ class Kernels:
         query = call.query
         numbers = [isinstance(x, Tensor) for x in (call.q_offset, *call.parameters)]
         dims = (query.shape[3], call.value.shape[3])
-        return (query.dtype, *dims, call.precise, _whole(call), *numbers)
+        parts = (self.portable.masks_parts(call, rows, KEYS // 2) for rows in (64, 128))
+        return (query.dtype, *dims, call.precise, _whole(call), *parts, *numbers)
+
+    def masks_parts(self, call: Call, config: Config, text: Emitted) -> bool:
+        """Whether the mask is the same for all pairs of a warpgroup's part of a tile, and says all of what counts."""
+        return not text.positional and self.portable.masks_parts(call, config.queries, KEYS // 2)
 
     def _settle(self, call: Call, ordered: bool, fused: frozenset[str], compile: Compile) -> Choice[Config]:
         compiled = functools.cache(lambda config: _compiled(self, call, ordered, fused, config, compile))
@@ -264,7 +269,8 @@ class _Plan:
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
             "WHOLE": _whole(call), "POSITIONAL": text.positional, "ASK": config.ask, "ORDERED": ordered,
-            "LATE": config.late, "WIDE": text.wide, "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
+            "LATE": config.late, "PARTS": kernels.masks_parts(call, config, text), "WIDE": text.wide,
+            "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip

@@ -124,6 +124,10 @@ class Kernels:
         shape = listing.Shape(rows, keys, transposed)
         return listing.Kind(self.lists, shape, self.wide(call), call.sizes, call.parameters)
 
+    def masks_parts(self, call: Call, rows: int, keys: int) -> bool:
+        """Whether the mask is the same for all pairs of each part of `rows` x `keys` of the tiles in a list."""
+        return self.lists is not None and self.lists.uniform(listing.Source.of(call), rows, keys)
+
     @functools.cached_property
     def by_head(self) -> bool:
         """Whether heads see different tiles, or load different keys: they cannot share a tile then."""

@@ -36,7 +36,7 @@ from attn_dsl.ir.types import DType
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.fold import fold_all
 from attn_dsl.passes.runs import runs_of
-from attn_dsl.passes.summaries import Claims
+from attn_dsl.passes.summaries import Claims, Refinement
 
 PADDED_BYTES = 2**20
 """Up to so many bytes, a list has room for every tile; a larger one is counted first, which the host waits for."""
@@ -193,6 +193,7 @@ class Lists:
         self._tensors = tuple(i for i, tensor in enumerate(variant.tensors) if tensor.name in read)
         self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
         self._kept: OrderedDict[Place, _Kept] = OrderedDict()
+        self._known_pieces: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
 
@@ -380,6 +381,15 @@ class Lists:
         refined = self.claims.refined
         if refined is None:
             return shape.rows, shape.keys
+        numbers = [None if isinstance(x, Tensor) else x for x in (source.q_offset, *source.parameters)]
+        key = (shape.rows, shape.keys, source.sizes, *numbers)
+        if key not in self._known_pieces:
+            if len(self._known_pieces) >= KEPT:
+                self._known_pieces.clear()
+            self._known_pieces[key] = self._new_pieces(refined, source, shape)
+        return self._known_pieces[key]
+
+    def _new_pieces(self, refined: Refinement, source: Source, shape: Shape) -> tuple[int, int]:
         known = self._numbers(source)
         found = []
         for axis, block in (("q", shape.rows), ("k", shape.keys)):
@@ -392,6 +402,14 @@ class Lists:
         if refined.divisors["q"]:
             found[0] = 1 if isinstance(offset, Tensor) else math.gcd(found[0], offset)
         return found[0], found[1]
+
+    def uniform(self, source: Source, rows: int, keys: int) -> bool:
+        """Whether the mask is the same for all pairs of each part of `rows` x `keys`, which divide tiles."""
+        refined = self.claims.refined
+        if refined is None or not refined.piecewise:
+            return False
+        q_piece, k_piece = self._pieces(source, Shape(rows, keys))
+        return (q_piece, k_piece) == (rows, keys)
 
     def _numbers(self, source: Source) -> dict[Node, Node]:
         known: dict[Node, Node] = dict(zip((*SIZES, *self.extents), map(Const, source.sizes), strict=True))
