@@ -525,9 +525,9 @@ def place_rows(base, first, lines, strides, at, BN: tl.constexpr, PAGE: tl.const
 
 @triton.jit
 def widened(tile, DTYPE: tl.constexpr):
-    """A tile of 8 bits as the products take it."""
+    """A tile of 8 bits as the products take it; by way of float32, since only sm_90 goes from float16 to bfloat16."""
     if tile[0].dtype.primitive_bitwidth == 8:
-        return round_rows(tile, DTYPE)
+        return round_rows(scale_rows(tile, 1.0), DTYPE)
     else:
         return tile
 
