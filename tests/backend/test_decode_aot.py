@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from fake_gpu import ask, compilations, fake_gpu
+from portable_support import compiled as compile_variant
 from portable_support import program_of
 from test_portable_aot import spilled
 from triton.backends.compiler import GPUTarget
@@ -21,6 +22,8 @@ from attn_dsl.backend.build import Request, build
 from attn_dsl.backend.portable import launch_decode
 from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.portable.run import Compiler
+from attn_dsl.frontend import load
+from attn_dsl.passes.lengths import with_lengths, with_pages, with_scales
 
 
 def compiled(
@@ -48,6 +51,31 @@ def test_layouts_compile_without_spills(
 ) -> None:
     decode, merge = compiled("causal", capability, tokens, dim=dim, dtype=dtype)
     assert spilled(decode, capability, tmp_path) <= 32 and spilled(merge, capability, tmp_path) == 0
+    assert "cp.async" in decode.asm["ptx"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "bits", "capability"), [(16, 16, 80), (64, 16, 90), (16, 8, 89), (64, 8, 90)])
+def test_pages_and_8_bits_compile_and_copy_ahead(page: int, bits: int, capability: int, tmp_path: Path) -> None:
+    """A page number is loaded a tile ahead, so that the copies of keys and values need not wait for it."""
+    variant, slabs = with_lengths(load("causal")), 8 * 16384 // page
+    dtype = torch.bfloat16 if bits == 16 else torch.float8_e4m3fn
+    tensors = [torch.empty(8, dtype=torch.int32, device="meta")]
+    if bits == 8:
+        variant, tensors = with_scales(variant), [torch.empty(slabs, 8, device="meta")] * 2 + tensors
+    program = compile_variant(with_pages(variant))
+    tensors = [torch.empty(8, 16384 // page, dtype=torch.int32, device="meta"), *tensors]
+    query = torch.empty(8, 32, 1, 128, dtype=torch.bfloat16, device="meta")
+    pool = torch.empty(slabs, 8, page, 128, dtype=dtype, device="meta")
+    extents = {"pages_of_a_sequence": 16384 // page, "slabs_of_the_cache": slabs}
+    call = Call(
+        query, pool, pool, (), tuple(tensors), tuple(extents[e.name] for e in program.kernels.extents), 0.1, 0,
+        capability=divmod(capability, 10), dims=(8, 32, 8, 1, 16384, 128),
+    )  # fmt: skip
+    run = Compiler(GPUTarget("cuda", capability, 32))
+    launch_decode.forward(program.kernels, call, run)
+    decode, _ = run.compiled
+    assert spilled(decode, capability, tmp_path) <= 32
     assert "cp.async" in decode.asm["ptx"]
 
 
