@@ -376,7 +376,9 @@ class Attention:
         """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
         runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
         call = runs._binder.bind(query, key, value, scale, q_offset, bindings)
-        return select(call.query.device).explain(runs._program, call)
+        said = select(call.query.device).explain(runs._program, call)
+        stored = runs._binder.stored
+        return f"{said}\ncache      {stored}; only those that a row may see are read" if stored else said
 
     def source(
         self,

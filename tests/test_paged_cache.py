@@ -205,6 +205,21 @@ def test_a_step_in_place_serves_a_graph() -> None:
     assert held == {name: x.data_ptr() for name, x in step.layer().items()}
 
 
+def test_a_compiled_graph_serves_a_cache_that_grows() -> None:
+    attention, cache = attn_dsl.compile("sliding_window", window=20), store()
+    query, key, value = rows(40)
+    sequence = cache.allocate()
+    step = cache.append([sequence], key[:, :, :14], value[:, :, :14])
+    graph = torch.compile(lambda query, given: attention(query, **given), fullgraph=True, dynamic=False)
+    expected = attention(query, key, value)
+    for at in (14, 15, 16, 17):
+        one = slice(at, at + 1)
+        step = cache.extend([sequence], 1, width=4)
+        step.write(key[:, :, one], value[:, :, one])
+        torch.testing.assert_close(graph(query[:, :, one], step.layer()), expected[:, :, one])
+    assert "cache      keys and values are in pages" in attention.explain(query[:, :, :1], **step.layer())
+
+
 def test_layers_have_pages_of_their_own() -> None:
     attention, cache = attn_dsl.compile("causal"), store(layers=3)
     tensors = [rows(20, seed=layer) for layer in range(3)]
