@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -46,6 +47,8 @@ GAIN = 0.9
 """An order must leave so much of the pairs that are visited without it, or less."""
 KEY_COLUMNS = (32, 64, 128)
 """Of a box of keys, which holds as many rows as make a tile of them."""
+LEADS = (0,)
+"""Rows that may stand before the first of a strip of keys, so that tiles begin where what is seen of them begins."""
 SHORT = 512
 """Fewer keys are few tiles in any order."""
 KEPT = 4096
@@ -168,12 +171,13 @@ class Replay:
 class Choice:
     """What was decided for a kind of call: an order, or none, and why.
 
-    count: of residue classes, or of columns of keys in a strip.
+    count: of residue classes, or of columns of keys in a strip. lead: rows before the first, in a strip of keys.
     """
 
     order: Residues | Sorted | Strips | None
     why: str
     count: int = 1
+    lead: int = 0
 
 
 def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
@@ -185,7 +189,7 @@ def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
             return _in_classes(order, program, call, options, found.count)
         case Strips() as order:
             assert found is not None
-            return _in_strips(order, program, call, options, found.count)
+            return _in_strips(order, program, call, options, found.count, found.lead)
         case Sorted() as order:
             return _by_data(order, program, call, options)
         case None:
@@ -261,11 +265,13 @@ def _strips(program: Program, call: Call, options: Options) -> Iterator[tuple[Ch
         laid = _in_strips(order, program, call, options, columns)
         if not takes_grids(laid.program, portable_call(laid.program, laid.call, options)):
             continue
-        known = {**laid.call.parameters, order.name("H"): 1}  # strips differ, and heads do not
         strips = -(-width // QUERY_COLUMNS)
-        pairs = _visited(laid.program, {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}, known, 0)
         what = f"{strips} strips of the grid of {infix(order.width)} columns, keys in boxes of {columns} columns"
-        yield Choice(order, what, columns), None if pairs is None else pairs * sizes["B"] * sizes["H"]
+        for lead in LEADS[: BLOCK[1] // columns]:
+            laid = _in_strips(order, program, call, options, columns, lead)
+            known = {**laid.call.parameters, order.name("H"): 1}  # strips differ, and heads do not
+            pairs = _visited(laid.program, {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}, known, 0)
+            yield Choice(order, what, columns, lead), None if pairs is None else pairs * sizes["B"] * sizes["H"]
 
 
 def _sorts(program: Program, call: Call) -> Iterator[Choice]:
@@ -360,7 +366,7 @@ def _program(program: Program, order: Residues, place: Place, ragged: bool) -> P
 # ---------------------------------------------------------------- strips of a grid
 
 
-def _in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int) -> Ordered:
+def _in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int, lead: int = 0) -> Ordered:
     key = (order.width, columns)
     if key not in program.reordered:
         inner = program.reordered[key] = program_for(order.reordered(columns, ragged=False))
@@ -369,8 +375,9 @@ def _in_strips(order: Strips, program: Program, call: Call, options: Options, co
     width = number(order.width, call.parameters)
     assert width is not None
     strips = -(-width // QUERY_COLUMNS)
-    lengths = {"Q": sizes["Q"] // width * QUERY_COLUMNS, "KV": sizes["KV"] // width * columns}
-    known = {**{order.name(name): size for name, size in sizes.items()}, order.name("lead"): 0, **call.parameters}
+    lengths = {"Q": sizes["Q"] // width * QUERY_COLUMNS, "KV": (sizes["KV"] // width + lead) * columns}
+    named = {order.name(name): size for name, size in {**sizes, "lead": lead}.items()}
+    known = {**named, **call.parameters}
     bound = replace(
         call,
         sizes={**sizes, **lengths, "H": strips * sizes["H"], "HK": strips * sizes["HK"]},
@@ -389,8 +396,10 @@ def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> O
     found = _sort(order, call.tensors[order.tensor.name])
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     layout = Permutation(_spread(order, found.order, kv_heads, heads), _spread(order, found.order, kv_heads, kv_heads))
-    tensors = {**call.tensors, order.sorted_name: found.elements, order.order_name: found.places}
-    return _laid_out(layout, program.reordered[key], program, call, options, call.parameters, tensors, 0)
+    inner, tensors = program.reordered[key], {**call.tensors, order.sorted_name: found.elements}
+    if order.order_name in inner.binder.names:
+        tensors[order.order_name] = found.places
+    return _laid_out(layout, inner, program, call, options, call.parameters, tensors, 0)
 
 
 def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
@@ -406,13 +415,17 @@ def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
     return index.repeat_interleave(heads // kv_heads, 1) if "hk" in beside and heads != kv_heads else index
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sort:
-    """A tensor in its order: elements, and where they were, int64 and int32."""
+    """A tensor in its order: elements, and where they were."""
 
     elements: Tensor
     order: Tensor
-    places: Tensor
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where they were, int32, as a variant reads it."""
+        return self.order.to(torch.int32)
 
 
 _sorts_made: OrderedDict[tuple[Any, ...], tuple[Any, _Sort]] = OrderedDict()
@@ -445,5 +458,4 @@ def _sort(order: Sorted, tensor: Tensor) -> _Sort:
 
 
 def _sorted(order: Sorted, tensor: Tensor) -> _Sort:
-    elements, places = torch.sort(tensor, dim=order.axis, stable=True)
-    return _Sort(elements, places, places.to(torch.int32))
+    return _Sort(*torch.sort(tensor, dim=order.axis, stable=True))
