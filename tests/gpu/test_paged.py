@@ -183,7 +183,7 @@ def test_packed_sequences_equal_the_loop_forward_and_backward(name: str, dtype: 
     results = []
     for device, precision in (("cuda", dtype), ("cpu", torch.float32)):
         leaves = [x.to(device, precision).requires_grad_() for x in inputs]
-        bindings = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in TEXTS[name].items()}
+        bindings = {n: x.clone().to(device) if isinstance(x, Tensor) else x for n, x in TEXTS[name].items()}
         captured = [x.requires_grad_() for x in bindings.values() if isinstance(x, Tensor)]
         out = attention.varlen(*leaves, ends.to(device), longest_query=700, **bindings)
         grads = torch.autograd.grad(out, [*leaves, *captured], upstream.to(device, precision))
