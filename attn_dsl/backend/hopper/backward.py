@@ -117,6 +117,7 @@ class Functions:
     SCORE: gl.constexpr
     DERIVATIVE: gl.constexpr
     PLAIN: gl.constexpr
+    PLAIN_FACTOR: gl.constexpr
     SHIFT: gl.constexpr
     SLOPE: gl.constexpr
     MASK: gl.constexpr
@@ -128,8 +129,8 @@ class Functions:
     ADD_TILE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, GAIN, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
-                 Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE):  # fmt: skip
+    def __init__(self, FACTOR, GAIN, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE, MASK,
+                 FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
         self.GAIN = gl.constexpr(GAIN)
         self.UNIFORM = gl.constexpr(UNIFORM)
@@ -138,6 +139,7 @@ class Functions:
         self.SCORE = gl.constexpr(SCORE)
         self.DERIVATIVE = gl.constexpr(DERIVATIVE)
         self.PLAIN = gl.constexpr(PLAIN)
+        self.PLAIN_FACTOR = gl.constexpr(PLAIN_FACTOR)
         self.SHIFT = gl.constexpr(SHIFT)
         self.SLOPE = gl.constexpr(SLOPE)
         self.MASK = gl.constexpr(MASK)
@@ -274,6 +276,7 @@ class Head:
     q_len: gl.tensor
     kv_len: gl.tensor
     factor: gl.tensor
+    plain_factor: gl.tensor
     gain: gl.tensor
     slope: gl.tensor
     uniform: gl.tuple
@@ -284,8 +287,8 @@ class Head:
     copy: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, b, h, pair, turns, k, own, k0, start, q_len, kv_len, factor, gain, slope, uniform, keys,
-                 scalars, tensors, shares, copy):  # fmt: skip
+    def __init__(self, b, h, pair, turns, k, own, k0, start, q_len, kv_len, factor, plain_factor, gain, slope, uniform,
+                 keys, scalars, tensors, shares, copy):  # fmt: skip
         self.b = b
         self.h = h
         self.pair = pair
@@ -297,6 +300,7 @@ class Head:
         self.q_len = q_len
         self.kv_len = kv_len
         self.factor = factor
+        self.plain_factor = plain_factor
         self.gain = gain
         self.slope = slope
         self.uniform = uniform
@@ -555,7 +559,7 @@ def _counting(shape, f, head, first, q, found):
 
 
 @gluon.jit
-def _logits(shape, f, FUNCTION: gl.constexpr, head, s, lse, first, q, found):
+def _logits(shape, f, FUNCTION: gl.constexpr, head, s, factor, lse, first, q, found):
     """(logit - lse, the derivative of the score, what shares keep), from the bare products s."""
     x, derivative, kept = s, 1.0, ()
     if FUNCTION is not None:
@@ -567,7 +571,7 @@ def _logits(shape, f, FUNCTION: gl.constexpr, head, s, lse, first, q, found):
             kept = kept + (x[i + 1 + f.DERIVATIVE],)
         if f.DERIVATIVE or shape.KEPT > 0:
             x = x[0]
-    return x * head.factor - lse, derivative, kept
+    return x * factor - lse, derivative, kept
 
 
 @gluon.jit
@@ -601,12 +605,16 @@ def _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE: gl.constexpr):
         lse = lse - head.slope * (head.k - first).to(gl.float32)
     if f.PLAIN is not None:
         if full:
-            weights, steep, weighted = _weigh(shape, f, f.PLAIN, False, head, s, lse - shift, first, q, found, DTYPE)
+            weights, steep, weighted = _weigh(
+                shape, f, f.PLAIN, False, head, s, head.plain_factor, lse - shift, first, q, found, DTYPE
+            )
         else:
-            weights, steep, weighted = _weigh(shape, f, f.SCORE, True, head, s, lse, first, q, found, DTYPE)
+            weights, steep, weighted = _weigh(
+                shape, f, f.SCORE, True, head, s, head.factor, lse, first, q, found, DTYPE
+            )
         return weights, steep, weighted
     else:
-        x, derivative, kept = _logits(shape, f, f.SCORE, head, s, lse, first, q, found)
+        x, derivative, kept = _logits(shape, f, f.SCORE, head, s, head.factor, lse, first, q, found)
         if f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
             pass  # every pair counts
         elif (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
@@ -618,9 +626,12 @@ def _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _weigh(shape, f, FUNCTION: gl.constexpr, MASKED: gl.constexpr, head, s, lse, first, q, found, DTYPE: gl.constexpr):
+def _weigh(
+        shape, f, FUNCTION: gl.constexpr, MASKED: gl.constexpr, head, s, factor, lse, first, q, found,
+        DTYPE: gl.constexpr
+):  # fmt: skip
     """`_weights` from the bare products, by one of the scores."""
-    x, derivative, kept = _logits(shape, f, FUNCTION, head, s, lse, first, q, found)
+    x, derivative, kept = _logits(shape, f, FUNCTION, head, s, factor, lse, first, q, found)
     if MASKED:
         x = gl.where(_counting(shape, f, head, first, q, found), x, NEVER)
     return _weights(shape, f, x, derivative, kept, DTYPE)
@@ -761,7 +772,9 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         h = hk * group + member
         segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         factor = f.FACTOR(b, h, scalars, tensors)
-        uniform, keys, slope, gain = (), (), factor, factor
+        uniform, keys, slope, gain, plain_factor = (), (), factor, factor, factor
+        if f.PLAIN is not None:
+            plain_factor = f.PLAIN_FACTOR(b, h, scalars, tensors) + gl.to_tensor(0.0)
         if f.GAIN is not None:
             gain = f.GAIN(b, h, scalars, tensors) + gl.to_tensor(0.0)
         if f.UNIFORM is not None:
@@ -778,7 +791,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         if len(shares) > 0:
             copy = tile % shares[0][1][0]
         head = Head(b, h, pair, turns, k, tile * (2 * KEYS) + GROUP * KEYS, tile * (2 * KEYS), start, q_len, kv_len,
-                    factor, gain, slope, uniform, keys, scalars, tensors, shares, copy)  # fmt: skip
+                    factor, plain_factor, gain, slope, uniform, keys, scalars, tensors, shares, copy)  # fmt: skip
         totals = _nothing(shape, f.ADD_KEY_SUMS)
         for n in range(tiles):
             i = nth(segments, n)
@@ -835,8 +848,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                        KV, DIM, extents, tensors, shares, scale, section, first,
                        FACTOR: gl.constexpr, GAIN: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr,
                        COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
-                       SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr, FULL: gl.constexpr,
-                       Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
+                       PLAIN_FACTOR: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
+                       FULL: gl.constexpr, Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
                        ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, WHOLE: gl.constexpr, POSITIONAL: gl.constexpr,
                        ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, PARTS: gl.constexpr,
                        WIDE: gl.constexpr, FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
@@ -851,8 +864,8 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     """
     shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
                   FRESHES, KEPT)  # fmt: skip
-    f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, SHIFT, SLOPE, MASK, FULL,
-                  Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
+    f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
+                  MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)

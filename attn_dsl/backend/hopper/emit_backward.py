@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, needs_64_bits, outermost, split_shift
 from attn_dsl.backend.hopper.emit_shares import CORNER, add_functions, corner_of, shares
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
+from attn_dsl.backend.portable.algebra import uniform as is_free
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
 from attn_dsl.backend.printer import Signature, lower
 from attn_dsl.ir.nodes import (
@@ -46,8 +47,8 @@ PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "keys", "columns"
 RANGES = ("b", "h", "k0", "k1", "q_offset", "block", "scalars", "tensors")
 TILE = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "block", "scalars", "tensors")
 FUNCTIONS = (
-    "factor", "gain", "uniform", "keys", "columns", "score", "plain", "shift", "slope", "mask", "full", "q_ranges",
-    "fresh", "add_key_sums", "add_pairs", "add_tile",
+    "factor", "gain", "uniform", "keys", "columns", "score", "plain", "plain_factor", "shift", "slope", "mask", "full",
+    "q_ranges", "fresh", "add_key_sums", "add_pairs", "add_tile",
 )  # fmt: skip
 IMPORTS = "from attn_dsl.backend.hopper.device import add_to, row_totals, warp_sums\n"
 
@@ -116,7 +117,11 @@ def emit_module(
     if residue is not SCORE or not one or kept:
         module.add("score", ("s", *PAIR, "q0", "k0"), _results(residue, [*([] if one else [derivative]), *kept]))
     if saturations:
+        match plain:  # a multiple of the bare product that is the same for a head is no work of the pairs
+            case Binary(BinaryOp.MUL, lead, rest) if rest is SCORE and is_free(lead):
+                front, plain = times(front, lead), SCORE
         module.add("plain", ("s", *PAIR, "q0", "k0"), _results(plain, settled[one:]))
+        module.add("plain_factor", PROGRAM, times(LOG2E, front))
         if shift is not ZERO:
             module.add("shift", CORNER, shift)
     if (slope := terms_slope(terms)) is not ZERO:
