@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.portable.load import PREFIX
+from attn_dsl.backend.portable.start import Ready
 
 
 class Runner(Protocol):
@@ -29,24 +29,6 @@ class Options(dict[str, Any]):
 
     def __eq__(self, other: object) -> bool:
         return self is other
-
-
-class Ready:
-    """A compiled kernel, and its constexpr arguments, which come behind those of a launch."""
-
-    def __init__(self, compiled: Any, constants: tuple[Any, ...]) -> None:
-        self.compiled, self.constants = compiled, constants
-        self.run, self.function, self.metadata = compiled.run, compiled.function, compiled.packed_metadata
-
-    def start(self, programs: int, arguments: tuple[Any, ...], index: int) -> None:
-        """On the current stream of the device `index`, the current one."""
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            self.compiled[(programs, 1, 1)](*arguments, *self.constants, stream=stream)
-        else:  # nobody watches launches: what the line above comes to
-            self.run(
-                programs, 1, 1, stream, self.function, self.metadata, None, None, None, *arguments, *self.constants
-            )
 
 
 _ready: dict[tuple[Any, ...], Ready] = {}
