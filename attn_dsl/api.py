@@ -17,7 +17,7 @@ from attn_dsl.backend import operators
 from attn_dsl.backend.binding import Call, lengths, page_table, slab_scales
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
-from attn_dsl.backend.execute import program_for
+from attn_dsl.backend.execute import program_for, reordered
 from attn_dsl.backend.operators import autocast
 from attn_dsl.backend.packed import check_packed, checked_ends
 from attn_dsl.backend.replay import Replays
@@ -472,8 +472,12 @@ class Attention:
         given = {**call.tensors, **call.parameters}
         wanted = frozenset(name for name, x in given.items() if isinstance(x, Tensor) and x.requires_grad)
         self._replays.known.clear()  # they hold the tiles of before
+        program, chosen = self._executable, options(query.device)
+        ordered = reordered(program, call, chosen)
+        if ordered is not None and ordered.layout.both_passes:
+            program, call = ordered.program, ordered.call
         with torch.cuda.device(query.device):
-            return tuning.run(self._executable, call, options(query.device), wanted=wanted, backward=backward)
+            return tuning.run(program, call, chosen, wanted=wanted, backward=backward)
 
     def __repr__(self) -> str:
         variant = self.variant

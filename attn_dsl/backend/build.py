@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.gpu import backward_route, route, run_backward
+from attn_dsl.backend.order import programs
 from attn_dsl.backend.portable import launch, launch_decode
 from attn_dsl.backend.portable.run import Compiler
 from attn_dsl.backend.tuning import chosen
@@ -71,8 +72,16 @@ class Built:
 
 
 def build(program: Program, request: Request) -> Iterator[Built]:
-    """Compile one kernel after the other. Raises BindingError where the request fits neither variant nor a target."""
+    """Compile one kernel after the other, those of other orders of positions too.
+
+    Raises BindingError where the request fits neither variant nor a target.
+    """
     done: set[str] = set()
+    for each in (program, *programs(program)):
+        yield from _built(each, request, done)
+
+
+def _built(program: Program, request: Request, done: set[str]) -> Iterator[Built]:
     capability = parse_target(request.target)
     target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
     for wanted, length in itertools.product(_gradient_sets(program, request), LENGTHS):

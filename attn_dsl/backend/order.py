@@ -298,6 +298,21 @@ def _visited(
     return visited_tiles(functions, sizes, scalars, q_offset, BLOCK) * BLOCK[0] * BLOCK[1]
 
 
+def programs(program: Program) -> Iterator[Program]:
+    """The program in each order that calls may take beside their own, no two alike."""
+    made = {program.text: program}
+    for order in program.orders:
+        match order:
+            case Residues():
+                inner = [_program(program, order, place, ragged) for place in Place for ragged in (False, True)]
+            case Sorted():
+                inner = [_sorted_program(program, order)]
+            case Strips():
+                inner = []
+        made |= {found.text: found for found in inner}
+    yield from list(made.values())[1:]
+
+
 # ---------------------------------------------------------------- residue classes
 
 
@@ -390,16 +405,21 @@ def _in_strips(order: Strips, program: Program, call: Call, options: Options, co
 
 
 def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> Ordered:
-    key = (order.tensor.name,)
-    if key not in program.reordered:
-        program.reordered[key] = program_for(order.reordered())
+    inner = _sorted_program(program, order)
     found = _sort(order, call.tensors[order.tensor.name])
     heads, kv_heads = call.query.shape[1], call.key.shape[1]
     layout = Permutation(_spread(order, found.order, kv_heads, heads), _spread(order, found.order, kv_heads, kv_heads))
-    inner, tensors = program.reordered[key], {**call.tensors, order.sorted_name: found.elements}
+    tensors = {**call.tensors, order.sorted_name: found.elements}
     if order.order_name in inner.binder.names:
         tensors[order.order_name] = found.places
     return _laid_out(layout, inner, program, call, options, call.parameters, tensors, 0)
+
+
+def _sorted_program(program: Program, order: Sorted) -> Program:
+    key = (order.tensor.name,)
+    if key not in program.reordered:
+        program.reordered[key] = program_for(order.reordered())
+    return program.reordered[key]
 
 
 def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:

@@ -82,3 +82,11 @@ def test_the_hopper_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
     ptx = launch.build(found.program.hopper, bound).asm["ptx"]
     assert "cp.async.bulk.tensor.5d.shared" in ptx and "cp.async.bulk.tensor.5d.global" in ptx
     assert "cp.async.bulk.tensor.4d" not in ptx
+
+
+def test_what_is_built_ahead_has_the_programs_of_other_orders() -> None:
+    names = {"causal": 0, "hash_buckets": 1, "dilated_window": 4}  # whole classes alike, ragged ones in three places
+    for name, count in names.items():
+        program = program_of(name)
+        made = list(order.programs(program))
+        assert len(made) == len({found.text for found in made} - {program.text}) == count
