@@ -55,13 +55,14 @@ def with_lengths(variant: Variant) -> Variant:
 
 
 def with_pages(variant: Variant) -> Variant:
-    """The variant with `tensor page_table: int32[B, pages]`; scales, if there are any, come first."""
+    """The variant with `tensor page_table: int32[B, pages]`."""
     table = Tensor(PAGE_TABLE, DType.INT32, (Size("B"), Size("pages_of_a_sequence")))
     return replace(variant, tensors=(table, *variant.tensors))
 
 
 def with_scales(variant: Variant) -> Variant:
-    """The variant with `tensor key_scale, value_scale: float32[slabs, HK]`."""
+    """The variant with `tensor key_scale, value_scale: float32[slabs, HK]`, which is to get its pages after them."""
+    assert not is_paged(variant), "kernels look for the page table before the scales"
     scales = (
         Tensor(name, DType.FLOAT32, (Size("slabs_of_the_cache"), Size("HK"))) for name in (KEY_SCALE, VALUE_SCALE)
     )
