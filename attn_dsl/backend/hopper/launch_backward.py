@@ -283,7 +283,13 @@ class _Plan:
 
     def layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
         tensors = (call.query, call.key, call.value, out, grad_out)
-        at = (*(x.shape for x in tensors), *(x.stride() for x in tensors), call.extents, call.query.device)
+        at = (
+            *(x.shape for x in tensors),
+            *(x.stride() for x in tensors),
+            call.extents,
+            call.query.device,
+            call.result_strides,
+        )
         found = self.layouts.get(at)
         if found is None:
             if len(self.layouts) >= LAYOUTS:
@@ -293,7 +299,7 @@ class _Plan:
 
     def _layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
         (d, dv), rows = self.dims, self.config.queries
-        dk, dv_out = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (call.key, call.value))
+        dk, dv_out = call.result("dk", call.key.shape, "meta"), call.result("dv", call.value.shape, "meta")
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
         tiles, machine = -(-kv_len // KEYS), multiprocessors(call.query.device)
         # Uneven: so many heads together that the longest tiles of some rounds come first. Even: one, for the cache.
@@ -335,7 +341,7 @@ def backward(
     query, device = call.query, call.query.device
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
     dq = torch.empty(query.shape, dtype=query.dtype, device=device)
-    dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.key, call.value))
+    dk, dv = call.result("dk", call.key.shape), call.result("dv", call.value.shape)
     inputs = [shape(x) for shape, x in zip(layout.inputs, (query, call.key, call.value, grad_out), strict=True)]
     outputs = [shape(x) for shape, x in zip(layout.outputs, (dk, dv), strict=True)]
     parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
