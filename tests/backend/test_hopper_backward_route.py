@@ -259,6 +259,14 @@ def test_registers_that_do_not_suffice_for_sums_leave_them_to_a_pass_of_their_ow
     assert "the gradient of `slope`, since registers do not suffice" in described
 
 
+def test_small_and_large_gradients_have_as_many_copies() -> None:
+    """Since one number says which of them a program adds to."""
+    from attn_dsl.backend.hopper.launch_backward import COPIES, _copies
+
+    found = [_copies(shapes, torch.device("cpu")) for shapes in ([(4,), (2**21,)], [(4,), ()], [(2**23,)], [])]
+    assert [[x.shape[0] for x in each] for each in found] == [[2, 2], [COPIES] * 2, [1], []]
+
+
 def test_sums_come_first_where_an_entry_has_several_pairs() -> None:
     def fusable(text: str, name: str) -> bool:
         return bool(Kernels(program_of(text).kernels).fusable(frozenset({name})))

@@ -202,6 +202,7 @@ LEARNED = {
     "heads": "tensor x: float32[H]\nscore = score * x[h]\nmask = q >= k",
     "sinks": "tensor x: float32[H]\nscore = score + 0.02 * x[h] * min(q, 50)\nmask = q >= k\nsink = x[h]",
     "rows": "tensor x: float32[H, N]\nscore = score + x[h, q]\nmask = q >= k\nsink = 0.5",
+    "both": "tensor x: float32[H]\ntensor y: float32[M, N]\nscore = x[h] * score + y[b, k]\nmask = q >= k",
     "twice": "tensor x: float32[H]\nscore = x[h] * score + x[h] * 0.1 * (k - q)\nmask = q >= k",
 }
 
@@ -223,7 +224,10 @@ def test_sums_of_every_kind(name: str, lengths: tuple[int, ...]) -> None:
         "rows": (4, 400),
     }
     learned = torch.randn(shapes.get(name, (4,)), generator=torch.Generator().manual_seed(7)).cuda()
-    problem = Problem(attention._executable, query, key, value, {"x": learned}, q_offset=case.sizes.q_offset)
+    bindings = {"x": learned}
+    if name == "both":
+        bindings["y"] = torch.zeros(2, 2**21, device="cuda")  # one copy
+    problem = Problem(attention._executable, query, key, value, bindings, q_offset=case.sizes.q_offset)
     all_gradients(attention, problem, False, "hopper")
 
 

@@ -348,7 +348,7 @@ def backward(
     sizes, scale = tuple(map(plain, layout.sizes)), float(call.scale)
     of_call = (parameters, (*sizes, *layout.extents), captured, scale)
     shapes = {t.name: x.shape for t, x in zip(kernels.portable.variant.tensors, call.tensors, strict=True)}
-    shares = [_copies(tuple(shapes.get(name, ())), device) for name in plan.targets]
+    shares = _copies([tuple(shapes.get(name, ())) for name in plan.targets], device)
     of_rows = (*of_call[:3], described([x[0] for x in shares]), scale)
 
     q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
@@ -378,10 +378,14 @@ def backward(
     return Gradients(dq, dk, dv, {name: x.sum(0) for name, x in zip(plan.targets, shares, strict=True)})
 
 
-def _copies(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Zeros [copies, *shape]: programs add to different copies, lest all wait for one entry of a small tensor."""
-    size = math.prod(shape)
-    return torch.zeros(max(1, min(COPIES, COPIED // max(size, 1))), *shape, dtype=torch.float32, device=device)
+def _copies(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+    """Zeros [copies, *shape]: programs add to different copies, lest all wait for one entry of a small tensor.
+
+    There are as many copies of one tensor as of another.
+    """
+    largest = max((math.prod(shape) for shape in shapes), default=1)
+    copies = max(1, min(COPIES, COPIED // max(largest, 1)))
+    return [torch.zeros(copies, *shape, dtype=torch.float32, device=device) for shape in shapes]
 
 
 def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> dict[str, Any]:
