@@ -351,8 +351,11 @@ class Attention:
 
         Where a mask reads tensors at positions, a GPU lists the tiles, once for tensors that do not change: later
         calls, in other layers too, find the lists by the tensors' storage and version. Held, they may be read by a CUDA
-        graph; else a graph makes its own, in each replay. `backward` says whether the lists of the backward pass are
-        wanted. The passes run once. The other arguments are those of a call.
+        graph; else a graph makes its own, in each replay. What is written past PyTorch (by a kernel of one's own, by
+        the replay of a graph) does not change a tensor's version: `torch.autograd.graph.increment_version` does.
+
+        `backward` says whether the lists of the backward pass are wanted. The passes run once. The other arguments are
+        those of a call.
         """
         call = self._binder.bind(query, key, value, None, q_offset, bindings)
         if validate:
