@@ -84,6 +84,18 @@ def test_the_hopper_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
     assert "cp.async.bulk.tensor.4d" not in ptx
 
 
+def test_tiles_of_keys_hold_whole_rows_of_a_box() -> None:
+    program = program_of("natten2d")
+    for dim, columns, fits in ((128, 128, True), (256, 64, True), (256, 128, False)):
+        x = torch.empty(2, 4, 8100, dim, dtype=torch.bfloat16, device="meta")
+        (grid,) = strips(program.variant)
+        call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
+        found = order._in_strips(grid, program, call, Options(HOPPER), columns)
+        bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
+        assert (launch.refusal(found.program.kernels, bound) is None) is fits
+        assert all(config.keys >= columns for config in launch._candidates(bound))
+
+
 def test_what_is_built_ahead_has_the_programs_of_other_orders() -> None:
     names = {"causal": 0, "hash_buckets": 1, "dilated_window": 4}  # whole classes alike, ragged ones in three places
     for name, count in names.items():

@@ -191,9 +191,15 @@ class Kernels:
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
         functions = self.functions(call)
         ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
-        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped)
+        found = _candidates(call, ramped=ramped)
         found = tuple(sorted(found, key=lambda config: not self.masks_parts(call, config, functions)))
         return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
+
+
+def _candidates(call: Call, *, ramped: bool = False) -> tuple[Config, ...]:
+    """Those for the dimensions of a call, whose tiles of keys are boxes of a grid if there is one."""
+    found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped)
+    return tuple(config for config in found if call.grid is None or config.keys % call.grid[2] == 0)
 
 
 def settle(found: Sequence[C], name: str, compiled: Callable[[C], Any], spills: int = check.SPILLS) -> Choice[C]:
@@ -240,6 +246,8 @@ def refusal(kernels: portable.Kernels, call: Call) -> str | None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.device.type != "meta" and tensor.data_ptr() % 16:
             return f"the bulk copy engine needs `{name}` at a multiple of 16 bytes"
+    if not _candidates(call):
+        return "no tile of keys is a box of the grid"
     return "positions need 64 bits" if kernels.wide(call) or not _bounds_fit(kernels, call) else None
 
 
