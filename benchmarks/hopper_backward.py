@@ -15,12 +15,14 @@ backward pass counts, with what comes before and after its kernel. TFLOP/s are o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import random
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,10 +112,11 @@ def prepared(entry: Entry) -> tuple[gpu.Case, dict[str, Run], dict[str, str]]:
     return case, runs, failed
 
 
-def measured(entry: Entry, rounds: int, rep: int, ready: Any, turn: Any, results: Any) -> None:
+def measured(entry: Entry, rounds: int, rep: int, patience: float, ready: Any, turn: Any, results: Any) -> None:
     """In a process of its own: compile, wait for the others, and measure while no one else does."""
     case, runs, failed = prepared(entry)
-    ready.wait()
+    with contextlib.suppress(threading.BrokenBarrierError):
+        ready.wait(patience)
     times: dict[str, list[float]] = {name: [] for name in runs}
     with turn:
         for _ in range(rounds):
@@ -135,13 +138,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=100, help="milliseconds that each measurement repeats for")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which nothing more is waited for")
+    parser.add_argument("--patience", type=float, default=300, help="seconds to wait for those that still compile")
     parser.add_argument("--json", type=argparse.FileType("w"), default=sys.stdout)
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else None
     entries = [entry for entry in ENTRIES if wanted is None or entry.variant in wanted]
     context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + options.limit
     ready, turn, results = context.Barrier(len(entries)), context.Lock(), context.Queue()
-    shared = (options.rounds, options.rep, ready, turn, results)
+    shared = (options.rounds, options.rep, options.patience, ready, turn, results)
     workers = [context.Process(target=measured, args=(entry, *shared), daemon=True) for entry in entries]
     for worker in workers:
         worker.start()
