@@ -25,6 +25,7 @@ from attn_dsl.passes.order_by_data import sorts
 from attn_dsl.passes.prove import Claim, Proof
 from attn_dsl.passes.prove_text import WIDTH, expression, proof_text
 from attn_dsl.passes.schedule import Schedule, derive_schedule
+from attn_dsl.passes.summaries import derive_claims, reads_at_positions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,12 +167,13 @@ def report(
 
 def _counted(call: Call, proof: Proof, schedule: Schedule) -> Report:
     tiles, kept, notes = None, None, []
+    claims = derive_claims(call.variant, proof) if reads_at_positions(call.variant.mask) else None
     try:
-        tiles = count_tiles(call, schedule)
+        tiles = count_tiles(call, schedule, claims)
     except NotCounted as why:
         notes.append(f"tiles are not counted: {why}")
     try:
-        kept = count_kept(call, proof, schedule, tiles)
+        kept = count_kept(call, proof, schedule, tiles, claims)
     except NotCounted as why:
         notes.append(f"kept pairs are not counted: {why}")
     if call.variant.mask.depends & {"b", "h"} and not notes:

@@ -263,3 +263,11 @@ def test_verdicts_join_the_report(broken: Report) -> None:
     assert {v["outcome"] for v in verdicts} == {"proved", "refuted"}
     assert all(v["counterexample"] for v in verdicts if v["outcome"] == "refuted")
     assert "verification" not in broken.json()
+
+
+def test_tensors_that_the_mask_reads_decide_which_tiles_are_counted() -> None:
+    doc = (torch.arange(1024) // 256).to(torch.int32)[None]
+    found = report(load("packed_causal"), 1024, 1024, tensors={"doc": doc})
+    assert found.tiles is not None
+    assert (found.tiles.partial, found.tiles.full, found.tiles.empty) == (8, 4, 52)
+    assert found.kept == 4 * 256 * 257 // 2

@@ -15,6 +15,7 @@ import torch
 
 from attn_dsl.backend.cpu.relative import RELATIVE, ByDistance, parts
 from attn_dsl.backend.picture import COLUMNS, Cell, Picture
+from attn_dsl.backend.tile_kinds import Axis, Kinds, tile_kinds
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.ir.nodes import (
@@ -38,6 +39,7 @@ from attn_dsl.passes.monotone import Q0, Q1
 from attn_dsl.passes.prove import Proof
 from attn_dsl.passes.schedule import Schedule, TileRanges
 from attn_dsl.passes.simplify import simplify_node
+from attn_dsl.passes.summaries import Claims, reads_at_positions
 
 MAX_EVALUATIONS = 1 << 29
 """Of one expression, for one count: some seconds to half a minute."""
@@ -74,7 +76,7 @@ class Call:
         return -(-self.kv_len // self.block[1])
 
     @cached_property
-    def _sizes(self) -> dict[str, int]:
+    def numbers(self) -> dict[str, int]:
         """The sizes that are known; a tensor binds the extents that are names."""
         sizes = {**self.sizes, "Q": self.q_len, "KV": self.kv_len}
         for tensor in self.variant.tensors:
@@ -95,14 +97,14 @@ class Call:
             match node:
                 case Param(name):
                     return constant(self.parameters[name], node.type)
-                case Size(name) if name in self._sizes:
-                    return Const(self._sizes[name])
+                case Size(name) if name in self.numbers:
+                    return Const(self.numbers[name])
                 case Index("b"):
                     return Const(self.batch)
                 case Index("h"):
                     return Const(self.head)
-                case Index("hk") if {"H", "HK"} <= self._sizes.keys():
-                    return Const(self.head // (self._sizes["H"] // self._sizes["HK"]))
+                case Index("hk") if {"H", "HK"} <= self.numbers.keys():
+                    return Const(self.head // (self.numbers["H"] // self.numbers["HK"]))
                 case Var(name) if name in variables:
                     return Const(variables[name])
                 case Load(tensor, indices) if tensor in self.tensors and all(isinstance(i, Const) for i in indices):
@@ -151,9 +153,14 @@ class TileCounts:
     picture: Picture
 
 
-def count_tiles(call: Call, schedule: Schedule) -> TileCounts:
-    """Classify every tile as the schedule does. Raises NotCounted."""
-    return _Tiles(call, schedule.kv).counts()
+def count_tiles(call: Call, schedule: Schedule, claims: Claims | None = None) -> TileCounts:
+    """Classify every tile as the schedule does or, where there are claims, as these do. Raises NotCounted."""
+    return _tiles(call, schedule, claims).counts()
+
+
+def _tiles(call: Call, schedule: Schedule, claims: Claims | None) -> _Tiles:
+    given = claims is not None and all(name in call.tensors for name in reads_at_positions(call.variant.mask))
+    return _Tiles(call, schedule.kv) if claims is None or not given else _Listed(call, schedule.kv, claims)
 
 
 class _Tiles:
@@ -236,7 +243,43 @@ class _Tiles:
         return found & ~call.value(self.skip, shape, q0=q0, q1=q1, k0=k0, k1=k1)[..., None]
 
 
-def count_kept(call: Call, proof: Proof, schedule: Schedule, tiles: TileCounts | None) -> int:
+class _Listed(_Tiles):
+    """The tiles of a call by claims over what tensors hold."""
+
+    def __init__(self, call: Call, ranges: TileRanges, claims: Claims) -> None:
+        super().__init__(call, ranges)
+        self.is_closed, self.claims = False, claims
+
+    @cached_property
+    def _kinds(self) -> Kinds:
+        call = self.call
+        _refuse_long(call.rows * call.columns, "tiles to tell apart")
+        if self.claims.refined is not None:
+            _refuse_long(call.q_len * call.kv_len, "pairs to ask the mask about")
+        sizes, at = call.numbers, torch.tensor
+        heads = sizes.get("H", 1) // sizes.get("HK", 1) or 1
+        env = Environment(
+            indices={
+                name: at(number).view(1, 1, 1, 1)
+                for name, number in (("b", call.batch), ("h", call.head), ("hk", call.head // heads))
+            },
+            variables={"q_offset": at(call.q_offset)},
+            parameters=call.parameters,
+            sizes=sizes,
+            tensors=call.tensors,
+        )
+        rows = Axis(call.q_offset, call.q_len, call.block[0])
+        with torch.no_grad():
+            return tile_kinds(self.claims, call.variant.mask, env, rows, Axis(0, call.kv_len, call.block[1]))
+
+    def kinds(self, rows: torch.Tensor) -> torch.Tensor:
+        visited, full = self._kinds.visited[0, 0, rows], self._kinds.full[0, 0, rows]
+        return torch.stack((visited & ~full, full), dim=-1)
+
+
+def count_kept(
+    call: Call, proof: Proof, schedule: Schedule, tiles: TileCounts | None, claims: Claims | None = None
+) -> int:
     """The pairs that the mask keeps. Raises NotCounted.
 
     By distances where the mask is a function of `q - k`; else by the intervals of single queries where those are exact;
@@ -252,7 +295,7 @@ def count_kept(call: Call, proof: Proof, schedule: Schedule, tiles: TileCounts |
         return _kept_by_row(call, schedule.kv)
     if tiles is None:
         raise NotCounted("the tiles are not counted")
-    return tiles.computed - tiles.masked + _kept_by_pair(call, schedule.kv, mask, tiles.masked)
+    return tiles.computed - tiles.masked + _kept_by_pair(call, _tiles(call, schedule, claims), mask, tiles.masked)
 
 
 def _kept_by_distance(call: Call, mask: Node) -> int:
@@ -278,10 +321,10 @@ def _kept_by_row(call: Call, ranges: TileRanges) -> int:
     return sum(int(call.value(row, q0.shape, q0=q0).sum()) for q0 in chunks)
 
 
-def _kept_by_pair(call: Call, ranges: TileRanges, mask: Node, pairs: int) -> int:
+def _kept_by_pair(call: Call, tiles: _Tiles, mask: Node, pairs: int) -> int:
     """What the mask keeps of the tiles that need it."""
     _refuse_long(max(pairs, call.rows * call.columns), "pairs to ask the mask about")
-    tiles, total = _Tiles(call, ranges), 0
+    total = 0
     inside = torch.arange(call.block[1])
     for rows in tiles.chunks():
         for q0, q1, masked in zip(*tiles.positions(rows), tiles.kinds(rows)[..., 0], strict=True):
