@@ -199,6 +199,7 @@ def test_calls_that_do_not_fit_take_the_portable_kernels_and_say_why(reason: str
 KEY_BIAS = variant("score + bias[h, k]", "q >= k", "tensor bias: float32[H, KV]")
 ROW_FACTOR = variant("score * factor[h, q]", "q >= k", "tensor factor: float32[H, Q]")
 TABLE = variant("score + table[h, clamp(k - q, -9, 9) + 9]", "q >= k", "tensor table: float32[H, 19]")
+TABLES = "tensor table: float32[H, 19]"
 DENSE = variant("score + dense[h, q, k]", "true", "tensor dense: float32[H, Q, KV]")
 SHAPES = {"bias": (4, 300), "factor": (4, 300), "table": (4, 19), "dense": (4, 300, 300)}
 KERNELS = ["prepare_rows", "attention_backward", "finish_queries"]
@@ -257,6 +258,13 @@ def test_registers_that_do_not_suffice_for_sums_leave_them_to_a_pass_of_their_ow
     found, launched, captured, described = backward_of("alibi", "slope")
     assert found.backend == "hopper" and not found.fused and launched == KERNELS + BESIDE and captured == {"slope"}
     assert "the gradient of `slope`, since registers do not suffice" in described
+
+
+def test_a_score_that_is_not_linear_in_what_saturates_is_told_where_its_tile_begins() -> None:
+    of = fresh(variant("cap * tanh((score + table[h, clamp(k - q, -9, 9) + 9]) / cap)", declared=TABLES))
+    for source in (of.hopper.source(), of.hopper_backward.source()):
+        plain = source.partition("def plain(")[2].partition("@triton.jit")[0]
+        assert "q0, k0)" in plain and "k0 - q0" in plain and "k - q," not in plain
 
 
 def test_small_and_large_gradients_have_as_many_copies() -> None:
