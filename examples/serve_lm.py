@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads sleep while they wait: a busy neighbour costs less
 
 import torch
 from rich.console import Console
