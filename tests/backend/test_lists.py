@@ -49,6 +49,12 @@ def test_a_list_holds_the_tiles_that_the_claims_keep(name: str, transposed: bool
     assert_same(listed(of, (32, 16), transposed), reference(of, (32, 16), transposed))
 
 
+@pytest.mark.parametrize("name", ["hash_buckets", "tree", "bigbird"])
+def test_rows_that_are_no_power_of_two(name: str) -> None:
+    of = case(name)
+    assert_same(listed(of, (48, 16), False), reference(of, (48, 16), False))
+
+
 @pytest.mark.parametrize("name", ["hash_buckets", "packed_causal"])
 def test_a_list_that_is_counted_first_is_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attn_dsl.backend.portable.listing.PADDED_BYTES", 0)

@@ -17,6 +17,9 @@ import triton.language as tl
 
 from attn_dsl.backend.portable.device import captured, first_position, scalars_of
 
+FAR: tl.constexpr = tl.constexpr(2**30)
+"""Farther than any position within a row."""
+
 # ---------------------------------------------------------------- reading a list
 
 
@@ -69,17 +72,20 @@ def _largest(x):
 @triton.jit
 def _summarize(
         tile, first, length, b, h, results, scalars, tensors, FIRST: tl.constexpr, TERMS: tl.constexpr,
-        BLOCK: tl.constexpr, WIDE: tl.constexpr
+        BLOCK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Store the least and the greatest of each term in a tile of positions; `results` are from number FIRST on."""
-    positions = first + tl.minimum(tile * BLOCK + tl.arange(0, BLOCK), length - 1)
+    """Store the least and the greatest of each term in a tile of positions; `results` are from number FIRST on.
+
+    SPAN is a power of two, not less than BLOCK: the last position of the tile is looked at more often.
+    """
+    positions = first + tl.minimum(tile * BLOCK + tl.minimum(tl.arange(0, SPAN), BLOCK - 1), length - 1)
     if not WIDE:
         positions = positions.to(tl.int32)
     terms = TERMS(b, h, positions, False, scalars, tensors)
     for i in tl.static_range(len(terms)):
         low, high = results[FIRST + 2 * i], results[FIRST + 2 * i + 1]
         place = b.to(tl.int64) * low[2][0] + h.to(tl.int64) * low[2][1] + tile
-        value = terms[i] + tl.zeros([BLOCK], terms[i].dtype)
+        value = terms[i] + tl.zeros([SPAN], terms[i].dtype)
         tl.store(low[0] + place, _smallest(value).to(low[0].dtype.element_ty))
         tl.store(high[0] + place, _largest(value).to(high[0].dtype.element_ty))
 
@@ -87,7 +93,8 @@ def _summarize(
 @triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "results", "heads"])
 def summarize_tiles(
         place, q_offset, parameters, sizes, tensors, results, heads, Q_TERMS: tl.constexpr, K_TERMS: tl.constexpr,
-        FIRST_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WIDE: tl.constexpr
+        FIRST_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BM_SPAN: tl.constexpr, BN_SPAN: tl.constexpr,
+        WIDE: tl.constexpr
 ):  # fmt: skip
     """The `results`, [batch, heads, tiles] each: least and greatest value of each term of q, then of each of k.
 
@@ -111,11 +118,11 @@ def summarize_tiles(
         b, h = b.to(tl.int64), h.to(tl.int64)
     if Q_TERMS is not None:
         if tile < q_tiles:
-            _summarize(tile, start, q_len, b, h, results, scalars, tensors, 0, Q_TERMS, BM, WIDE)
+            _summarize(tile, start, q_len, b, h, results, scalars, tensors, 0, Q_TERMS, BM, BM_SPAN, WIDE)
     if K_TERMS is not None:
         if tile >= q_tiles:
             _summarize(
-                tile - q_tiles, start * 0, kv_len, b, h, results, scalars, tensors, FIRST_K, K_TERMS, BN, WIDE
+                tile - q_tiles, start * 0, kv_len, b, h, results, scalars, tensors, FIRST_K, K_TERMS, BN, BN_SPAN, WIDE
             )  # fmt: skip
 
 
@@ -178,11 +185,16 @@ def _any(x, PIECES: tl.constexpr, TILES: tl.constexpr):
 @triton.jit
 def _by_pieces(
         tile, first, b, h, start, q_len, kv_len, scalars, tensors, CLAIMS: tl.constexpr, TRANSPOSED: tl.constexpr,
-        OWN: tl.constexpr, OTHER: tl.constexpr, OWN_PIECE: tl.constexpr, OTHER_PIECE: tl.constexpr, WIDTH: tl.constexpr
+        OWN: tl.constexpr, OTHER: tl.constexpr, OWN_PIECE: tl.constexpr, OTHER_PIECE: tl.constexpr,
+        OWN_PIECES: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """(possible, certain) of WIDTH tiles from `first` on, from claims about pieces."""
+    """(possible, certain) of WIDTH tiles from `first` on, from claims about pieces.
+
+    OWN_PIECES is a power of two, not less than those of a tile of its own axis: what is too much lies past all ends.
+    """
     pieces: tl.constexpr = OTHER // OTHER_PIECE
-    own = (tile * OWN + tl.arange(0, OWN // OWN_PIECE) * OWN_PIECE)[:, None]
+    number = tl.arange(0, OWN_PIECES)
+    own = (tl.where(number < OWN // OWN_PIECE, tile * OWN + number * OWN_PIECE, FAR).to(tl.int64))[:, None]
     other = (first * OTHER + tl.arange(0, WIDTH * pieces) * OTHER_PIECE)[None, :]
     possible, certain = _asked(
         own, other, OWN_PIECE, OTHER_PIECE, own, other, b, h, start, q_len, kv_len, scalars, tensors, CLAIMS, TRANSPOSED
@@ -193,14 +205,13 @@ def _by_pieces(
 @triton.jit
 def _by_pairs(
         tile, other_tile, b, h, start, q_len, kv_len, scalars, tensors, MASK: tl.constexpr, TRANSPOSED: tl.constexpr,
-        OWN: tl.constexpr, OTHER: tl.constexpr, WIDE: tl.constexpr
+        OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """(possible, certain), [1] each, of a tile: the mask of its pairs, some rows at a time."""
-    rows: tl.constexpr = min(OWN, 4096 // OTHER)
+    """(possible, certain), [1] each, of a tile: the mask of its pairs, ROWS rows at a time."""
     some, missing = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
     other = (other_tile * OTHER + tl.arange(0, OTHER))[None, :]
-    for i in range(OWN // rows):
-        own = (tile * OWN + i * rows + tl.arange(0, rows))[:, None]
+    for i in range(OWN // ROWS):
+        own = (tile * OWN + i * ROWS + tl.arange(0, ROWS))[:, None]
         if TRANSPOSED:
             q, k = start + other, own
             exists = (other < q_len) & (own < kv_len)
@@ -222,7 +233,8 @@ def _by_pairs(
 def list_tiles(
         rows, entries, q_offset, parameters, sizes, tensors, results, heads, capacity, CLAIMS: tl.constexpr,
         REFINED: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
+        Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, OWN_PIECES: tl.constexpr, ROWS: tl.constexpr,
+        WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """A row of a list and its entries: one program for a tile of its own axis, keys if TRANSPOSED, else queries.
 
@@ -268,12 +280,12 @@ def list_tiles(
             if tl.max((possible & (certain == 0)).to(tl.int32)) > 0:
                 if MASK is not None:
                     some, whole = _by_pairs(
-                        tile, at, b, h, start, q_len, kv_len, narrow, arrays, MASK, TRANSPOSED, OWN, OTHER, WIDE
+                        tile, at, b, h, start, q_len, kv_len, narrow, arrays, MASK, TRANSPOSED, OWN, OTHER, ROWS, WIDE
                     )  # fmt: skip
                 else:
                     some, whole = _by_pieces(
                         tile, at, b64, h64, start, q_len, kv_len, scalars, wide, REFINED, TRANSPOSED, OWN, OTHER,
-                        OWN_PIECE, OTHER_PIECE, WIDTH
+                        OWN_PIECE, OTHER_PIECE, OWN_PIECES, WIDTH
                     )  # fmt: skip
                 possible = possible & some
                 certain = certain | (whole & ((others + 1) * OTHER <= length))

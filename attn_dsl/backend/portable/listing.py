@@ -351,7 +351,8 @@ class Lists:
             first = 2 * sum(summary.axis == "q" for summary in self.claims.summaries)
             self._options[key] = Options({
                 "Q_TERMS": terms["q_terms"], "K_TERMS": terms["k_terms"], "FIRST_K": first, "BM": shape.rows,
-                "BN": shape.keys, "WIDE": wide, "num_warps": 1,
+                "BN": shape.keys, "BM_SPAN": triton.next_power_of_2(shape.rows),
+                "BN_SPAN": triton.next_power_of_2(shape.keys), "WIDE": wide, "num_warps": 1,
             })  # fmt: skip
         return self._options[key]
 
@@ -362,16 +363,19 @@ class Lists:
         width, pairs = max(16, min(WIDTH, triton.next_power_of_2(tiles))), False
         refined = self.claims.refined
         if refined is not None:
-            pieces = (shape.rows // q_piece) * (shape.keys // k_piece)
+            pieces = triton.next_power_of_2(shape.rows // q_piece) * (shape.keys // k_piece)
             pairs = refined.elements or pieces > PIECES
             width = 1 if pairs else min(width, max(1, PIECES // pieces))
         key = ("list", shape, wide, q_piece, k_piece, width)
         if key not in self._options:
             _, module = self.emitted
+            own, other = (shape.keys, shape.rows) if shape.transposed else (shape.rows, shape.keys)
             self._options[key] = Options({
                 "CLAIMS": module.claims, "REFINED": module.refined if refined is not None and not pairs else None,
                 "MASK": module.mask if pairs else None, "TRANSPOSED": shape.transposed, "BM": shape.rows,
-                "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece, "WIDTH": width, "WIDE": wide,
+                "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece,
+                "OWN_PIECES": triton.next_power_of_2(own // (k_piece if shape.transposed else q_piece)),
+                "ROWS": min(own & -own, max(1, PIECES // other)), "WIDTH": width, "WIDE": wide,
                 "num_warps": 1 if refined is None else 4,
             })  # fmt: skip
         return self._options[key]
