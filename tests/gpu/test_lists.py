@@ -22,6 +22,10 @@ LONG = Sizes(B=2, H=4, HK=2, Q=900, KV=900, D=128, DV=128)
 CONST = frozenset({"random"})
 
 
+def name_of(case: Case) -> str:
+    return f"{case.id}-{case.parameters.get('block', '')}-{case.sizes.D}"
+
+
 def bigbird(block: int, **sizes: int) -> Case:
     return Case("bigbird", {"block": block, "reach": 1, "globals": 1, "random": 2}, replace(LONG, **sizes), CONST)
 
@@ -36,10 +40,12 @@ READING = [
     bigbird(128),
     bigbird(50),
     bigbird(64, Q=448, q_offset=448),
+    bigbird(64, D=64, DV=64),
+    Case("tree", {}, replace(LONG, D=64, DV=64)),
 ]
 
 
-@pytest.mark.parametrize("case", READING, ids=lambda case: f"{case.id}-{case.parameters.get('block', '')}")
+@pytest.mark.parametrize("case", READING, ids=name_of)
 def test_masks_of_many_tiles_stay_within_the_error_budget(case: Case) -> None:
     problem = Problem.of(case, torch.bfloat16, "cuda")
     upstream = problem.upstream()
@@ -52,9 +58,10 @@ def test_masks_of_many_tiles_stay_within_the_error_budget(case: Case) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("case", READING, ids=lambda case: f"{case.id}-{case.parameters.get('block', '')}")
+@pytest.mark.parametrize("case", READING, ids=name_of)
 def test_lists_hold_what_the_claims_keep(case: Case, transposed: bool) -> None:
-    found, expected = listed(case, (128, 64), transposed, device="cuda"), reference(case, (128, 64), transposed)
+    block = (128, 64) if transposed else (192, 64)
+    found, expected = listed(case, block, transposed, device="cuda"), reference(case, block, transposed)
     assert torch.equal(found.visits, expected[0].long()) and torch.equal(found.full, expected[1] & expected[0])
 
 
