@@ -167,7 +167,9 @@ def _bound(
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(*_bound(*arguments))
+    """Contiguous, as the fake tensors say: in another order of positions, results may come in other strides."""
+    out, lse, shifted = forward(*_bound(*arguments))
+    return out.contiguous(), lse.contiguous(), shifted.contiguous()
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +200,8 @@ def _backward(
     program, call, options = _bound(*arguments)
     names = [name for name, needed in zip(_captured(program, *arguments), wanted, strict=True) if needed]
     found = backward(program, call, options, (out, lse, shifted), grad_out, grad_lse, frozenset(names))
-    return found.query, found.key, found.value, [found.captured[name] for name in names]
+    inputs = (found.query.contiguous(), found.key.contiguous(), found.value.contiguous())
+    return (*inputs, [found.captured[name] for name in names])
 
 
 def _backward_fake(

@@ -95,8 +95,8 @@ class Ordered:
         layout, given = self.layout, self.given
         if not layout.both_passes:
             return execute.run_backward(self.outer, given, self.options, outputs, grad_out, grad_lse, wanted)
-        out, lse, shifted = outputs
-        lines = [layout.split_line(x, float("-inf")) if x.numel() else x for x in (lse, shifted)]
+        out, lse, shifted = outputs  # rows that fill up a sequence have probabilities of 0
+        lines = [layout.split_line(x, float("inf")) if x.numel() else x for x in (lse, shifted)]
         grad_lse = None if grad_lse is None else layout.split_line(grad_lse, 0.0)
         inputs = {"dq": given.query, "dk": given.key, "dv": given.value}
         targets = {} if self.options.backend == CPU else {n: layout.target(x.shape, x) for n, x in inputs.items()}
@@ -180,6 +180,7 @@ class Choice:
     lead: int = 0
 
 
+@torch.no_grad()
 def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
     """The call in a better order than its own, or None."""
     found = choice(program, call, options)
