@@ -51,8 +51,8 @@ class Call:
     """A call that fits its variant.
 
     `query [B, H, Q, D]`, `key [B, HK, KV, D]`, `value [B, HK, KV, DV]` of one dtype on one device, unless the binder
-    says otherwise (`layout`); `q_offset` is a number or int64 [B]; `sizes` has `B H HK Q KV D` and the extents that tensors
-    bind; `parameters` are numbers or, floats only, 0-d tensors.
+    says otherwise (`layout`); `q_offset` is a number or int64 [B]; `sizes` has `B H HK Q KV D` and the extents that
+    tensors bind; `parameters` are numbers or, floats only, 0-d tensors.
     """
 
     query: Tensor
