@@ -19,8 +19,8 @@ LONGEST = 4000
 _LABEL = 14
 
 _HELP = {
-    "it reads tensor": "tiles are visited with the mask; a clause on positions beside it, such as `q - k < window` or "
-    "`k < prefix`, would bound them",
+    "it reads tensor": "calls tell tiles apart by what the tensor holds; a clause on positions beside it, such as "
+    "`q - k < window` or `k < prefix`, bounds them in closed form",
     "it compares floating-point numbers": "compare integers: scale both sides, or use `//`",
     "its bounds are not constants": "bind the bounds with `const` parameters, at most 64 apart",
     "the sign of a factor": "a `const` parameter or a literal has a sign that is known",
