@@ -111,9 +111,11 @@ def dense(inputs: list[Tensor], upstream: Tensor, causal: bool, dtype: torch.dty
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("name", ["causal", "noop"])
 def test_lengths_from_1_to_4097(name: str, dim: int) -> None:
+    """Short ones over many heads: the eager error of two rows is small by chance in one draw of five."""
     attention = attn_dsl.compile(name)
     for length in LENGTHS:
-        inputs = [torch.randn(1, 2, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+        heads = max(2, 256 // length)
+        inputs = [torch.randn(1, heads, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         upstream, leaves = torch.randn_like(inputs[0]), [x.clone().requires_grad_() for x in inputs]
         bound = attention._binder.bind(*leaves, None, 0, {})
         out, _ = operators.attention(attention._executable, bound, Options("hopper"))
