@@ -22,6 +22,7 @@ from attn_dsl.passes.fold import Scalar
 from attn_dsl.passes.logic import divisors
 from attn_dsl.passes.order import Place, number, residues
 from attn_dsl.passes.order_by_data import sorts
+from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips, strips
 from attn_dsl.passes.prove import Claim, Proof
 from attn_dsl.passes.prove_text import WIDTH, expression, proof_text
 from attn_dsl.passes.schedule import Schedule, derive_schedule
@@ -197,15 +198,44 @@ def _orders(call: Call, tiles: TileCounts | None) -> Iterator[str]:
             call, variant=inner, q_len=lengths[0], kv_len=lengths[1], q_offset=call.q_offset // count, parameters=known
         )
         yield f"{count} {what}: in each, {expression(inner.mask)}{_saved(found, count, tiles)}"
+    for grid in strips(call.variant):
+        yield f"strips of `{expression(grid.width)}` columns{_in_strips(call, grid, tiles)}"
     for by_data in sorts(call.variant):
         yield f"positions sorted by `{by_data.tensor.name}`: in it, {expression(by_data.reordered().mask)}"
 
 
-def _saved(call: Call, count: int, tiles: TileCounts | None) -> str:
+def _in_strips(call: Call, grid: Strips, tiles: TileCounts | None) -> str:
+    """What strips of a grid compute, with the fewest columns in boxes of keys that do."""
+    width = number(grid.width, call.parameters)
+    if not width or call.q_offset or call.q_len % width or call.kv_len % width:
+        return ": not for this call"
+    columns = next((n for n in KEY_COLUMNS if grid.starts(width, n, call.parameters) is not None), None)
+    if columns is None:
+        return f": not for this call, of which each sees more than {KEY_COLUMNS[-1]}"
+    rows, sizes = (call.q_len // width, call.kv_len // width), {**call.sizes, "Q": call.q_len, "KV": call.kv_len}
+    named = {grid.name(name): size for name, size in {**sizes, "H": 1, "HK": 1, "lead": 0}.items()}
+    inner = replace(
+        call, variant=grid.reordered(columns, ragged=False), parameters={**call.parameters, **named},
+        q_len=rows[0] * QUERY_COLUMNS, kv_len=rows[1] * columns,
+    )  # fmt: skip
+    computed = [_computed(replace(inner, head=strip)) for strip in range(-(-width // QUERY_COLUMNS))]
+    what = f": keys in boxes of {columns} columns, for the Hopper forward kernel"
+    return what + ("" if None in computed else _beside(sum(x or 0 for x in computed), tiles))
+
+
+def _computed(call: Call) -> int | None:
     try:
-        computed = count_tiles(call, derive_schedule(call.variant)).computed * count
+        return count_tiles(call, derive_schedule(call.variant)).computed
     except NotCounted:
-        return ""
+        return None
+
+
+def _saved(call: Call, count: int, tiles: TileCounts | None) -> str:
+    computed = _computed(call)
+    return "" if computed is None else _beside(computed * count, tiles)
+
+
+def _beside(computed: int, tiles: TileCounts | None) -> str:
     if tiles is None or computed >= tiles.computed:
         return f"; {computed:,} pairs computed, which is not fewer"
     return f"; {computed:,} pairs computed instead of {tiles.computed:,}"

@@ -85,8 +85,9 @@ class Program:
         """The orders of positions that the mask speaks of."""
         from attn_dsl.passes.order import residues
         from attn_dsl.passes.order_by_data import sorts
+        from attn_dsl.passes.order_grid import strips
 
-        return (*residues(self.variant), *sorts(self.variant))
+        return (*residues(self.variant), *strips(self.variant), *sorts(self.variant))
 
     @functools.cached_property
     def schedule(self) -> Schedule:

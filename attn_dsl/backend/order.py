@@ -36,7 +36,7 @@ from attn_dsl.backend.layouts import Classes, Grid, Layout, Permutation
 from attn_dsl.ir.infix import infix
 from attn_dsl.passes.order import Place, Residues, number
 from attn_dsl.passes.order_by_data import Sorted
-from attn_dsl.passes.order_grid import QUERY_COLUMNS, Strips
+from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips
 
 if TYPE_CHECKING:  # it loads Triton
     from attn_dsl.backend.portable.launch import Call as PortableCall
@@ -45,9 +45,7 @@ BLOCK = (128, 128)
 """The tile shape for which visited pairs are counted."""
 GAIN = 0.9
 """An order must leave so much of the pairs that are visited without it, or less."""
-KEY_COLUMNS = (32, 64, 128)
-"""Of a box of keys, which holds as many rows as make a tile of them."""
-LEADS = (0,)
+LEADS = (0, 1, 2, 3)
 """Rows that may stand before the first of a strip of keys, so that tiles begin where what is seen of them begins."""
 SHORT = 512
 """Fewer keys are few tiles in any order."""
@@ -218,7 +216,7 @@ def _decided(program: Program, call: Call, options: Options) -> Choice:
         return Choice(None, "as given, for few queries")
     before = _visited(program, call.sizes, call.parameters, call.q_offset)
     best, least = Choice(None, "as given: no other visits fewer pairs"), None if before is None else before * GAIN
-    for found, after in (*_classes(program, call), *_strips(program, call, options)):
+    for found, after in (*_classes(program, call), *_strips(program, call, options, least)):
         if least is None or (after is not None and after < least):
             saved = "" if before is None or after is None else f": {after:,} pairs visited instead of {before:,}"
             best, least = replace(found, why=found.why + saved), after
@@ -249,8 +247,8 @@ def _classes(program: Program, call: Call) -> Iterator[tuple[Choice, int | None]
         yield Choice(order, what, count), None if pairs is None else pairs * call.sizes["B"]
 
 
-def _strips(program: Program, call: Call, options: Options) -> Iterator[tuple[Choice, int | None]]:
-    """Choices of strips of a grid, for the Hopper forward kernel, and the pairs that each visits."""
+def _strips(program: Program, call: Call, options: Options, most: float | None) -> Iterator[tuple[Choice, int | None]]:
+    """Choices of strips of a grid, for the Hopper forward kernel, and the pairs that each visits, fewer than `most`."""
     if options.backend not in (GPU, HOPPER) or call.q_offset or not call.query.is_cuda:
         return
     from attn_dsl.backend.gpu import takes_grids
@@ -263,16 +261,21 @@ def _strips(program: Program, call: Call, options: Options) -> Iterator[tuple[Ch
         columns = next((n for n in KEY_COLUMNS if order.starts(width, n, call.parameters) is not None), None)
         if columns is None:
             continue
-        laid = _in_strips(order, program, call, options, columns)
-        if not takes_grids(laid.program, portable_call(laid.program, laid.call, options)):
-            continue
+        found: list[tuple[int, Choice]] = []
         strips = -(-width // QUERY_COLUMNS)
         what = f"{strips} strips of the grid of {infix(order.width)} columns, keys in boxes of {columns} columns"
         for lead in LEADS[: BLOCK[1] // columns]:
             laid = _in_strips(order, program, call, options, columns, lead)
             known = {**laid.call.parameters, order.name("H"): 1}  # strips differ, and heads do not
             pairs = _visited(laid.program, {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}, known, 0)
-            yield Choice(order, what, columns, lead), None if pairs is None else pairs * sizes["B"] * sizes["H"]
+            if pairs is not None:
+                found.append((pairs * sizes["B"] * sizes["H"], Choice(order, what, columns, lead)))
+        pairs, best = min(found, key=lambda pair: pair[0], default=(None, None))
+        if pairs is None or best is None or (most is not None and pairs >= most):
+            continue
+        laid = _in_strips(order, program, call, options, columns, best.lead)
+        if takes_grids(laid.program, portable_call(laid.program, laid.call, options)):  # it may compile
+            yield best, pairs
 
 
 def _sorts(program: Program, call: Call) -> Iterator[Choice]:

@@ -50,6 +50,8 @@ from attn_dsl.passes.symbolic import Opaque, Space
 
 QUERY_COLUMNS = 16
 """Columns of queries in a strip: a tile of 128 queries is a box of 8 rows."""
+KEY_COLUMNS = (32, 64, 128)
+"""Of a box of keys, which has as many rows as make a tile: the first of these that a strip sees no more of."""
 STRIP = Var("strip")
 _QY, _QX, _KY, _KX = Var("query row"), Var("query column"), Var("key row"), Var("key column")
 _PLACE, _COLUMN, _LEAD, _FIRST = Var("key place"), Var("column of a strip"), Var("lead"), Var("first column")

@@ -59,6 +59,21 @@ def test_hash_buckets(length: int) -> None:
     agrees(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}))
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "height", "radius", "dim"),
+    [(2, 2, 48, 40, 6, 128), (4, 2, 41, 33, 3, 64), (2, 2, 70, 40, 9, 128)],
+)
+def test_a_neighborhood_in_boxes_of_a_grid(
+    heads: int, kv_heads: int, width: int, height: int, radius: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    monkeypatch.setattr(order, "GAIN", 100.0)
+    query, key, value = (rows(2, h, width * height, dim=dim) for h in (heads, kv_heads, kv_heads))
+    bindings = {"width": width, "height": height, "r": radius}
+    agrees(Problem(program_of("natten2d"), query, key, value, bindings))
+
+
 def test_a_bucket_that_changes_is_sorted_anew() -> None:
     attention = attn_dsl.compile("hash_buckets")
     query, key, value = (rows(1, 2, 1024) for _ in range(3))

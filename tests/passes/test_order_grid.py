@@ -29,6 +29,7 @@ CASES = [
     ("natten2d", {"width": 33, "height": 9, "r": 4}, 32),
     ("natten2d", {"width": 40, "height": 17, "r": 8}, 32),
     ("natten2d", {"width": 50, "height": 13, "r": 6}, 64),
+    ("natten3d", {"width": 18, "height": 3, "depth": 4, "r": 1}, 32),
     (PLAIN, {"width": 37, "r": 5, "bottom": 3}, 32),
     (PLAIN, {"width": 9, "r": 3, "bottom": 2}, 32),
     (ONE_SIDED, {"width": 35, "r": 7}, 32),
@@ -60,7 +61,7 @@ def test_every_pair_is_seen_once_and_where_boxes_are_read(
 ) -> None:
     order = next(iter(strips(variant_of(text))))
     width = parameters["width"]
-    rows = parameters.get("height", 8)
+    rows = parameters.get("height", 8) * parameters.get("depth", 1)
     length = rows * width
     starts = order.starts(width, columns, parameters)
     assert starts is not None
