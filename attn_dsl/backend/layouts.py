@@ -167,7 +167,11 @@ class Grid:
         return x
 
     def split_line(self, x: Tensor, filler: float) -> Tensor:
-        raise NotImplementedError("the backward pass takes the order as given")
+        (batch, heads, _), strips = x.shape, -(-self.width // self.columns)
+        grid = x.reshape(batch, heads, -1, self.width)
+        grid = torch.nn.functional.pad(grid, (0, strips * self.columns - self.width), value=filler)
+        grid = grid.view(batch, heads, -1, strips, self.columns)
+        return grid.permute(0, 3, 1, 2, 4).reshape(batch, strips * heads, -1).contiguous()
 
     def target(self, shape: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
         made = like.new_empty(*shape)

@@ -69,6 +69,16 @@ def test_strips_give_what_the_grid_gives(name: str, bindings: dict[str, int]) ->
     assert torch.allclose(torch.stack(columns, -1), truth[0])
 
 
+@pytest.mark.parametrize("width", [9, 32, 35])
+def test_lines_of_strips_join_again(width: int) -> None:
+    grid, x = Grid(width, QUERY_COLUMNS), torch.randn(2, 3, 5 * width)
+    line = grid.split_line(x, 7.0)
+    assert line.shape == (2, 3 * -(-width // QUERY_COLUMNS), 5 * QUERY_COLUMNS)
+    assert torch.equal(grid.join(line, 5 * width), x)
+    assert torch.equal(line[:, :3, :QUERY_COLUMNS][..., :9], x[..., :9])
+    assert (line == 7.0).sum() == line.numel() - x.numel()
+
+
 @pytest.mark.parametrize("dim", [64, 128])
 def test_the_hopper_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
     program = program_of("natten2d")
