@@ -167,8 +167,13 @@ def _bound(
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous, as the fake tensors say: in another order of positions, results may come in other strides."""
-    out, lse, shifted = forward(*_bound(*arguments))
+    """With the strides that the fake tensors have: contiguous, since another order of positions may give others; those
+    of packed sequences are row by row."""
+    program, call, options = _bound(*arguments)
+    found = forward(program, call, options)
+    if program.binder.packed:
+        return found
+    out, lse, shifted = found
     return out.contiguous(), lse.contiguous(), shifted.contiguous()
 
 
