@@ -277,6 +277,14 @@ def test_tanh_is_right_to_a_few_units_in_the_last_place(reach: float) -> None:
         assert (found[x == 0] == 0).all()
 
 
+@pytest.mark.parametrize("outlier", [0.16, -3.0, 100.0, float("inf"), float("nan")])
+def test_tanh_of_one_large_number_among_small_ones(outlier: float) -> None:
+    """What a sample does not see is seen all the same."""
+    x = torch.full((20_001,), 0.1)
+    x[7] = outlier
+    torch.testing.assert_close(tanh_(x.clone()), torch.tanh(x.double()).float(), rtol=5e-7, atol=0.0, equal_nan=True)
+
+
 def test_tanh_keeps_nan_and_saturates() -> None:
     x = torch.zeros(8192)
     x[5], x[6], x[7] = math.nan, math.inf, -math.inf
