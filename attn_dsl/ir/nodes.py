@@ -389,6 +389,22 @@ def post_order(*roots: Node) -> Iterator[Node]:
             stack.extend((child, False) for child in reversed(node.children))
 
 
+def operands(op: BinaryOp, node: Node) -> Iterator[Node]:
+    """What nested applications of an operation join, left to right: `a`, `b` and `c` of `a and (b and c)`."""
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Binary) and node.op is op:
+            stack += (node.y, node.x)
+        else:
+            yield node
+
+
+def conjuncts(condition: Node) -> Iterator[Node]:
+    """The parts of which a condition is the conjunction."""
+    return operands(BinaryOp.AND, condition)
+
+
 def rewrite(root: Node, rule: Callable[[Node], Node]) -> Node:
     """Apply `rule` to every node, operands first; `rule` sees nodes whose operands are already rewritten."""
     done: dict[Node, Node] = {}

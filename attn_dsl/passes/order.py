@@ -33,6 +33,7 @@ from attn_dsl.ir.nodes import (
     Size,
     Unary,
     UnaryOp,
+    conjuncts,
     post_order,
     rewrite,
 )
@@ -92,16 +93,6 @@ def residues(variant: Variant) -> Iterator[Residues]:
                     found[modulus] = None
     for modulus in found:
         yield Residues(variant, modulus)
-
-
-def conjuncts(node: Node) -> Iterator[Node]:
-    """The parts of which a condition is the conjunction."""
-    match node:
-        case Binary(BinaryOp.AND, x, y):
-            yield from conjuncts(x)
-            yield from conjuncts(y)
-        case _:
-            yield node
 
 
 def _moduli(part: Compare) -> Iterator[Node]:

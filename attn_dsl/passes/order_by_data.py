@@ -25,11 +25,11 @@ from attn_dsl.ir.nodes import (
     Q,
     Unary,
     UnaryOp,
+    conjuncts,
     post_order,
 )
 from attn_dsl.ir.types import DType, Type
 from attn_dsl.ir.variant import Nondecreasing, Tensor, Variant, rewrite_variant
-from attn_dsl.passes.order import conjuncts
 from attn_dsl.passes.simplify import simplify
 
 

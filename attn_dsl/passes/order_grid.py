@@ -36,13 +36,14 @@ from attn_dsl.ir.nodes import (
     Unary,
     UnaryOp,
     Var,
+    conjuncts,
     post_order,
     substitute,
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant, rewrite_variant
 from attn_dsl.passes.monotone import Q0, Q1, Q_OFFSET
-from attn_dsl.passes.order import conjuncts, number
+from attn_dsl.passes.order import number
 from attn_dsl.passes.prove import conjunction, prove
 from attn_dsl.passes.schedule import BLOCK, derive_schedule, maximum_of, minimum, minimum_of
 from attn_dsl.passes.simplify import simplify, simplify_node

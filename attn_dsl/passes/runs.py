@@ -26,6 +26,7 @@ from attn_dsl.ir.nodes import (
     Q,
     Unary,
     UnaryOp,
+    conjuncts,
     post_order,
     rewrite,
     substitute,
@@ -98,7 +99,7 @@ def _equalities(variant: Variant) -> Iterator[tuple[tuple[Load, Load], int]]:
 
 def _without_idle_bounds(mask: Node, ends: frozenset[str]) -> Node:
     """The mask without the bound of a run that a conjunct `q >= k` or `q <= k` implies: first[k] <= k, last[q] >= q."""
-    parts = list(_conjuncts(mask))
+    parts = list(conjuncts(mask))
     orders = {(x, y) for part in parts for x, y in _ordered(part)}
 
     def idle(node: Node) -> bool:
@@ -123,15 +124,6 @@ def _without_idle_bounds(mask: Node, ends: frozenset[str]) -> Node:
         if not idle(part):
             total = part if total is TRUE else Binary(BinaryOp.AND, total, part)
     return total
-
-
-def _conjuncts(node: Node) -> Iterator[Node]:
-    match node:
-        case Binary(BinaryOp.AND, x, y):
-            yield from _conjuncts(x)
-            yield from _conjuncts(y)
-        case _:
-            yield node
 
 
 def _ordered(node: Node) -> Iterator[tuple[Node, Node]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 
-from attn_dsl.backend.portable.algebra import conjuncts
 from attn_dsl.ir.nodes import (
     TRUE,
     Binary,
@@ -23,6 +22,7 @@ from attn_dsl.ir.nodes import (
     Node,
     Unary,
     UnaryOp,
+    conjuncts,
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.schedule import add, maximum, minimum, subtract

@@ -14,7 +14,7 @@ factor, which would take a sum over the lanes of a warp in each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from attn_dsl.backend.hopper.emit import Module
@@ -35,6 +35,7 @@ from attn_dsl.ir.nodes import (
     Size,
     Unary,
     UnaryOp,
+    operands,
     substitute,
 )
 from attn_dsl.ir.variant import Variant
@@ -97,7 +98,7 @@ def shares(variant: Variant, wanted: frozenset[str]) -> Shares:
     for target in targets_of(gradient(variant.score), wanted):
         outer, rest = gather.factors(target.share)
         inner: Node = ONE
-        for part in _factors(rest):
+        for part in operands(BinaryOp.MUL, rest):
             if part.depends <= {"b", "h"} | target.axes:
                 outer = times(outer, part)
             else:
@@ -119,15 +120,6 @@ def _is_finite(node: Node) -> bool:
             return _is_finite(x)
         case _:
             return False
-
-
-def _factors(node: Node) -> Iterator[Node]:
-    match node:
-        case Binary(BinaryOp.MUL, x, y):
-            yield from _factors(x)
-            yield from _factors(y)
-        case _:
-            yield node
 
 
 def add_functions(module: Module, found: Shares, names: Sequence[str], corner: dict[Node, Node]) -> None:

@@ -81,12 +81,3 @@ def times(x: Node, y: Node) -> Node:
     if isinstance(x, Const) and isinstance(y, Const):
         return Const(float(x.value) * float(y.value))
     return Binary(BinaryOp.MUL, x, y)
-
-
-def conjuncts(mask: Node) -> list[Node]:
-    """The parts of a conjunction."""
-    match mask:
-        case Binary(BinaryOp.AND, x, y):
-            return conjuncts(x) + conjuncts(y)
-        case _:
-            return [mask]

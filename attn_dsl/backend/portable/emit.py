@@ -11,7 +11,7 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, conjuncts, times, uniform
+from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times, uniform
 from attn_dsl.backend.printer import Results, Signature, emit
 from attn_dsl.backend.triton_dialect import TritonDialect, varying
 from attn_dsl.errors import Span
@@ -31,6 +31,7 @@ from attn_dsl.ir.nodes import (
     Q,
     Select,
     Var,
+    conjuncts,
     post_order,
     substitute,
 )

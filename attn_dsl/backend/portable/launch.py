@@ -17,7 +17,6 @@ from torch import Tensor
 
 from attn_dsl.backend.portable import backward as backward_kernels
 from attn_dsl.backend.portable import device, listing, tiles
-from attn_dsl.backend.portable.algebra import conjuncts
 from attn_dsl.backend.portable.classify import kv_list, q_list
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit import Emitted, emit_module
@@ -44,7 +43,7 @@ from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
-from attn_dsl.ir.nodes import FALSE, K, Load, Node, Param, Q, Size, post_order
+from attn_dsl.ir.nodes import FALSE, K, Load, Node, Param, Q, Size, conjuncts, post_order
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.lengths import is_packed, is_paged, is_scaled
 from attn_dsl.passes.runs import by_runs
