@@ -34,7 +34,7 @@ from attn_dsl.ir.nodes import (
     substitute,
 )
 from attn_dsl.ir.variant import Variant
-from attn_dsl.passes.fold import Scalar, constant, fold
+from attn_dsl.passes.fold import Scalar, constant, folded
 from attn_dsl.passes.monotone import Q0, Q1
 from attn_dsl.passes.prove import Proof
 from attn_dsl.passes.schedule import Schedule, TileRanges
@@ -112,7 +112,7 @@ class Call:
                         self._element(tensor, tuple(int(i.value) for i in indices if isinstance(i, Const))), node.type
                     )
                 case _:
-                    return fold(node) or node
+                    return folded(node)
 
         bound = rewrite(root, number)
         self._refuse_missing(bound)

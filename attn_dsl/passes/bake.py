@@ -18,7 +18,7 @@ from attn_dsl.ir import nodes as ir
 from attn_dsl.ir.nodes import BinaryOp, Const, Node, ReduceOp
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant, rewrite_variant
-from attn_dsl.passes.fold import Scalar, fold
+from attn_dsl.passes.fold import Scalar, folded
 
 _NO_CONSTANTS: Mapping[str, Scalar] = {}
 
@@ -44,7 +44,7 @@ def bake(variant: Variant, constants: Mapping[str, object] = _NO_CONSTANTS) -> V
         if isinstance(node, ir.Param) and node.name in baked:
             return baked[node.name]
         _check(node, variant.name, context)
-        return fold(node) or node
+        return folded(node)
 
     run_time = tuple(p for p in parameters.values() if not p.const)
     return replace(rewrite_variant(variant, bind), parameters=run_time)

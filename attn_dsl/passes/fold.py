@@ -43,9 +43,14 @@ def constant(value: Scalar, kind: Type) -> Const:
             return Const(float(value))
 
 
+def folded(node: Node) -> Node:
+    """The literal that a node is equal to, or the node."""
+    return fold(node) or node
+
+
 def fold_all(root: Node) -> Node:
     """Fold everywhere under `root`."""
-    return ir.rewrite(root, lambda node: fold(node) or node)
+    return ir.rewrite(root, folded)
 
 
 def _value(node: Node, *operands: Any) -> Scalar | None:

@@ -31,7 +31,7 @@ from attn_dsl.ir.nodes import (
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import InRange, Nondecreasing, Tensor
-from attn_dsl.passes.fold import fold
+from attn_dsl.passes.fold import folded
 from attn_dsl.passes.logic import divisors
 from attn_dsl.passes.monotone import K0, K1, Q0, Q1, varies
 from attn_dsl.passes.prove import Claim, Proof
@@ -60,7 +60,7 @@ class Question:
 
         def bind(node: Node) -> Node:
             node = values.get(node, node) if isinstance(node, Param) else node
-            return fold(node) or node
+            return folded(node)
 
         goal, clause = rewrite(self.goal, bind), rewrite(self.clause, bind)
         return replace(self, goal=goal, clause=clause, positive=frozenset(rewrite(n, bind) for n in self.positive))

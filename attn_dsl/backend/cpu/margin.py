@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
+from attn_dsl.backend.cpu.relative import PAIR, minus
 from attn_dsl.ir.nodes import (
     Binary,
     BinaryOp,
@@ -26,9 +27,8 @@ from attn_dsl.ir.nodes import (
     post_order,
 )
 from attn_dsl.ir.types import Type
-from attn_dsl.passes.fold import fold
+from attn_dsl.passes.fold import folded
 
-PAIR = frozenset("qk")
 ONE = Const(1)
 
 
@@ -47,7 +47,7 @@ def margin(mask: Node, *, subtract: bool) -> Node:
     found: dict[Node, Node] = {}
     for node in post_order(mask):
         if node.type is Type.BOOL:
-            found[node] = _fold(_margin(cast(Expr, node), found, subtract))
+            found[node] = folded(_margin(cast(Expr, node), found, subtract))
     return found[mask]
 
 
@@ -92,22 +92,14 @@ def sides(root: Node) -> Sides:
 def _difference(op: CompareOp, x: Node, y: Node) -> Node:
     match op:
         case CompareOp.LE:
-            return _minus(y, x)
+            return minus(y, x)
         case CompareOp.GE:
-            return _minus(x, y)
+            return minus(x, y)
         case CompareOp.LT:
-            return _minus(_minus(y, ONE), x)
+            return minus(minus(y, ONE), x)
         case CompareOp.GT:
-            return _minus(_minus(x, ONE), y)
+            return minus(minus(x, ONE), y)
         case CompareOp.EQ:
-            return Unary(UnaryOp.NEG, Unary(UnaryOp.ABS, _minus(x, y)))
+            return Unary(UnaryOp.NEG, Unary(UnaryOp.ABS, minus(x, y)))
         case CompareOp.NE:
-            return Binary(BinaryOp.SUB, Unary(UnaryOp.ABS, _minus(x, y)), ONE)
-
-
-def _minus(x: Node, y: Node) -> Node:
-    return x if y is Const(0) else _fold(Binary(BinaryOp.SUB, x, y))
-
-
-def _fold(node: Node) -> Node:
-    return fold(node) or node
+            return Binary(BinaryOp.SUB, Unary(UnaryOp.ABS, minus(x, y)), ONE)

@@ -19,7 +19,7 @@ from attn_dsl.errors import Span
 from attn_dsl.ir import nodes as ir
 from attn_dsl.ir.nodes import Binary, BinaryOp, Compare, Const, K, Node, Q, Unary, UnaryOp
 from attn_dsl.ir.types import Type
-from attn_dsl.passes.fold import fold
+from attn_dsl.passes.fold import folded
 
 RELATIVE = Binary(BinaryOp.SUB, Q, K)
 PAIR = frozenset("qk")
@@ -60,7 +60,7 @@ class ByDistance:
                 if left is None or right is None or (left.q - right.q, left.k - right.k) not in ((1, -1), (-1, 1)):
                     return node
                 difference = RELATIVE if left.q - right.q == 1 else Unary(UnaryOp.NEG, RELATIVE)
-                return Compare(op, difference, _minus(right.rest, left.rest))
+                return Compare(op, difference, minus(right.rest, left.rest))
             case Binary(BinaryOp.ADD | BinaryOp.SUB) if form is not None and (form.q, form.k) in ((1, -1), (-1, 1)):
                 node = _plus(RELATIVE if form.q == 1 else Unary(UnaryOp.NEG, RELATIVE), form.rest)
                 self._forms[node] = form
@@ -109,21 +109,18 @@ def _linear(node: Node, forms: dict[Node, Linear | None]) -> Linear | None:
         case ir.Index("k"):
             return Linear(0, 1, Const(0))
         case Unary(UnaryOp.NEG, x) if (form := forms.get(x)) is not None:
-            return Linear(-form.q, -form.k, _fold(Unary(UnaryOp.NEG, form.rest)))
+            return Linear(-form.q, -form.k, folded(Unary(UnaryOp.NEG, form.rest)))
         case Binary(BinaryOp.ADD, x, y) if (one := forms.get(x)) is not None and (two := forms.get(y)) is not None:
             return Linear(one.q + two.q, one.k + two.k, _plus(one.rest, two.rest))
         case Binary(BinaryOp.SUB, x, y) if (one := forms.get(x)) is not None and (two := forms.get(y)) is not None:
-            return Linear(one.q - two.q, one.k - two.k, _minus(one.rest, two.rest))
+            return Linear(one.q - two.q, one.k - two.k, minus(one.rest, two.rest))
     return None
 
 
 def _plus(x: Node, y: Node) -> Node:
-    return y if x is Const(0) else x if y is Const(0) else _fold(Binary(BinaryOp.ADD, x, y))
+    return y if x is Const(0) else x if y is Const(0) else folded(Binary(BinaryOp.ADD, x, y))
 
 
-def _minus(x: Node, y: Node) -> Node:
-    return x if y is Const(0) else _fold(Binary(BinaryOp.SUB, x, y))
-
-
-def _fold(node: Node) -> Node:
-    return fold(node) or node
+def minus(x: Node, y: Node) -> Node:
+    """`x - y`, folded."""
+    return x if y is Const(0) else folded(Binary(BinaryOp.SUB, x, y))
