@@ -133,6 +133,11 @@ class Claims:
         return [_extremes(x, 3, self.block) for x in self.keys]
 
 
+def together(codes: Tensor, axis: int) -> Tensor:
+    """What codes along an axis say of all of it."""
+    return torch.where(codes.amin(axis) == FULL, FULL, codes.amax(axis).clamp_(max=PARTIAL))
+
+
 def _joined(codes: Tensor, parts: int) -> Tensor:
     """The codes `[1 or B, 1 or H, rows, blocks]` of so many rows at a time."""
     if codes.shape[2] == 1 or parts == 1:
@@ -140,8 +145,7 @@ def _joined(codes: Tensor, parts: int) -> Tensor:
     missing = -codes.shape[2] % parts
     if missing:  # the last row is short: its last part again
         codes = torch.cat([codes, codes[:, :, -1:].expand(-1, -1, missing, -1)], 2)
-    codes = codes.reshape(*codes.shape[:2], -1, parts, codes.shape[3])
-    return torch.where(codes.amin(3) == FULL, FULL, codes.amax(3).clamp_(max=PARTIAL))
+    return together(codes.reshape(*codes.shape[:2], -1, parts, codes.shape[3]), 3)
 
 
 def _extremes(x: Tensor, axis: int, width: int) -> Interval | None:

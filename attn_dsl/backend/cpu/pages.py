@@ -42,7 +42,7 @@ def _visited(problem: Problem, size: int, count: int) -> tuple[Tensor, Tensor]:
     """(batch entries, numbers within them) of the slabs of `size` keys that the schedule reaches from some row."""
     visited = torch.zeros(problem.batch, count, dtype=torch.bool)
     for b in range(problem.batch):
-        offset = problem.offsets[b] if len(problem.offsets) > 1 else problem.offsets[0]
+        offset = problem.offset(b)
         place = (offset, offset + problem.q_len - 1, offset, BLOCK, problem.scalars, problem.lists)
         for h in range(problem.heads if problem.schedule.per_head else 1):
             for begin, end, _ in problem.schedule.kv_ranges(b, h, *place):

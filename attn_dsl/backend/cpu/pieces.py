@@ -42,11 +42,16 @@ Seen = tuple[Piece, ...] | Tensor
 """The keys that some heads see alike; or codes `[heads, blocks]` of what each sees of each block."""
 
 
-def alike(one: Seen, two: Seen, rows: int) -> bool:
-    """Whether a tile row stands to its keys as the one `rows` queries before: the same keys, or so many further on."""
+def steps(one: Seen, two: Seen, rows: int) -> tuple[int, ...] | None:
+    """By how much each piece moves to the tile row that begins `rows` queries later: not at all, or by as much.
+
+    None where the later one does not stand so to its keys.
+    """
     if isinstance(one, Tensor) or isinstance(two, Tensor) or len(one) != len(two):
-        return False
-    return all(b in (a, a.moved(rows)) for a, b in zip(one, two, strict=True))
+        return None
+    if not all(b in (a, a.moved(rows)) for a, b in zip(one, two, strict=True)):
+        return None
+    return tuple(b.begin - a.begin for a, b in zip(one, two, strict=True))
 
 
 def seen_keys(seen: Seen) -> int:

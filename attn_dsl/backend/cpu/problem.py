@@ -72,6 +72,10 @@ class Problem:
         mask = self.functions.mask
         return self.functions.by_distance or (mask is not None and mask.by_distance and not self.keeps_masks)
 
+    def offset(self, b: int) -> int:
+        """Position of the first query of a batch entry."""
+        return self.offsets[b] if len(self.offsets) > 1 else self.offsets[0]
+
     def shaped(self) -> Problem:
         """The problem with the tile shape that fits its schedule."""
         return self._with(chosen(self))
@@ -225,7 +229,7 @@ class Problem:
 
     def _ranges(self, b: int, h: int, start: int, stop: int) -> Iterator[Run]:
         """The schedule's ranges, of whole blocks."""
-        offset = self.offsets[b] if len(self.offsets) > 1 else self.offsets[0]
+        offset = self.offset(b)
         place = b, h, offset + start, offset + stop - 1, offset, BLOCK, self.scalars, self.lists
         for begin, end, masked in self.schedule.kv_ranges(*place):
             if begin < end:
@@ -237,7 +241,7 @@ class Problem:
         if skip is None and (full is None or not run.masked):
             yield run
             return
-        offset = self.offsets[b] if len(self.offsets) > 1 else self.offsets[0]
+        offset = self.offset(b)
         for begin in range(run.begin, run.end, BLOCK):
             end = min(begin + BLOCK, run.end)
             place = (b, h, offset + start, offset + stop - 1, begin, end - 1, offset, self.scalars, self.lists)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from attn_dsl.backend.cpu.pieces import BLOCK, alike, seen_keys
+from attn_dsl.backend.cpu.pieces import BLOCK, seen_keys, steps
 
 if TYPE_CHECKING:
     from attn_dsl.backend.cpu.problem import Problem
@@ -82,7 +82,7 @@ def _stacked(problem: Problem) -> tuple[float, TileShape] | None:
     for place in range(1, 2 * SAMPLES, 2):
         tile = last * place // (2 * SAMPLES)
         one, two = (list(problem.rectangles(number, part, shape)) for number in (tile, tile + 1))
-        apart += len(one) > 1 or len(two) > 1 or not alike(one[0][1], two[0][1], rows)
+        apart += len(one) > 1 or len(two) > 1 or steps(one[0][1], two[0][1], rows) is None
         visited += seen_keys(one[0][1])
     if apart > SAMPLES // 4:
         return None

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from attn_dsl.backend.cpu.claims import EMPTY, FULL, PARTIAL
+from attn_dsl.backend.cpu.claims import EMPTY, FULL, PARTIAL, together
 from attn_dsl.backend.cpu.functions import Emitted, MaskFunctions
-from attn_dsl.backend.cpu.pieces import BLOCK, Seen, alike
+from attn_dsl.backend.cpu.pieces import BLOCK, Seen, steps
 from attn_dsl.backend.cpu.problem import Part, Problem
 from attn_dsl.backend.cpu.relative import antidiagonals
 from attn_dsl.backend.cpu.scratch import scratch
@@ -22,6 +22,10 @@ RECENT = 16
 """Limits over rows and keys that are kept for the other heads."""
 KNOWN = 64
 """Limits over `q - k` that are kept for the next tile."""
+
+
+Row = list[tuple[Part, Seen]]
+"""A row of tiles, cut into parts that see the same keys."""
 
 
 class Limit(NamedTuple):
@@ -265,7 +269,7 @@ class Tile:
     def _gathered(self, codes: Tensor, mask: MaskFunctions) -> Iterator[Visit]:
         """The seen blocks, masked ones first, of all heads together; where one has fewer, the rest is masked."""
         codes = codes[: self.h1 - self.h0].view(-1, self.shared, codes.shape[1])
-        codes = torch.where(codes.amin(1) == FULL, FULL, codes.amax(1).clamp(max=PARTIAL))
+        codes = together(codes, 1)
         order = torch.where(codes == EMPTY, FULL + 1, codes).argsort(dim=1, stable=True)
         masked, seen = (codes == PARTIAL).sum(1), (codes > EMPTY).sum(1)
         most_masked, most, fewest = int(masked.amax()), int(seen.amax()), int(seen.amin())
@@ -335,42 +339,38 @@ def tiles(problem: Problem, part: Part | None = None, *, stacks: bool = False) -
     """
     shape = problem.shape
     whole = part or (0, problem.batch, 0, problem.heads)
-    waiting: list[list[tuple[Part, Seen]]] = []
+    waiting: list[Row] = []
 
     def emitted(first: int) -> Iterator[Tile]:
         """The tile rows that wait, of which the lowest has that number."""
         count = len(waiting)
         start, stop = first * shape.rows, min((first + count) * shape.rows, problem.q_len)
-        steps: tuple[int, ...] = ()
-        if count > 1:
-            low, high = waiting[-1][0][1], waiting[-2][0][1]
-            steps = tuple(b.begin - a.begin for a, b in zip(low, high, strict=True))
+        moves = _steps(waiting[-1], waiting[-2], shape.rows) if count > 1 else None
         for (b0, b1, h0, h1), seen in waiting[-1]:
             limit = 1 if count > 1 else max(shape.heads, shape.depth)
             for c0, c1, g0, g1 in problem.chunks(b0, b1, h0, h1, limit):
                 own = seen[g0 - h0 : g1 - h0] if isinstance(seen, Tensor) else seen
-                yield Tile(problem, start, stop, c0, c1, g0, g1, own, count, steps)
+                yield Tile(problem, start, stop, c0, c1, g0, g1, own, count, moves or ())
 
     depth = shape.depth if stacks else 1
     for number in reversed(range(math.ceil(problem.q_len / shape.rows))):
         row = list(problem.rectangles(number, whole, shape))
-        if waiting and not (len(waiting) < depth and _follows(row, waiting, problem, number, shape.rows)):
+        above_is_whole = (number + 2) * shape.rows <= problem.q_len
+        if waiting and not (len(waiting) < depth and above_is_whole and _follows(row, waiting, shape.rows)):
             yield from emitted(number + 1)
             waiting.clear()
         waiting.append(row)
     yield from emitted(0)
 
 
-def _follows(
-    row: list[tuple[Part, Seen]], waiting: list[list[tuple[Part, Seen]]], problem: Problem, number: int, rows: int
-) -> bool:
+def _follows(row: Row, waiting: Sequence[Row], rows: int) -> bool:
     """Whether a tile row stands to its keys as those above it that wait."""
-    above = waiting[-1]
-    if len(row) != 1 or len(above) != 1 or row[0][0] != above[0][0] or (number + 2) * rows > problem.q_len:
-        return False
-    if len(waiting) == 1:
-        return alike(row[0][1], above[0][1], rows)
-    steps = [b.begin - a.begin for a, b in zip(above[0][1], waiting[-2][0][1], strict=True)]
-    return alike(row[0][1], above[0][1], rows) and steps == [
-        b.begin - a.begin for a, b in zip(row[0][1], above[0][1], strict=True)
-    ]
+    found = _steps(row, waiting[-1], rows)
+    return found is not None and (len(waiting) == 1 or found == _steps(waiting[-1], waiting[-2], rows))
+
+
+def _steps(row: Row, above: Row, rows: int) -> tuple[int, ...] | None:
+    """`steps` of tile rows that are not cut, to the one above."""
+    if len(row) != 1 or len(above) != 1 or row[0][0] != above[0][0]:
+        return None
+    return steps(row[0][1], above[0][1], rows)
