@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads sleep while they 
 import torch
 from rich.console import Console
 from torch import Tensor
-from train_char_lm import Attend, CharacterModel, english_text, train, unigram_entropy
+from train_char_lm import Attend, CharacterModel, english_characters, train, unigram_entropy
 
 import attn_dsl
 from attn_dsl.backend.paged import Step
@@ -166,10 +166,7 @@ def main() -> int:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     console = Console()
-    text = english_text()
-    alphabet = sorted(set(text))
-    number = {character: i for i, character in enumerate(alphabet)}
-    data = torch.tensor([number[character] for character in text])
+    alphabet, data = english_characters()
     attention = attn_dsl.compile(Path(__file__).with_name("sink_window.attn"), window=arguments.window)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor) -> Tensor:
@@ -180,7 +177,7 @@ def main() -> int:
     console.print(f"model     loss {loss:.3f} after {arguments.steps} steps, {attention}")
     model = model.to(arguments.device).eval()
 
-    preamble = [number[character] for character in PREAMBLE]
+    preamble = [alphabet.index(character) for character in PREAMBLE]
     requests = list(_requests(data, len(alphabet), arguments))
     server = Server(model, attention, preamble, arguments)
     start = time.perf_counter()

@@ -88,13 +88,10 @@ def main() -> int:
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     console = Console()
-    text = english_text()
-    alphabet = sorted(set(text))
-    number = {character: i for i, character in enumerate(alphabet)}
-    data = torch.tensor([number[character] for character in text])
+    alphabet, data = english_characters()
     unigram = unigram_entropy(data)
     target = arguments.target * unigram
-    console.print(f"text      {len(text):,} characters of pydoc_data.topics, {len(alphabet)} different")
+    console.print(f"text      {len(data):,} characters of pydoc_data.topics, {len(alphabet)} different")
 
     attention = attn_dsl.compile(Path(__file__).with_name("sink_window.attn"), window=arguments.window)
 
@@ -119,10 +116,14 @@ def main() -> int:
     return 0 if loss <= target else 1
 
 
-def english_text() -> str:
+def english_characters() -> tuple[list[str], Tensor]:
+    """The characters that a text in English has, and the text as their numbers."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    alphabet = sorted(set(text))
+    number = {character: i for i, character in enumerate(alphabet)}
+    return alphabet, torch.tensor([number[character] for character in text])
 
 
 def unigram_entropy(data: Tensor) -> float:
