@@ -2,25 +2,28 @@
 
     python benchmarks/sparse.py                                   all rows at B=2 H=16 S=8192 D=128, bf16
     python benchmarks/sparse.py --rows documents,bigbird --passes forward
+    python benchmarks/sparse.py --compile                         run each pass once, so that caches hold its kernels
     python benchmarks/sparse.py --long 1048576                    the schedule of a document mask, B=1 H=1
 
 Times are milliseconds: medians over rounds in which all take turns, of the medians of `triton.testing.do_bench`.
 `new` is a forward pass whose tensors have changed, so that its schedule is made anew; `set-up` is what that takes the
 GPU alone, replayed as a CUDA graph, and `KiB` the memory that stays. For flex_attention the times leave out the block
 mask, whose making is `set-up`. TFLOP/s count pairs that the mask keeps, 4 D a pair forward, 10 D backward. `error` is
-the largest deviation from float64 on some rows. One JSON object a row, then a table.
+the largest deviation from float64 on some rows. A line of a table for each pass as soon as it is measured, and one JSON
+object a row.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import functools
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,42 +238,54 @@ def times(runs: dict[str, Callable[[], Any]], rounds: int, rep: int) -> dict[str
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def backward_of(case: Case, out: Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(out, case.inputs, case.upstream, retain_graph=True)
+def backwards_of(case: Case, forwards: dict[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Any]]:
+    """Backward passes of outputs that are made here: a later change of what the mask reads would make them useless."""
+
+    def backward_of(out: Tensor) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(out, case.inputs, case.upstream, retain_graph=True)
+
+    return {name: backward_of(run()) for name, run in forwards.items() if name != "new"}
 
 
 def run_row(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    out = case.forward()
-    found: dict[str, Any] = {"row": name, "length": case.length, "pairs": case.pairs, "error": case.error(out)}
-    found["setup_ms"], found["setup_kib"] = case.set_up()
-    forwards: dict[str, Callable[[], Any]] = {"attn_dsl": case.forward}
-    if case.tensors:
-        forwards["new"] = case.forward_anew
+    forwards: dict[str, Callable[[], Tensor]] = {"attn_dsl": case.forward}
+    found: dict[str, Any] = {"row": name, "length": case.length}
     if not options.alone:
         forwards["flex"], found["flex_setup_ms"], found["flex_setup_kib"] = case.flex()
-    area = case.pairs * case.dim / 1e9
-    backwards: dict[str, Callable[[], Any]] = {}
-    if "backward" in options.passes:
-        backwards = {n: backward_of(case, run()) for n, run in forwards.items() if n != "new"}
-    with torch.no_grad():
-        for run in (*forwards.values(), *forwards.values()):
-            run()
-    for run in backwards.values():
-        run()
-    torch.cuda.synchronize()
-    turn = open(options.turn, "w") if options.turn else None  # noqa: SIM115 (held until the row is measured)
-    if turn is not None:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-    if "forward" in options.passes:
-        with torch.no_grad():
-            found["forward_ms"] = times(forwards, options.rounds, options.rep)
-        found["forward_tflops"] = {n: 4 * area / ms for n, ms in found["forward_ms"].items()}
-    if backwards:
-        found["backward_ms"] = times(backwards, options.rounds, options.rep)
-        found["backward_tflops"] = {n: 10 * area / ms for n, ms in found["backward_ms"].items()}
-    if turn is not None:
-        turn.close()
+    if case.tensors:
+        forwards["new"] = case.forward_anew
+    passes = {
+        "forward": (4, lambda: forwards),
+        "backward": (10, lambda: backwards_of(case, forwards)),
+    }
+    for which in options.passes.split(","):  # no process compiles while it holds its turn
+        with torch.set_grad_enabled(which == "backward"):
+            for run in passes[which][1]().values():
+                run()
+    if options.compile:
+        return found
+    found |= {"pairs": case.pairs, "error": case.error(case.forward().detach())}
+    found["setup_ms"], found["setup_kib"] = case.set_up()
+    with turn(options.turn):
+        for which in options.passes.split(","):
+            flops, make = passes[which]
+            with torch.set_grad_enabled(which == "backward"):
+                found[f"{which}_ms"] = taken = times(make(), options.rounds, options.rep)
+            work = flops * case.pairs * case.dim / 1e9
+            found[f"{which}_tflops"] = {n: work / ms for n, ms in taken.items()}
+            print(line(found, which), flush=True)
     return found
+
+
+@contextlib.contextmanager
+def turn(path: str | None) -> Iterator[None]:
+    """Alone among the processes that name the same file; among all where none is named."""
+    if path is None:
+        yield
+        return
+    with open(path, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def run_long(length: int) -> dict[str, Any]:
@@ -303,22 +318,22 @@ def run_long(length: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    head = "| mask | pass | attn_dsl | flex | times flex | new tensors, times flex | set-up ms, KiB | flex's |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        for which in ("forward", "backward"):
-            if f"{which}_tflops" not in row:
-                continue
-            speed, ms = row[f"{which}_tflops"], row[f"{which}_ms"]
-            ratio = f"{ms['flex'] / ms['attn_dsl']:.2f}" if "flex" in ms else "-"
-            anew = f"{ms['flex'] / ms['new']:.2f}" if "flex" in ms and "new" in ms else "-"
-            flex = f"{speed['flex']:.0f}" if "flex" in speed else "-"
-            own = f"{row['setup_ms']:.4f}, {row['setup_kib']:.0f}"
-            other = f"{row.get('flex_setup_ms', 0):.1f}, {row.get('flex_setup_kib', 0):.0f}"
-            cells = (f"{row['row']} {row['length']}", which, f"{speed['attn_dsl']:.0f}", flex, ratio, anew, own, other)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+HEAD = (
+    "| mask | pass | attn_dsl | flex | times flex | new tensors, times flex | set-up ms, KiB | flex's |\n"
+    "|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict[str, Any], which: str) -> str:
+    """Of a table with `HEAD`."""
+    speed, ms = row[f"{which}_tflops"], row[f"{which}_ms"]
+    ratio = f"{ms['flex'] / ms['attn_dsl']:.2f}" if "flex" in ms else "-"
+    anew = f"{ms['flex'] / ms['new']:.2f}" if "flex" in ms and "new" in ms else "-"
+    flex = f"{speed['flex']:.0f}" if "flex" in speed else "-"
+    own = f"{row['setup_ms']:.4f}, {row['setup_kib']:.0f}"
+    other = f"{row.get('flex_setup_ms', 0):.1f}, {row.get('flex_setup_kib', 0):.0f}"
+    cells = (f"{row['row']} {row['length']}", which, f"{speed['attn_dsl']:.0f}", flex, ratio, anew, own, other)
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -329,6 +344,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of a measurement")
     parser.add_argument("--alone", action="store_true", help="without flex_attention")
+    parser.add_argument("--compile", action="store_true", help="measure nothing")
     parser.add_argument("--turn", help="a file to hold while measuring, for processes that compile side by side")
     parser.add_argument("--long", type=int, help="the length of a document mask whose schedule alone is made")
     options = parser.parse_args()
@@ -336,12 +352,10 @@ def main() -> None:
         print(json.dumps(run_long(options.long)), flush=True)
         return
     batch, heads, length, dim = map(int, options.shape.split("x"))
-    found = []
+    print(HEAD, flush=True)
     for name in options.rows.split(","):
         row = ROWS[name]
-        found.append(run_row(name, Case(row, batch, heads, row.length or length, dim), options))
-        print(json.dumps(found[-1]), flush=True)
-    print(table(found))
+        print(json.dumps(run_row(name, Case(row, batch, heads, row.length or length, dim), options)), flush=True)
 
 
 if __name__ == "__main__":
