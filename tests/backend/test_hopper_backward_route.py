@@ -139,6 +139,24 @@ def test_a_group_of_heads_is_one_programs() -> None:
     assert launches(program_of("noop"), bound)[1][1] == 2 * 2 * 3
 
 
+def test_what_is_compiled_for_another_length_leaves_nothing_to_its_calls(says: Callable[..., None]) -> None:
+    """The first call has both kernels compiled, that of ragged and that of whole keys."""
+    says(GOOD, GOOD)
+    query, keys = tensor(2, 4, 333, 128), tensor(2, 2, 333, 128)
+    ragged = Call(query, keys, keys, (), (), (), 0.1, dims=(2, 4, 2, 333, 333, 128))
+    few = tensor(2, 2, 128, 128)
+    whole = replace(ragged, key=few, value=few, dims=(2, 4, 2, 333, 128, 128))
+    used, unused = fresh("causal"), fresh("causal")
+    used.hopper_backward.choice(ragged, compile=compiler()[1])
+
+    def numbers(of: Program) -> list[tuple[Any, ...]]:
+        found = launches(of, whole)
+        return [(programs, *(x for x in arguments if isinstance(x, int | tuple))) for _, programs, arguments in found]
+
+    assert numbers(used) == numbers(unused)
+    assert used.hopper_backward.choice(whole).config is not None and numbers(used)[1][0] == 2 * 2
+
+
 def test_sections_fill_the_machine_where_programs_are_uneven() -> None:
     bound = call(2, 16, 8192, 128)
     sections = {name: launches(program_of(name), bound)[1][2][-2] for name in ("causal", "noop")}

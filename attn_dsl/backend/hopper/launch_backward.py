@@ -199,7 +199,7 @@ def _of_other_length(call: Call) -> Call:
     """The call with keys, without data, of whole tiles where its own are ragged, or the other way round."""
     rows = KEYS - 1 if _whole(call) else KEYS
     key, value = (x.new_empty((*x.shape[:2], rows, x.shape[3]), device="meta") for x in (call.key, call.value))
-    return replace(call, key=key, value=value)
+    return replace(call, key=key, value=value, dims=(*call.sizes[:4], rows, call.sizes[5]))
 
 
 def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool = False) -> str | None:
@@ -286,7 +286,7 @@ class _Plan:
         at = (
             *(x.shape for x in tensors),
             *(x.stride() for x in tensors),
-            call.extents,
+            call.sizes,
             call.query.device,
             call.result_strides,
         )
