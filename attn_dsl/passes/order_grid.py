@@ -62,10 +62,14 @@ _SIZES = ("B", "H", "HK", "Q", "KV")
 
 @dataclass(frozen=True)
 class Boxes:
-    """Where the tile begins whose first place is q (k) of a head (a key head): its head, row and column in the grid."""
+    """Where the tile begins whose first place is q (k) of a head (a key head): its head, row and column in the grid.
+
+    columns: of a box of keys.
+    """
 
     query: tuple[Node, Node, Node]
     key: tuple[Node, Node, Node]
+    columns: int
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class Strips:
         y, _ = _divided(Q, QUERY_COLUMNS)
         key_y, _ = _divided(K, columns)
         key = Binary(BinaryOp.MOD, H, kv_heads), Binary(BinaryOp.SUB, key_y, lead), x1
-        return Boxes((Binary(BinaryOp.MOD, H, heads), y, x0), key)
+        return Boxes((Binary(BinaryOp.MOD, H, heads), y, x0), key, columns)
 
 
 def strips(variant: Variant) -> Iterator[Strips]:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from attn_dsl.backend.hopper.bounds import bounds
+from attn_dsl.backend.hopper.bounds import bounds, column_bounds
 from attn_dsl.frontend import load
 from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.ir.infix import infix
@@ -25,8 +25,16 @@ FOUND = {
     "q >= k or k < n": (None, "max(q, n - 1)"),
     "k >= n or k + 3 > q": ("min(n, q - 2)", None),
     "q - 2 == k": ("q - 2", "q - 2"),
+    "k >= 5 or q > 7": ("0 if 7 < q else 5", None),
 }
-REST = ["q >= 2 * k", "(q - k) % 3 == 0", "k != q", "abs(q - k) >= n", "q >= k or q + 3 < k", "k >= 5 or q > 7"]
+REST = [
+    "q >= 2 * k",
+    "(q - k) % 3 == 0",
+    "k != q",
+    "abs(q - k) >= n",
+    "q >= k or q + 3 < k",
+    "(q - k) % 3 == 0 or q > 7",
+]
 
 
 def masks(text: str) -> Node:
@@ -39,11 +47,15 @@ def agree(mask: Node, parameters: dict[str, int | bool]) -> None:
     env = Environment(indices={"q": q, "k": k}, parameters=parameters, sizes={"KV": length, "Q": length})
     seen, rest = bounds(mask)
     found = evaluate(rest, env).expand(length, length)
+    inside = torch.ones(length, length, dtype=torch.bool)
     if seen.low is not None:
-        found = found & (evaluate(seen.low, env) <= k)
+        inside = inside & (evaluate(seen.low, env) <= k)
     if seen.high is not None:
-        found = found & (k <= evaluate(seen.high, env))
-    for bound in (seen.low, seen.high):
+        inside = inside & (k <= evaluate(seen.high, env))
+    if seen.head is not None:
+        inside = inside | (k <= evaluate(seen.head, env))
+    found = found & inside
+    for bound in (seen.low, seen.high, seen.head):
         assert bound is None or "k" not in bound.depends
     assert torch.equal(found, evaluate(mask, env).expand(length, length)), infix(mask)
 
@@ -66,6 +78,41 @@ def test_what_is_no_interval_stays_a_mask_of_pairs(text: str) -> None:
     mask = masks(text)
     seen, rest = bounds(mask)
     assert (seen.low, seen.high, rest) == (None, None, mask)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "abs(q - k) <= 2 or k < n",
+        "abs(q - k) <= 2 or k < n or q < n",
+        "(abs(q - k) <= 2 or k < n) and q >= k",
+        "0 <= q - k < 3 or q % 5 == 0 or k < 2 or k < n",
+    ],
+)
+def test_an_interval_and_all_before_a_key(text: str) -> None:
+    mask = masks(text)
+    seen, rest = bounds(mask)
+    assert seen.low is not None and seen.high is not None and seen.head is not None and rest is TRUE
+    for n in (-3, 0, 1, 4, 50):
+        agree(mask, {"n": n})
+
+
+@pytest.mark.parametrize("text", ["k % 8 <= q % 4", "k % 8 >= n and q % 3 > k % 8 and q >= k", "n <= k % 8"])
+def test_columns_of_a_box_have_bounds(text: str) -> None:
+    mask, length = masks(text), 24
+    found, rest = column_bounds(mask, 8)
+    assert found is not None
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    for n in (-3, 0, 4, 50):
+        env = Environment(indices={"q": q, "k": k}, parameters={"n": n}, sizes={"KV": length, "Q": length})
+        left, right = (evaluate(bound, env) for bound in found)
+        kept = evaluate(rest, env).expand(length, length) & (left <= k % 8) & (k % 8 <= right)
+        assert torch.equal(kept, evaluate(mask, env).expand(length, length))
+
+
+def test_other_remainders_have_no_bounds() -> None:
+    for text in ("k % 7 <= q", "k % 8 <= q - k", "k // 8 <= q"):
+        assert column_bounds(masks(text), 8)[0] is None
 
 
 def test_an_interval_beside_a_mask_of_pairs() -> None:

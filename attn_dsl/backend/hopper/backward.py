@@ -318,16 +318,22 @@ class Head:
 def _place(shape, memory, problem):
     """(key tile, batch, key head, number of the first query head within the launch) of this program.
 
-    Pairs of batch and head run in sections, in which the first tile of keys comes first: under a causal mask it has the
-    most queries. ORDERED: the last, which then is the first to reach each tile of queries; a program waits only for
-    those of lower numbers, and the machine starts programs in the order of their numbers.
+    The `lead` first tiles of all pairs of batch and head come before all others. Those run in sections, in which the
+    first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the last, which then is the
+    first to reach each tile of queries; a program waits only for those of lower numbers, and the machine starts
+    programs in the order of their numbers.
     """
-    sizes, section = problem.sizes, problem.section
+    sizes, section, lead = problem.sizes, problem.section, problem.lead
     tiles = gl.cdiv(sizes[4], 2 * KEYS)
-    first = gl.program_id(0) // (section * tiles) * section
-    width = gl.minimum(section, gl.num_programs(0) // tiles - first)
-    rest = gl.program_id(0) - first * tiles
-    tile, pair = rest // width, first + rest % width
+    pairs, number = gl.num_programs(0) // tiles, gl.program_id(0)
+    if number < lead * pairs:
+        tile, pair = number // pairs, number % pairs
+    else:
+        number -= lead * pairs
+        first = number // (section * (tiles - lead)) * section
+        width = gl.minimum(section, pairs - first)
+        rest = number - first * (tiles - lead)
+        tile, pair = lead + rest // width, first + rest % width
     if shape.ORDERED:
         tile = tiles - 1 - tile
     own = pair * (sizes[1] // sizes[2])
@@ -843,9 +849,9 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors",
-                              "shares", "scale", "section", "first"])  # fmt: skip
+                              "shares", "scale", "section", "lead", "first"])  # fmt: skip
 def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
-                       KV, DIM, extents, tensors, shares, scale, section, first,
+                       KV, DIM, extents, tensors, shares, scale, section, lead, first,
                        FACTOR: gl.constexpr, GAIN: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr,
                        COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
                        PLAIN_FACTOR: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
@@ -858,15 +864,15 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [pairs, Q rounded up] float32, of QUERIES numbers. `section`: how many pairs of batch and key head run side by
-    side. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys
-    of each batch and key head, which begin with pair `first` (`Memory`).
+    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`, no
+    `lead` where ORDERED. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One
+    program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`).
     """
     shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
                   FRESHES, KEPT)  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
                   MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
-    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
+    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)
     keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)

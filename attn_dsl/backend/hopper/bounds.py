@@ -2,8 +2,11 @@
 
     q >= k and q - k < window       low = q - window + 1, high = q, once a row
     q >= k or k < prefix            high = max(q, prefix - 1)
+    abs(q - k) <= reach or k < n    low = q - reach, high = q + reach, head = n - 1, an interval and all before it
+    ... or q < n                    low = 0 and high = KV - 1 in the rows where that is so
 
-Each element then pays one comparison, whatever the mask. What is no interval stays a mask of pairs.
+and, where keys are boxes of a grid, likewise with a key's column: left <= k % columns <= right. Each element then pays
+one comparison or two, whatever the mask. What is no interval stays a mask of pairs.
 """
 
 from __future__ import annotations
@@ -19,15 +22,20 @@ from attn_dsl.ir.nodes import (
     CompareOp,
     Const,
     K,
+    Load,
     Node,
+    Select,
+    Size,
     Unary,
     UnaryOp,
     conjuncts,
+    post_order,
+    substitute,
 )
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.schedule import add, maximum, minimum, subtract
 
-ONE = Const(1)
+ZERO, ONE = Const(0), Const(1)
 _MIRRORED = {
     CompareOp.LT: CompareOp.GT, CompareOp.LE: CompareOp.GE, CompareOp.GT: CompareOp.LT, CompareOp.GE: CompareOp.LE,
     CompareOp.EQ: CompareOp.EQ,
@@ -36,28 +44,55 @@ _MIRRORED = {
 
 @dataclass(frozen=True)
 class Bounds:
-    """The keys `low <= k <= high` of a row; None where the mask has no such bound. Both are INT, free of k."""
+    """The keys `low <= k <= high`, or k <= head, of a row; None where the mask has no such bound, INT and free of k."""
 
     low: Node | None = None
     high: Node | None = None
+    head: Node | None = None
 
-    def __and__(self, other: Bounds) -> Bounds:
+    def __and__(self, other: Bounds) -> Bounds | None:
+        """Those of both; None where that is more than an interval and a head."""
+        if self.head is not None and other.head is None:
+            self, other = other, self
+        if other.head is not None and (self.low is not None or self.head is not None):
+            return None
         lows = [x for x in (self.low, other.low) if x is not None]
         highs = [x for x in (self.high, other.high) if x is not None]
-        return Bounds(reduce(maximum, lows) if lows else None, reduce(minimum, highs) if highs else None)
+        head = other.head if other.head is None or self.high is None else minimum(other.head, self.high)
+        return Bounds(reduce(maximum, lows) if lows else None, reduce(minimum, highs) if highs else None, head)
 
 
 def bounds(mask: Node) -> tuple[Bounds, Node]:
-    """(bounds, rest): the mask is `low <= k <= high and rest`."""
+    """(bounds, rest): the mask is `(low <= k <= high or k <= head) and rest`."""
     found = Bounds()
     rest: Node = TRUE
     for part in conjuncts(mask):
         interval = _interval(part)
-        if interval is not None:
-            found &= interval
+        both = None if interval is None else found & interval
+        if both is not None:
+            found = both
         else:
             rest = part if rest is TRUE else Binary(BinaryOp.AND, rest, part)
     return found, rest
+
+
+def column_bounds(mask: Node, columns: int) -> tuple[tuple[Node, Node] | None, Node]:
+    """((left, right), rest): the mask is `left <= k % columns <= right and rest`; None where it says no such thing."""
+    column = Binary(BinaryOp.MOD, K, Const(columns))
+    found = Bounds()
+    rest: Node = TRUE
+    for part in conjuncts(mask):
+        interval = None
+        if column in part.children and not _has_key(substitute(part, {column: ZERO})):
+            interval = _interval(substitute(part, {column: K}))
+        both = None if interval is None else found & interval
+        if both is not None and both.head is None:
+            found = both
+        else:
+            rest = part if rest is TRUE else Binary(BinaryOp.AND, rest, part)
+    if found == Bounds():
+        return None, mask
+    return (found.low or ZERO, found.high or Const(columns - 1)), rest
 
 
 def _interval(mask: Node) -> Bounds | None:
@@ -71,14 +106,32 @@ def _interval(mask: Node) -> Bounds | None:
         case Binary(BinaryOp.AND, x, y):
             first, second = _interval(x), _interval(y)
             return None if first is None or second is None else first & second
-        case Binary(BinaryOp.OR, x, y):
+        case Binary(BinaryOp.OR, x, y) if _has_key(x) and _has_key(y):
             return _either(_interval(x), _interval(y))
+        case Binary(BinaryOp.OR, x, y) if _has_key(x) or _has_key(y):
+            return _or_all(*((x, y) if _has_key(x) else (y, x)))
     return None
 
 
+def _or_all(mask: Node, rows: Node) -> Bounds | None:
+    """The mask in some rows, all keys in the others, of which `rows` holds."""
+    found = _interval(mask)
+    if found is None or any(isinstance(node, Load) for node in post_order(rows)):
+        return None
+    low = None if found.low is None else Select(rows, ZERO, found.low)
+    high = None if found.high is None else Select(rows, subtract(Size("KV"), ONE), found.high)
+    return Bounds(low, high, found.head)
+
+
 def _either(x: Bounds | None, y: Bounds | None) -> Bounds | None:
-    """The union, where both are open on the same side."""
+    """The union: of two that are open on the same side, or of an interval and a head."""
     if x is None or y is None:
+        return None
+    for one, other in ((x, y), (y, x)):
+        if one.low is None is one.head and one.high is not None and other.low is not None and other.high is not None:
+            head = one.high if other.head is None else maximum(one.high, other.head)
+            return Bounds(other.low, other.high, head)
+    if x.head is not None or y.head is not None:
         return None
     if x.low is None is y.low and x.high is not None and y.high is not None:
         return Bounds(high=maximum(x.high, y.high))

@@ -169,6 +169,45 @@ def between(x, low, high, first, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def bits_up_to(high, first, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Which of a thread's own columns are such that first + column <= high: a word of bits, the least for its first.
+
+    high: [M, 1]; the result is [M, KEYS] int32, one number for all of a thread's elements of a row.
+    """
+    own, _ = _own_and_literal(first, KEYS, LAYOUT)
+    last = high - own
+    count = gl.maximum((last >> 3) * 2 + gl.minimum((last & 7) + 1, 2), 0)  # of every eight columns, the first two
+    return gl.where(count >= 32, -1, (1 << gl.minimum(count, 31)) - 1)
+
+
+@gluon.jit
+def bits_between(low, high, first, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """`bits_up_to`, where low <= first + column <= high."""
+    return bits_up_to(high, first, KEYS, LAYOUT) & ~bits_up_to(low - 1, first, KEYS, LAYOUT)
+
+
+@gluon.jit
+def repeated_bits(low, high, PERIOD: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
+    """`bits_between`, where low <= column % PERIOD <= high; PERIOD is 32, 64 or 128 and divides KEYS."""
+    bits = bits_between(gl.maximum(low, 0), gl.minimum(high, PERIOD - 1), 0, KEYS, LAYOUT)
+    if PERIOD < KEYS:
+        bits |= bits << (PERIOD // 4)
+    if 2 * PERIOD < KEYS:
+        bits |= bits << (PERIOD // 2)
+    return bits
+
+
+@gluon.jit
+def kept(x, bits, LAYOUT: gl.constexpr):
+    """x [M, KEYS], of at most 128 columns, where its bit is set, else -inf: a test and a choice an element."""
+    _, column = _own_and_literal(0, x.shape[1], LAYOUT)
+    bit = 1 << ((column >> 3) * 2 + (column & 1))
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 b; and.b32 b, $2, $3; setp.ne.u32 p, b, 0; selp.f32 $0, $1, 0fFF800000, p; }",
+        "=f,f,r,r", [x, bits, bit], dtype=gl.float32, is_pure=True, pack=1)  # fmt: skip
+
+
+@gluon.jit
 def ramp(slope, first, ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.constexpr):
     """slope * (first + column), [ROWS, KEYS] float32 in LAYOUT: one multiply-add with a literal for each column."""
     own, literal = _column_parts(KEYS)

@@ -5,7 +5,8 @@ largest residue and `factor` costs nothing: it is the multiplier of the exponent
 depend on batch and head alone, and look-ups by query, are computed once a tile (`uniform`, `rows`) and passed on.
 
 Full tiles have `plain + shift` for the residue: where a clamped distance saturates, what it looks up is one number of
-the tile, `shift`, which costs nothing for an element. The mask is `low <= k <= high and mask` (`bounds.py`). Where the
+the tile, `shift`, which costs nothing for an element. The mask is `(low <= k <= high or k <= head) and mask`, and in a
+grid `left <= k % columns <= right` (`bounds.py`). Where the
 residue is at most `peak` and the exponents of all logits fit a float, softmax needs no maximum.
 """
 
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from attn_dsl.backend.hopper.bounds import bounds
+from attn_dsl.backend.hopper.bounds import bounds, column_bounds
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.algebra import uniform as uniform_factor
 from attn_dsl.backend.portable.emit import HEADER, TILE_VARS, terms_slope
@@ -117,10 +118,12 @@ def emit_module(
     factor, residue = _logit(terms, positive)
     plain, shift = split_shift(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
     row, (seen, mask) = terms.dropped(Q), bounds(variant.mask)
+    columns, mask = (None, mask) if boxes is None else column_bounds(mask, boxes.columns)
     residue, plain, shift, mask = lower(residue), lower(plain), lower(shift), lower(mask)
-    low, high = (None if bound is None else lower(bound) for bound in (seen.low, seen.high))
+    low, high, head = (None if bound is None else lower(bound) for bound in (seen.low, seen.high, seen.head))
+    left_right = () if columns is None else tuple(map(lower, columns))
 
-    inner = [node for node in (residue, plain, shift, mask, low, high) if node is not None]
+    inner = [node for node in (residue, plain, shift, mask, low, high, head, *left_right) if node is not None]
     uniform, rows = outermost(inner, is_uniform), outermost(inner, _is_row)
     bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
     bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
@@ -145,9 +148,11 @@ def emit_module(
         module.add("row_term", ROWS, row)
     if variant.sink is not None:
         module.add("sink", PROGRAM, variant.sink)
-    for name, bound in (("low", low), ("high", high)):
+    for name, bound in (("low", low), ("high", high), ("head", head)):
         if bound is not None:
             module.add(name, BOUND, bound)
+    if left_right:
+        module.add("columns", BOUND, left_right)
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
     if boxes is not None:

@@ -28,12 +28,16 @@ from triton.language.core import _aggregate as aggregate
 from attn_dsl.backend.hopper.channels import Board, Ring, board, corner, ring
 from attn_dsl.backend.hopper.device import (
     between,
+    bits_between,
+    bits_up_to,
     columns,
+    kept,
     pack_pairs,
     pass_turn,
     per_row,
     pin,
     ramp,
+    repeated_bits,
     row_max,
     row_sums,
     thread_sums,
@@ -62,12 +66,14 @@ class Shape:
     OWN_OUTPUT: gl.constexpr
     RESCALE_LATE: gl.constexpr
     PARTS: gl.constexpr  # the mask is the same for all pairs of a warpgroup's part of a tile
+    PERIOD: gl.constexpr  # columns of a box of keys, in a grid
     LOGITS: gl.constexpr
     OUTPUT: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS):
+    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
+                 PERIOD):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -80,6 +86,7 @@ class Shape:
         self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
         self.PARTS = gl.constexpr(PARTS)
+        self.PERIOD = gl.constexpr(PERIOD)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
@@ -99,6 +106,8 @@ class Functions:
     SLOPE: gl.constexpr
     LOW: gl.constexpr
     HIGH: gl.constexpr
+    HEAD: gl.constexpr
+    COLUMNS: gl.constexpr
     MASK: gl.constexpr
     ROW_TERM: gl.constexpr
     SINK: gl.constexpr
@@ -108,8 +117,8 @@ class Functions:
 
     @gluon.constexpr_function
     def __init__(
-        self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES,
-        QUERY_BOX, KEY_BOX
+        self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM, SINK,
+        KV_RANGES, QUERY_BOX, KEY_BOX
     ):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
@@ -121,6 +130,8 @@ class Functions:
         self.SLOPE = gl.constexpr(SLOPE)
         self.LOW = gl.constexpr(LOW)
         self.HIGH = gl.constexpr(HIGH)
+        self.HEAD = gl.constexpr(HEAD)
+        self.COLUMNS = gl.constexpr(COLUMNS)
         self.MASK = gl.constexpr(MASK)
         self.ROW_TERM = gl.constexpr(ROW_TERM)
         self.SINK = gl.constexpr(SINK)
@@ -174,9 +185,10 @@ class Problem:
     tensors: gl.tuple
     scale: gl.tensor
     section: gl.tensor
+    lead: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, q_offset, parameters, sizes, extents, tensors, scale, section):
+    def __init__(self, q_offset, parameters, sizes, extents, tensors, scale, section, lead):
         self.q_offset = q_offset
         self.parameters = parameters
         self.sizes = sizes
@@ -184,6 +196,7 @@ class Problem:
         self.tensors = tensors
         self.scale = scale
         self.section = section
+        self.lead = lead
 
     @gluon.jit
     def scalars(self):
@@ -271,17 +284,23 @@ class Visits:
 
 
 @gluon.jit
-def _place(number, tiles, sizes, section):
+def _place(number, tiles, sizes, section, lead):
     """(tile, batch, head) of a number, `tiles` being those of a head.
 
-    Pairs of batch and head run in sections whose keys and values fit the cache together; within a section the last
-    tiles come first, since under a causal mask they are the longest.
+    The `lead` first tiles of all pairs of batch and head come before all others. Those run in sections of pairs whose
+    keys and values fit the cache together; within a section the last tiles come first, since under a causal mask they
+    are the longest.
     """
-    first = number // (section * tiles) * section
-    width = gl.minimum(section, sizes[0] * sizes[1] - first)
-    rest = number - first * tiles
-    pair = first + rest % width
-    return tiles - 1 - rest // width, pair // sizes[1], pair % sizes[1]
+    pairs = sizes[0] * sizes[1]
+    if number < lead * pairs:
+        tile, pair = number // pairs, number % pairs
+    else:
+        number -= lead * pairs
+        first = number // (section * (tiles - lead)) * section
+        width = gl.minimum(section, pairs - first)
+        rest = number - first * (tiles - lead)
+        tile, pair = tiles - 1 - rest // width, first + rest % width
+    return tile, pair // sizes[1], pair % sizes[1]
 
 
 @gluon.jit
@@ -317,7 +336,7 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     passed = 0
     turn = 0
     while number < total:
-        tile, b, h = _place(number, tiles, sizes, problem.section)
+        tile, b, h = _place(number, tiles, sizes, problem.section, problem.lead)
         memory.board.write(turn, tile, b, h)
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
@@ -374,14 +393,28 @@ def _masked(shape, f, tile, x, j):
         k = columns(first, shape.KEYS, shape.LOGITS)
         keep = f.MASK(tile.b, tile.h, tile.q, k, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
         x = gl.where(keep, x, NEVER)
+    end, low = high, gl.full([shape.ROWS, 1], 0, gl.int32, shape.LOGITS)
     if f.HIGH is not None:
         bound = f.HIGH(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
         high = gl.maximum(gl.minimum(bound, high), -1)
-    if f.LOW is None:
+    if f.LOW is not None:
+        bound = f.LOW(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+        low = gl.maximum(bound, 0)
+    if f.HEAD is not None or f.COLUMNS is not None:  # as bits, which cost the same whatever they say
+        bits = bits_between(low, high + low * 0, first, shape.KEYS, shape.LOGITS)
+        if f.HEAD is not None:
+            head = f.HEAD(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
+            bits |= bits_up_to(gl.minimum(head + low * 0, end), first, shape.KEYS, shape.LOGITS)
+        if f.COLUMNS is not None:
+            left, right = f.COLUMNS(
+                tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors
+            )  # fmt: skip
+            bits &= repeated_bits(left + low * 0, right + low * 0, shape.PERIOD, shape.KEYS, shape.LOGITS)
+        return kept(x, bits, shape.LOGITS)
+    elif f.LOW is None:
         return up_to(x, high, first, shape.LOGITS)
     else:
-        low = f.LOW(tile.b, tile.h, tile.q, False, tile.uniform, tile.rows, tile.scalars, tile.tensors)
-        return between(x, gl.maximum(low, 0), high, first, shape.LOGITS)
+        return between(x, low, high, first, shape.LOGITS)
 
 
 @gluon.jit
@@ -640,28 +673,29 @@ def _store(shape, f, memory, acc, turn, scalars, tensors, GROUP: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
-                              "section"])  # fmt: skip
+                              "section", "lead"])  # fmt: skip
 def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, parameters, B, H, HK, Q, KV, DIM,
-                      extents, tensors, scale, section,
+                      extents, tensors, scale, section, lead,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
                       PLAIN: gl.constexpr, SHIFT: gl.constexpr, PEAK: gl.constexpr, SLOPE: gl.constexpr,
-                      LOW: gl.constexpr, HIGH: gl.constexpr, MASK: gl.constexpr, ROW_TERM: gl.constexpr,
-                      SINK: gl.constexpr, KV_RANGES: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                      GROUPS: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-                      PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
-                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, PARTS: gl.constexpr,
-                      QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None):  # fmt: skip
+                      LOW: gl.constexpr, HIGH: gl.constexpr, HEAD: gl.constexpr, COLUMNS: gl.constexpr,
+                      MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr, KV_RANGES: gl.constexpr,
+                      D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
+                      STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr, CARRY_WIDE: gl.constexpr,
+                      PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
+                      PARTS: gl.constexpr, QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
     (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
-    pointer to [B], `section` how many heads run side by side, `counter` a zero (see `Board`). Positions are 32-bit.
+    pointer to [B], `section` and `lead` as in `_place`, `counter` a zero (see `Board`). Positions are 32-bit.
     QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`).
     """
-    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS)
-    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, MASK, ROW_TERM, SINK, KV_RANGES,
-                  QUERY_BOX, KEY_BOX)  # fmt: skip
-    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section)
+    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
+                  key.block_type.shape[3])  # fmt: skip
+    f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
+                  SINK, KV_RANGES, QUERY_BOX, KEY_BOX)  # fmt: skip
+    problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     queries = ring(query, GROUPS, 1)
     keys = ring(key, STAGES, GROUPS)
     values = ring(value, STAGES, GROUPS)

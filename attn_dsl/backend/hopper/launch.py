@@ -57,8 +57,8 @@ SMALL = 1e-12
 """A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = (
-    "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "mask", "row_term",
-    "sink", "kv_ranges", "query_box", "key_box",
+    "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "head", "columns", "mask",
+    "row_term", "sink", "kv_ranges", "query_box", "key_box",
 )  # fmt: skip
 _lock = threading.Lock()
 
@@ -180,7 +180,7 @@ class Kernels:
 
     def masks_parts(self, call: Call, config: Config, functions: Mapping[str, Any]) -> bool:
         """Whether the mask is the same for all pairs of a warpgroup's part of a tile, and nothing else wants rows."""
-        alone = all(functions[name] is None for name in ("RESIDUE", "PLAIN", "LOW", "HIGH"))
+        alone = all(functions[name] is None for name in ("RESIDUE", "PLAIN", "LOW", "HIGH", "HEAD"))
         return alone and functions["MASK"] is not None and self.portable.masks_parts(call, ROWS, config.keys)
 
     def _signs(self, call: Call) -> tuple[bool, ...]:
@@ -263,7 +263,7 @@ def _bounds_fit(kernels: portable.Kernels, call: Call) -> bool:
         declared = zip(kernels.variant.parameters, call.parameters, strict=True)
         numbers: dict[Node, int] = {Param(p.name, p.type): x for p, x in declared if isinstance(x, int)}
         numbers |= dict(zip((*SIZES, *kernels.extents), sizes, strict=True))
-        kernels.bounded[key] = fits([x for x in (seen.low, seen.high) if x is not None], numbers, 1 << bits)
+        kernels.bounded[key] = fits([x for x in (seen.low, seen.high, seen.head) if x is not None], numbers, 1 << bits)
     return kernels.bounded[key]
 
 
@@ -413,7 +413,7 @@ class _Launch:
     rows: tuple[int, ...]
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
-    end: tuple[float, int]
+    end: tuple[float, int, int]
     kind: Kind | None
 
     @staticmethod
@@ -422,7 +422,9 @@ class _Launch:
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
-        rows, end = (sizes[0], sizes[1], sizes[3]), (float(call.scale), section or layout.section)
+        rows = (sizes[0], sizes[1], sizes[3])
+        lead = kernels.portable.lead(call, "q", plan.config.rows)
+        end = (float(call.scale), section or layout.section, lead)
         return _Launch(plan, layout, out, rows, numbers, captured, end, kind)
 
     def __call__(

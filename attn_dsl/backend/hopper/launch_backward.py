@@ -353,6 +353,7 @@ def backward(
 
     q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
     tiles, key_tiles = -(-q_len // config.queries), -(-call.key.shape[2] // KEYS)
+    lead = 0 if ordered else kernels.portable.lead(call, "k", KEYS)
     kind = kernels.portable.kind_of_list(call, config.queries, KEYS, transposed=True)
     listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
     scratch = _Scratch.of(plan, layout.pairs * group, tiles, key_tiles, device)
@@ -371,7 +372,8 @@ def backward(
         run(
             attention_backward, kv_own * key_tiles,
             (*inputs, *scratch.blocks, *outputs, scratch.turns, scratch.done, call.q_offset, parameters, *layout.sizes,
-             layout.extents, captured + listed, described(shares), scale, layout.section, first),
+             layout.extents, captured + listed, described(shares), scale, layout.section, lead,
+             first),
             plan.options,
         )  # fmt: skip
         run(finish_queries, own * tiles * 2, (scratch.sums, dq, sizes, scale, at), plan.finish)

@@ -45,6 +45,7 @@ from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES, Signature
 from attn_dsl.ir.nodes import FALSE, K, Load, Node, Param, Q, Size, conjuncts, post_order
 from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.leading import leading, leading_tiles
 from attn_dsl.passes.lengths import is_packed, is_paged, is_scaled
 from attn_dsl.passes.runs import by_runs
 from attn_dsl.passes.schedule import Schedule, derive_schedule
@@ -52,6 +53,9 @@ from attn_dsl.passes.specialize import Saturation, specialize
 from attn_dsl.passes.summaries import derive_claims, reads_at_positions
 
 __all__ = ["LAYOUTS", "Call", "Gradients", "Kernels", "Replay", "backward", "chunks", "forward", "interpreted", "tiles"]
+
+LONGER = 8
+"""Leading tiles that are longer than others come first where they are one in so many, or fewer."""
 
 
 @dataclass
@@ -70,11 +74,32 @@ class Kernels:
         self.bounded: dict[tuple[Any, ...], bool] = {}
         """Whether the keys that rows see lie between numbers of 32 bits, by what decides it; for other backends."""
         self._widths: dict[tuple[Any, ...], bool] = {}
+        self._leads: dict[tuple[Any, ...], int] = {}
         nodes = frozenset(post_order(*self.variant.roots))
         self._sizes = tuple(i for i, size in enumerate((*SIZES, *self.extents)) if size in nodes)
         self._modules: dict[tuple[frozenset[str], bool, bool], tuple[Emitted, ModuleType]] = {}
         self.paged, self.scaled = is_paged(self.variant), is_scaled(self.variant)
         self.packed = is_packed(self.variant)
+
+    def lead(self, call: Call, axis: str, block: int) -> int:
+        """So many first tiles of `block` queries or keys (`axis` q or k) are much longer than others (`leading`)."""
+        end, offset = self._leading[axis], call.q_offset
+        if end is None or isinstance(offset, Tensor):
+            return 0
+        key = (axis, block, offset, call.sizes, tuple(x if isinstance(x, int) else None for x in call.parameters))
+        if key not in self._leads:
+            if len(self._leads) >= LAYOUTS:
+                self._leads.clear()
+            sizes = dict(zip((size.name for size in SIZES), call.sizes, strict=False))
+            names = (parameter.name for parameter in self.variant.parameters)
+            found = leading_tiles(end, block, offset, sizes, dict(zip(names, call.parameters, strict=True)))
+            length = sizes["Q" if axis == "q" else "KV"]
+            self._leads[key] = found if LONGER * found * block <= length else 0
+        return self._leads[key]
+
+    @functools.cached_property
+    def _leading(self) -> dict[str, Node | None]:
+        return {axis: leading(self.variant, axis) for axis in ("q", "k")}
 
     @functools.cached_property
     def gathers(self) -> bool:
