@@ -29,6 +29,7 @@ from attn_dsl.ir.nodes import (
     Param,
     Q,
     Size,
+    conjuncts,
     substitute,
 )
 from attn_dsl.ir.types import DType, Type
@@ -102,6 +103,12 @@ def sequence_length(ends: str) -> Node:
     """How many rows the packed sequence `b` has."""
     begin, end = (Load(ends, (index,), Type.INT) for index in (Index("b"), Binary(BinaryOp.ADD, Index("b"), Const(1))))
     return Binary(BinaryOp.SUB, end, begin)
+
+
+def key_end(variant: Variant) -> Node | None:
+    """How many keys batch entry `b` has, where calls say so: a mask that ends there."""
+    end = sequence_length(KEY_ENDS) if is_packed(variant) else Load(KV_LEN, (Index("b"),), Type.INT)
+    return end if Compare(CompareOp.LT, K, end) in conjuncts(variant.mask) else None
 
 
 def _before(mask: Node, position: Node, end: Node) -> Node:

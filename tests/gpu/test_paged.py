@@ -13,6 +13,7 @@ from attn_dsl import PagedKVCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 H, HK, D = 8, 2, 128
 LENGTHS = (700, 64, 333)
 TEXTS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,41 @@ def test_pages_give_what_the_cache_in_one_piece_gives(name: str, page: int) -> N
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one.float().cpu(), other, atol=1e-2, rtol=1e-2)
         said = attention.explain(query, **{**step.layer(), "q_offset": offsets}, **bindings)
-        assert ("decode, since" if tokens <= 64 else "portable, since keys and values are in pages") in said
+        prefill = "hopper: compute" if HOPPER else "portable, since the GPU has"
+        assert ("decode, since" if tokens <= 64 else prefill) in said
+
+
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("name", "page", "dim"), [
+    ("causal", 16, 128), ("sliding_window", 64, 64), ("alibi", 32, 256), ("gpt_oss", 256, 128),
+])  # fmt: skip
+def test_prefill_from_pages_has_the_bits_of_one_piece_and_reads_nothing_past_the_end(
+    name: str, page: int, dim: int
+) -> None:
+    """Two sequences share 256 keys; what belongs to none is nan, and table entries past the end name any page."""
+    attention, bindings, room = attn_dsl.compile(name), moved(TEXTS[name]), 1024
+    count = len(LENGTHS) * room // page
+    table = torch.randperm(count, device="cuda").view(len(LENGTHS), -1).int()
+    table[2, : 256 // page] = table[0, : 256 // page]
+    query, pieces, pools = normal(len(LENGTHS), H, 200, dim, seed=9), [], []
+    for seed in (1, 2):
+        piece = normal(len(LENGTHS), HK, room, dim, seed=seed)
+        piece[2, :, :256] = piece[0, :, :256]
+        for entry, length in zip(piece, LENGTHS, strict=True):
+            entry[:, length:] = torch.nan
+        pool = torch.full((count, HK, page, dim), torch.nan, dtype=piece.dtype, device="cuda")
+        for entry, pages, length in zip(piece, table.long(), LENGTHS, strict=True):
+            held = -(-length // page)
+            pool[pages[:held]] = entry[:, : held * page].unflatten(1, (-1, page)).transpose(0, 1)
+        pieces.append(piece)
+        pools.append(pool)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
+    given = {"kv_len": lengths, "q_offset": (lengths.long() - 200).clamp(min=0), **bindings}
+    assert "hopper: compute" in attention.explain(query, *pools, page_table=table, **given)
+    found = attention(query, *pools, page_table=table, return_lse=True, **given)
+    whole = attention(query, *pieces, return_lse=True, **given)
+    assert not found[0].isnan().any()
+    assert torch.equal(found[0], whole[0]) and torch.equal(found[1], whole[1])
 
 
 @pytest.mark.parametrize(("page", "scales"), [(16, "page"), (64, "head"), (256, "page")])

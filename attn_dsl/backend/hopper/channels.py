@@ -4,8 +4,11 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.core import _aggregate as aggregate
+
+SWIZZLED = gl.constexpr(64)
+"""Columns of 16 bits that a tile in shared memory keeps side by side."""
 
 
 @gluon.jit
@@ -55,10 +58,56 @@ class Ring:
         mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
         tma.async_copy_global_to_shared(descriptor, corner(first), self.full.index(place), self.tiles.index(place))
 
+    @gluon.jit
+    def gather(self, place, round, descriptor, pages, head):
+        """As `load`, from the rows of pages, whose numbers the first lanes of the warp have, one each."""
+        rows: gl.constexpr = descriptor.block_type.shape[2]
+        count: gl.constexpr = self.tiles.shape[3] // rows
+        chunks: gl.constexpr = self.tiles.shape[4] // SWIZZLED
+        lane = gl.arange(0, 32, layout=pages.type.layout)
+        boxes = self.boxes(rows)
+        mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
+        mbarrier.expect(self.full.index(place), count * chunks * descriptor.block_type.nbytes)
+        for top in range(0, self.tiles.shape[3], descriptor.shape[2]):  # not unrolled, since the step is an argument
+            i = top // rows
+            page = gl.sum(gl.where(lane == i, pages, 0), 0)
+            for chunk in gl.static_range(chunks):
+                box = boxes.index((place * chunks + chunk) * count + i)
+                first = [page, head, 0, chunk * SWIZZLED]
+                tma.async_copy_global_to_shared(descriptor, first, self.full.index(place), box)
+
+    @gluon.jit
+    def boxes(self, ROWS: gl.constexpr):
+        """All tiles as boxes [n, 1, 1, ROWS, SWIZZLED]: in a tile, so many columns of all its rows stand together."""
+        shape: gl.constexpr = self.tiles.shape
+        count: gl.constexpr = shape[0] * shape[3] * shape[4] // (ROWS * SWIZZLED)
+        return self.tiles._reinterpret(self.tiles.dtype, [count, 1, 1, ROWS, SWIZZLED], self.tiles.layout)
+
+    @gluon.jit
+    def clip(self, place, left):
+        """Let the rows of a tile from `left` on be 0, for products of the warpgroup that does it."""
+        rows: gl.constexpr = 16
+        count: gl.constexpr = self.tiles.shape[3] // rows
+        chunks: gl.constexpr = self.tiles.shape[4] // SWIZZLED
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        line = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), 1)
+        boxes = self.boxes(rows)
+        for i in range(gl.maximum(left, 0) // rows, count):
+            for chunk in gl.static_range(chunks):
+                box = boxes.index((place * chunks + chunk) * count + i).reshape([rows, SWIZZLED])
+                box.store(gl.where(line < left - i * rows, box.load(layout), 0.0))
+        fence_async_shared()
+        gl.thread_barrier()
+
 
 @gluon.jit
-def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr):
-    tiles = gl.allocate_shared_memory(descriptor.dtype, [PLACES] + descriptor.block_type.shape, descriptor.layout)
+def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr = 0, COLUMNS: gl.constexpr = 0):
+    """A ring of tiles that are blocks of a descriptor or, where ROWS are given, put together from them."""
+    if ROWS == 0:
+        shape: gl.constexpr = [PLACES] + descriptor.block_type.shape
+    else:
+        shape: gl.constexpr = [PLACES, 1, 1, ROWS, COLUMNS]
+    tiles = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(PLACES):

@@ -40,6 +40,7 @@ from attn_dsl.ir.nodes import (
     substitute,
 )
 from attn_dsl.ir.variant import Variant
+from attn_dsl.passes.lengths import key_end
 from attn_dsl.passes.monotone import K0, Q0
 from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import Schedule
@@ -155,6 +156,8 @@ def emit_module(
         module.add("columns", BOUND, left_right)
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
+    if (end := key_end(variant)) is not None:
+        module.add("length", PROGRAM, end)
     if boxes is not None:
         module.add("query_box", QUERY_BOX, boxes.query)
         module.add("key_box", KEY_BOX, boxes.key)

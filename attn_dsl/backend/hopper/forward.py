@@ -67,13 +67,14 @@ class Shape:
     RESCALE_LATE: gl.constexpr
     PARTS: gl.constexpr  # the mask is the same for all pairs of a warpgroup's part of a tile
     PERIOD: gl.constexpr  # columns of a box of keys, in a grid
+    PAGE: gl.constexpr  # keys of a page; 0 where keys stand in one piece
     LOGITS: gl.constexpr
     OUTPUT: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 PERIOD):  # fmt: skip
+                 PERIOD, PAGE):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -87,6 +88,7 @@ class Shape:
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
         self.PARTS = gl.constexpr(PARTS)
         self.PERIOD = gl.constexpr(PERIOD)
+        self.PAGE = gl.constexpr(PAGE)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
@@ -114,11 +116,12 @@ class Functions:
     KV_RANGES: gl.constexpr
     QUERY_BOX: gl.constexpr
     KEY_BOX: gl.constexpr
+    LENGTH: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM, SINK,
-        KV_RANGES, QUERY_BOX, KEY_BOX
+        KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH
     ):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
         self.UNIFORM = gl.constexpr(UNIFORM)
@@ -138,6 +141,7 @@ class Functions:
         self.KV_RANGES = gl.constexpr(KV_RANGES)
         self.QUERY_BOX = gl.constexpr(QUERY_BOX)
         self.KEY_BOX = gl.constexpr(KEY_BOX)
+        self.LENGTH = gl.constexpr(LENGTH)
 
 
 @aggregate
@@ -325,6 +329,34 @@ def _at(BOX: gl.constexpr, b, h, row, scalars, tensors):
 
 
 @gluon.jit
+def _pages(shape, table, b, row):
+    """The page of a batch entry in which the key tile that begins at `row` stands, or pages, one in each lane.
+
+    Where the table names none, it is the last one.
+    """
+    number = row // shape.PAGE
+    if shape.PAGE < shape.KEYS:
+        number += gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    number = gl.minimum(number, table[1][1] - 1)
+    return gl.load(table[0] + (b * table[2][0] + number * table[2][1]))
+
+
+@gluon.jit
+def _load(shape, f, ring, descriptor, at, b, hk, row, scalars, tensors):
+    """Fill a place with the key tile that begins at `row`, number `at` of all.
+
+    A page table stands first in `tensors`, and is read before the place is free.
+    """
+    place, round = at % shape.STAGES, at // shape.STAGES
+    if shape.PAGE == 0:
+        ring.load(place, round, descriptor, _at(f.KEY_BOX, b, hk, row, scalars, tensors))
+    elif shape.PAGE < shape.KEYS:
+        ring.gather(place, round, descriptor, _pages(shape, tensors[0], b, row), hk)
+    else:
+        ring.load(place, round, descriptor, (_pages(shape, tensors[0], b, row), hk, row % shape.PAGE))
+
+
+@gluon.jit
 def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it: S(i) comes before O += P(i-1) V(i-1)."""
     scalars, tensors = problem.scalars(), problem.captured()
@@ -341,25 +373,20 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
         row = visits.nth(0) * shape.KEYS
-        begin = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
-        memory.keys.load(passed % shape.STAGES, passed // shape.STAGES, memory.key, begin)
+        _load(shape, f, memory.keys, memory.key, passed, b, hk, row, scalars, tensors)
         for g in gl.static_range(shape.GROUPS):
             begin = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + g) * shape.ROWS, scalars, tensors)
             memory.queries.load(g, turn, memory.query, begin)
         for n in range(1, visits.tiles):
             at = passed + n
             following = visits.nth(n) * shape.KEYS
-            ahead = _at(f.KEY_BOX, b, hk, following, scalars, tensors)
-            memory.keys.load(at % shape.STAGES, at // shape.STAGES, memory.key, ahead)
-            here = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
-            memory.values.load((at - 1) % shape.STAGES, (at - 1) // shape.STAGES, memory.value, here)
+            _load(shape, f, memory.keys, memory.key, at, b, hk, following, scalars, tensors)
+            _load(shape, f, memory.values, memory.value, at - 1, b, hk, row, scalars, tensors)
             row = following
         number = memory.board.following(total)  # while the consumers have two tiles of keys left
         turn += 1
         passed += visits.tiles
-        at = passed - 1
-        last = _at(f.KEY_BOX, b, hk, row, scalars, tensors)
-        memory.values.load(at % shape.STAGES, at // shape.STAGES, memory.value, last)
+        _load(shape, f, memory.values, memory.value, passed - 1, b, hk, row, scalars, tensors)
     memory.board.write(turn, -1, 0, 0)
 
 
@@ -504,6 +531,18 @@ def _issue_output(shape, memory, p, acc, at):
 
 
 @gluon.jit
+def _clip(shape, f, memory, tile, at, j):
+    """Let values past the end of the batch entry's keys be 0: times a weight of 0, what is there may be something else.
+
+    All warpgroups do so, each before its own products read them.
+    """
+    left = tile.kv_len - j * shape.KEYS
+    if left < shape.KEYS:
+        memory.values.wait(at % shape.STAGES, at // shape.STAGES)
+        memory.values.clip(at % shape.STAGES, left)
+
+
+@gluon.jit
 def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexpr, GROUP: gl.constexpr):
     """Key tile j, number `at` of all, given the weights p of the tile before."""
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
@@ -527,6 +566,8 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
     memory.values.release((at - 1) % shape.STAGES)
     if not shape.RESCALE_LATE and f.PEAK is None:
         acc = acc * per_row(decay, shape.OUTPUT)
+    if MASKED and f.LENGTH is not None:
+        _clip(shape, f, memory, tile, at, j)
     return p, acc, m, l, decay if shape.RESCALE_LATE else late
 
 
@@ -552,6 +593,8 @@ def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
     p, _, m, l = _softmax(shape, f, tile, s, m, 0.0, j, True, True)
     late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
     p = _carried(shape, p, dtype)
+    if f.LENGTH is not None:
+        _clip(shape, f, memory, tile, passed, j)
     if len(visits.masked) > 0:
         for n in range(1, visits.masked_tiles):
             j = nth(visits.masked, n)
@@ -650,7 +693,10 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
         rows = f.ROWS(b, h, start + first if shape.PARTS else q, False, uniform, scalars, tensors)
     if f.SLOPE is not None:
         slope = f.SLOPE(b, h, scalars, tensors) / factor
-    return Tile(b, h, q, start + first, q0, problem.sizes[4], factor, slope, uniform, rows, scalars, tensors)
+    kv_len = problem.sizes[4]
+    if f.LENGTH is not None:
+        kv_len = gl.minimum(kv_len, f.LENGTH(b, h, scalars, tensors))
+    return Tile(b, h, q, start + first, q0, kv_len, factor, slope, uniform, rows, scalars, tensors)
 
 
 @gluon.jit
@@ -683,22 +729,29 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
                       STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr, CARRY_WIDE: gl.constexpr,
                       PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
-                      PARTS: gl.constexpr, QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None):  # fmt: skip
+                      PARTS: gl.constexpr, QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None,
+                      LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
     (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
     pointer to [B], `section` and `lead` as in `_place`, `counter` a zero (see `Board`). Positions are 32-bit.
-    QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`).
+    QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`). LENGTH:
+    how many keys a batch entry has; what lies past them is not even multiplied by 0. PAGE: key and value are pages
+    [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  key.block_type.shape[3])  # fmt: skip
+                  key.block_type.shape[3], PAGE)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
-                  SINK, KV_RANGES, QUERY_BOX, KEY_BOX)  # fmt: skip
+                  SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     queries = ring(query, GROUPS, 1)
-    keys = ring(key, STAGES, GROUPS)
-    values = ring(value, STAGES, GROUPS)
+    if PAGE > 0 and PAGE < KEYS:
+        keys = ring(key, STAGES, GROUPS, KEYS, D)
+        values = ring(value, STAGES, GROUPS, KEYS, DV)
+    else:
+        keys = ring(key, STAGES, GROUPS)
+        values = ring(value, STAGES, GROUPS)
     if OWN_OUTPUT:
         staging = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
     else:

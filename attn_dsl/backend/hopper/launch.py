@@ -25,6 +25,7 @@ from triton.runtime.errors import PTXASError
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.hopper import check
 from attn_dsl.backend.hopper.bounds import bounds
+from attn_dsl.backend.hopper.channels import SWIZZLED
 from attn_dsl.backend.hopper.configs import Config, candidates
 from attn_dsl.backend.hopper.emit import Emitted, Reach, emit_module, reach, value
 from attn_dsl.backend.hopper.forward import attention_forward
@@ -58,7 +59,7 @@ SMALL = 1e-12
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 _FUNCTIONS = (
     "factor", "uniform", "rows", "residue", "plain", "shift", "peak", "slope", "low", "high", "head", "columns", "mask",
-    "row_term", "sink", "kv_ranges", "query_box", "key_box",
+    "row_term", "sink", "kv_ranges", "query_box", "key_box", "length",
 )  # fmt: skip
 _lock = threading.Lock()
 
@@ -172,11 +173,16 @@ class Kernels:
             query.shape[3],
             call.value.shape[3],
             call.precise,
+            self.page(call),
             self._is_bounded(call),
             *(self.portable.masks_parts(call, ROWS, keys) for keys in (64, 128)),
             *self._signs(call),
             *numbers,
         )
+
+    def page(self, call: Call) -> int:
+        """Keys of a page; 0 where they stand in one piece."""
+        return call.key.shape[2] if self.portable.paged else 0
 
     def masks_parts(self, call: Call, config: Config, functions: Mapping[str, Any]) -> bool:
         """Whether the mask is the same for all pairs of a warpgroup's part of a tile, and nothing else wants rows."""
@@ -344,7 +350,8 @@ class _Plan:
         functions = kernels.functions(call)
         d, dv = padded(call.query.shape[3]), padded(call.value.shape[3])
         parts = kernels.masks_parts(call, config, functions)
-        options = Options({**functions, "D": d, "DV": dv, **_options(config), "PARTS": parts, "num_warps": 4})
+        of_call = {"D": d, "DV": dv, "PARTS": parts, "PAGE": kernels.page(call), "num_warps": 4}
+        options = Options({**functions, **_options(config), **of_call})
         return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
     def layout(self, call: Call) -> _Layout:
@@ -373,6 +380,9 @@ class _Plan:
         batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
         out = call.result("out", (*call.query.shape[:3], call.value.shape[3]), "meta")
         width, of_queries, of_keys = call.grid or (0, 0, 0)
+        keys, page = (config.keys, d, dv), self.options["PAGE"]
+        if 0 < page < config.keys:
+            keys = (page, SWIZZLED.value, SWIZZLED.value)
         tiles = batch * heads * -(-q_len // config.rows)
         section = heads // kv_heads
         if self.uneven:
@@ -381,8 +391,8 @@ class _Plan:
         return _Layout(
             min(tiles, multiprocessors(call.query.device)),
             (BlockShape.of(call.query, ROWS, d, width, of_queries),
-             BlockShape.of(call.key, config.keys, d, width, of_keys),
-             BlockShape.of(call.value, config.keys, dv, width, of_keys),
+             BlockShape.of(call.key, keys[0], keys[1], width, of_keys),
+             BlockShape.of(call.value, keys[0], keys[2], width, of_keys),
              BlockShape.of(out, ROWS, dv, width, of_queries)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
         )  # fmt: skip
