@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,12 @@ def test_lengths_batches_and_splits_do_not_specialize_kernels() -> None:
 
 
 def test_the_merge_begins_while_the_splits_run() -> None:
+    slope = (torch.empty(32, device="meta"),)
+    for name, tensors, tokens in (("noop", (), 1), ("alibi", slope, 1), ("alibi", slope, 8)):
+        decode, merge = (kernel.asm["ptx"] for kernel in compiled(name, 90, tokens, tensors=tensors))
+        limit = re.search(r"\.maxnreg (\d+)", decode)
+        assert limit, "registers of two programs of 128 threads and one of the merge must fit a multiprocessor"
+        assert 2 * 128 * int(limit[1]) + 128 * 64 <= 2**16 and ".maxnreg" not in merge
     decode, merge = compiled("noop", 90)
     assert "griddepcontrol.launch_dependents" in decode.asm["ptx"] and "griddepcontrol.wait" in merge.asm["ptx"]
     assert all("griddepcontrol" not in kernel.asm["ptx"] for kernel in compiled("noop", 80))

@@ -38,6 +38,8 @@ FEW_ROWS = 64
 MOST_SPLITS = 256
 STAGE_BYTES = 2**15
 """Of keys and values that one step of the kernel's loop reads; half as much in float32, where registers are short."""
+REGISTERS = 200
+"""Of a thread, where splits are merged: two programs of four warps leave room for the merge, which begins early."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class Replay:
         overlap = {}
         if capability is not None and capability >= (9, 0) and torch.version.hip is None:
             overlap = {"launch_pdl": True}
+        crowded = bool(overlap) and layout.splits > 1 and layout.warps == 4 and layout.rows < FEW_ROWS
 
         def options() -> dict[str, Any]:
             functions = plan.named(
@@ -185,13 +188,15 @@ class Replay:
                 KEY_MASK="key_mask", ROW="row_term", SINK="sink", KV_RANGES="kv_ranges", SKIP="kv_skip",
             )  # fmt: skip
             tile = {"BM": layout.rows, "BN": layout.keys, "num_warps": layout.warps, "num_stages": layout.stages}
+            if crowded:
+                tile["maxnreg"] = REGISTERS
             return {**functions, **plan.common, **tile, "OVERLAP": bool(overlap), **plan.storage}
 
         def merging() -> dict[str, Any]:
             width = triton.next_power_of_2(value_dim)
             return {"DV": value_dim, "WIDTH": width, "CHUNK": 32, "OVERLAP": bool(overlap), "num_warps": 4, **overlap}
 
-        kind = f"decode {layout.rows} {layout.keys} {layout.warps} {layout.stages}"
+        kind = f"decode {layout.rows} {layout.keys} {layout.warps} {layout.stages}" + " crowded" * crowded
         return Replay(
             layout,
             query.shape[0] * (query.shape[1] // layout.pack) * layout.row_tiles * layout.splits,
