@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from attn_dsl.backend.hopper import launch as hopper
-from attn_dsl.backend.hopper.configs import SHARED_LIMIT, WAYS, Config, candidates
+from attn_dsl.backend.hopper.configs import SHARED_LIMIT, WAYS, Config
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.frontend import load
 from attn_dsl.ir.evaluate import attention
@@ -135,8 +135,7 @@ def call(case: Case, device: str) -> tuple[portable.Call, dict[str, Any]]:
 
 
 def default_config(case: Case) -> Config:
-    dims = hopper.padded(case.dim), hopper.padded(case.value_dim or case.dim)
-    return candidates(*dims)[0]
+    return kernels(case.variant).candidates(call(case, "meta")[0])[0]
 
 
 # ---------------------------------------------------------------- right

@@ -41,7 +41,7 @@ def loops(sass: str) -> list[list[str]]:
     return [body for body in bodies if sum("HGMMA" in text for text in body) in PRODUCTS]
 
 
-LONGEST, PRODUCTS = 750, (12, 16, 20)
+LONGEST, PRODUCTS = 750, (12, 16, 20, 21, 22)
 """Instructions of a step of the shipped kernels, and its products: of logits, and of weights and values."""
 
 
@@ -53,13 +53,46 @@ def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
     of = program_of(name)
     kernels, bound = launch.Kernels(of.kernels), call(of, dim)
     choice = kernels.choice(bound, launch.compile_ahead)
-    assert choice.config == candidates(dim, dim, ramped=name == "alibi")[0], choice.rejected
+    assert choice.config == kernels.candidates(bound)[0], choice.rejected
+    assert choice.config.frozen == (name != "softcap")
     assert choice.build is not None and not choice.build.notes and not choice.build.missing
     assert choice.build.spilled <= check.SPILLS
     steps = loops(check.sass(launch.build(kernels, bound).asm["ptx"]))
     assert len(steps) >= choice.config.groups
     spills = [sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in step) for step in steps]
     assert max(spills) <= 2, "a step spills more than a scalar or two"
+
+
+@pytest.mark.parametrize(("dim", "products"), [(80, 5 + 2 * 8), (96, 6 + 2 * 8), (192, 12 + 2 * 4)])
+def test_head_dimensions_between_powers_of_two_are_not_multiplied_as_the_next_one(dim: int, products: int) -> None:
+    of = program_of("causal")
+    kernels, bound = launch.Kernels(of.kernels), call(of, dim)
+    steps = loops(check.sass(launch.build(kernels, bound).asm["ptx"]))
+    counts = [sum("HGMMA" in text for text in step) for step in steps]
+    assert counts.count(products) == 4, counts  # a masked and a full loop of each warpgroup
+
+
+def test_steps_of_full_tiles_neither_look_for_a_maximum_nor_rescale() -> None:
+    of = program_of("causal")
+    kernels, bound = launch.Kernels(of.kernels), call(of, 128)
+    steps = loops(check.sass(launch.build(kernels, bound).asm["ptx"]))
+    shortest = min(steps, key=len)
+    assert len(shortest) < 370, len(shortest)
+    assert not any(re.search(r"\b(FMNMX|FMUL|SHFL)\b", text) for text in shortest)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "expected"),
+    [
+        ("attention a\nmask = q >= k\n", torch.bfloat16, True),
+        ("attention b\nmask = q >= k\n", torch.float16, False),  # weights may be as large as 2 ** 32
+        ("attention c\nscore = score - 0.5 * abs(q - k)\n", torch.bfloat16, False),  # it grows along the keys
+    ],
+)
+def test_where_the_maximum_of_some_tiles_may_do_for_all(text: str, dtype: torch.dtype, expected: bool) -> None:
+    of = program_of(text)
+    query = torch.empty(1, 4, 256, 128, dtype=dtype, device="meta")
+    assert launch.Kernels(of.kernels).may_freeze(Call(query, query, query, (), (), (), 0.1)) == expected
 
 
 def test_a_launch_finds_what_was_compiled_ahead_whatever_the_lengths() -> None:

@@ -44,7 +44,7 @@ def test_calls_that_fit_run_on_hopper_kernels(says: Callable[..., None]) -> None
     says(GOOD)
     found = route(fresh("causal"), PLAIN)
     assert found.backend == "hopper" and found.choice is not None and not found.choice.rejected
-    assert found.choice.config == candidates(128, 128)[0]
+    assert found.choice.config == candidates(128, 128, frozen=True)[0]
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0), None])
@@ -84,7 +84,7 @@ def test_what_fits_all_the_same() -> None:
 
 
 def test_a_bad_build_makes_way_for_the_next_configuration(says: Callable[..., None]) -> None:
-    first, second = candidates(128, 128)[:2]
+    first, second = candidates(128, 128, frozen=True)[:2]
     says(check.Build(5000, (), ()), check.Build(8, (), ()))
     of = fresh("causal")
     found = route(of, PLAIN)
@@ -103,7 +103,7 @@ def test_where_no_build_is_good_the_portable_kernels_run(says: Callable[..., Non
     found = route(of, PLAIN)
     assert found.backend == "portable" and "serialized" in str(found.reason)
     text = gpu.describe(of, PLAIN, found, HOPPER)
-    assert text.count("rejected") == len(candidates(128, 128)) and "no configuration is good" in text
+    assert text.count("rejected") == len(candidates(128, 128, frozen=True)) and "no configuration is good" in text
 
 
 def test_one_choice_serves_all_calls_of_a_kind(says: Callable[..., None]) -> None:
@@ -149,7 +149,7 @@ def test_insisting_on_hopper_kernels_where_they_cannot_run_is_an_error() -> None
 def test_every_configuration_fits_the_shared_memory_and_the_registers() -> None:
     for dim in (64, 128, 256):
         for value_dim in (64, 128, 256):
-            found = candidates(dim, value_dim)
+            found = candidates(dim, value_dim, frozen=True)
             assert found
             for config in found:
                 assert config.own_output or dim == value_dim

@@ -135,6 +135,27 @@ def test_a_thousand_launches_give_the_same_bits() -> None:
     assert differs.item() == 0
 
 
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+def test_logits_that_leave_the_first_tiles_far_behind(dim: int) -> None:
+    case = larger("causal", H=3, HK=3, Q=900, KV=900, D=dim, DV=dim)
+    attention, problem = attention_of(case), Problem.of(case, torch.bfloat16, "cuda")
+    query, key = problem.query, problem.key
+    ramp = torch.arange(900, device="cuda").view(-1, 1) / 64
+    leap = torch.where(torch.arange(900, device="cuda").view(-1, 1) < 300, 1.0, 60.0)
+    one = key.clone()
+    one[:, 1, 5] = 50 * query[:, 1, 700]  # seen by all, in a full tile; the rest of the heads stays as it is
+    low = -query.mean(2, keepdim=True) + 0.01 * key
+    for keys, queries in ((key * ramp, query), (key * leap, query), (one, query), (low, query * 100)):
+        hard = replace(problem, query=queries.to(query.dtype), key=keys.to(query.dtype))
+        truth, eager = hard.truth(None), hard.truth(None, query.dtype)
+        found, again = called(attention, hard, None), called(attention, hard, None)
+        assert torch.equal(found.out, again.out) and torch.equal(found.lse, again.lse)
+        assert not found.out.isnan().any() and not found.lse.isnan().any()
+        error, allowed = ((x.out.double() - truth.out).norm() for x in (found, eager))
+        assert error <= 1.1 * allowed + 1e-3 * truth.out.norm(), f"{error:.3g}, eager {allowed:.3g}"
+        assert ((found.lse.double() - truth.lse) / truth.lse.abs().clamp(min=1)).abs().max() < 1e-4
+
+
 def test_what_does_not_fit_runs_on_portable_kernels_and_says_why() -> None:
     attention = attn_dsl.compile("causal")
     query, key, value = (torch.randn(2, 4, 130, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))

@@ -10,6 +10,11 @@ variant makes of it (`emit.py`) and q0 the first query of the tile; m is the run
 running sum of 2 ** (logit - m), spread over the four threads that share a row. A program takes query tile after query
 tile, each as soon as it is done with the one before; loads run ahead across their borders.
 
+With FROZEN, only masked tiles and the first one move m, which they put 32 above the largest logit; full tiles neither
+look for a maximum nor rescale anything. Weights between 2 ** -126 and 2 ** 127 are as exact as those near 1, so what
+comes out is right as long as the sums stay far from these ends. A warpgroup sees that from its row sums, which only
+grow; else the query tile comes again, and every key tile moves m.
+
 After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what.
 """
 
@@ -48,13 +53,59 @@ from attn_dsl.backend.hopper.device import (
 from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, first_position, nth, scalars_of
 
 NEVER = gl.constexpr(float("-inf"))
+HEADROOM = gl.constexpr(32.0)
+"""A maximum that is to stay is set so much higher, in base 2; logits may then pass the true one by twice as much."""
+LEAST, MOST = gl.constexpr(2.0**-64), gl.constexpr(2.0**32)
+"""A row sum between these, and the output with values up to 2 ** 80, lost nothing to overflow or underflow."""
+
+
+@gluon.constexpr_function
+def _output_layout(width):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+
+
+@gluon.constexpr_function
+def _width(WIDTHS, i):
+    return WIDTHS[i]
+
+
+@gluon.jit
+def _block(tile, WIDTHS: gl.constexpr, i: gl.constexpr):
+    """The i-th block of columns of a tile in shared memory."""
+    if len(WIDTHS) == 1:
+        return tile
+    elif i == 0:
+        return tile.slice(0, _width(WIDTHS, 0), 1)
+    else:
+        return tile.slice(_width(WIDTHS, 0), _width(WIDTHS, 1), 1)
+
+
+@gluon.jit
+def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    layout: gl.constexpr = _output_layout(WIDTH)
+    return gl.zeros([ROWS, WIDTH], gl.float32, layout)
+
+
+@gluon.jit
+def _column(x, acc):
+    layout: gl.constexpr = acc.type.layout
+    return per_row(x, layout)
+
+
+@gluon.jit
+def _scaled(acc, factor):
+    """Blocks of columns, their rows multiplied by `factor` [ROWS]."""
+    result = ()
+    for i in gl.static_range(len(acc)):
+        result = result + (acc[i] * _column(factor, acc[i]),)
+    return result
 
 
 @aggregate
 class Shape:
     """What is known when the kernel is compiled: tile shapes, the ways of `configs.Config`, and register layouts."""
 
-    D: gl.constexpr
+    D: gl.constexpr  # widths of the one or two blocks of columns that are multiplied, powers of two
     DV: gl.constexpr
     ROWS: gl.constexpr  # of one warpgroup
     GROUPS: gl.constexpr
@@ -66,15 +117,15 @@ class Shape:
     OWN_OUTPUT: gl.constexpr
     RESCALE_LATE: gl.constexpr
     PARTS: gl.constexpr  # the mask is the same for all pairs of a warpgroup's part of a tile
+    FROZEN: gl.constexpr  # 16-bit floats must have the exponents of float32
     PERIOD: gl.constexpr  # columns of a box of keys, in a grid
     PAGE: gl.constexpr  # keys of a page; 0 where keys stand in one piece
     LOGITS: gl.constexpr
-    OUTPUT: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 PERIOD, PAGE):  # fmt: skip
+                 FROZEN, PERIOD, PAGE):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -87,11 +138,11 @@ class Shape:
         self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
         self.PARTS = gl.constexpr(PARTS)
+        self.FROZEN = gl.constexpr(FROZEN)
         self.PERIOD = gl.constexpr(PERIOD)
         self.PAGE = gl.constexpr(PAGE)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
-        self.OUTPUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
-        self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, self.OUTPUT.value, 2))
+        self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _output_layout(DV[0]), 2))
 
 
 @aggregate
@@ -367,9 +418,11 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     number = gl.program_id(0)
     passed = 0
     turn = 0
-    while number < total:
-        tile, b, h = _place(number, tiles, sizes, problem.section, problem.lead)
-        memory.board.write(turn, tile, b, h)
+    again, tile, b, h = 0, 0, 0, 0
+    while (number < total) | (again != 0):
+        if again == 0:
+            tile, b, h = _place(number, tiles, sizes, problem.section, problem.lead)
+        memory.board.write(turn, tile, b, h, again)
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
         row = visits.nth(0) * shape.KEYS
@@ -383,11 +436,14 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
             _load(shape, f, memory.keys, memory.key, at, b, hk, following, scalars, tensors)
             _load(shape, f, memory.values, memory.value, at - 1, b, hk, row, scalars, tensors)
             row = following
-        number = memory.board.following(total)  # while the consumers have two tiles of keys left
+        if again == 0:
+            number = memory.board.following(total)  # while the consumers have two tiles of keys left
         turn += 1
         passed += visits.tiles
         _load(shape, f, memory.values, memory.value, passed - 1, b, hk, row, scalars, tensors)
-    memory.board.write(turn, -1, 0, 0)
+        if shape.FROZEN:
+            again, tile, b, h = memory.board.failed(turn, number >= total)
+    memory.board.write(turn, -1, 0, 0, 0)
 
 
 # ---------------------------------------------------------------- consumers
@@ -467,8 +523,15 @@ def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constex
         if not FIRST:
             sums += l
         decay, m = m, gl.full([shape.ROWS], peak, gl.float32, gl.SliceLayout(1, shape.LOGITS))
+    elif shape.FROZEN and not MASKED:
+        base = gl.where(m == NEVER, 0.0, m)
+        p = gl.exp2(x * tile.factor - gl.expand_dims(base - shift, 1))
+        sums = l + thread_sums(p)
+        decay = m
     else:
         peak = row_max(x, shape.LOGITS) * tile.factor + shift
+        if shape.FROZEN:
+            peak += HEADROOM
         if not FIRST:
             peak = gl.maximum(m, peak)
         base = peak
@@ -505,6 +568,15 @@ def _weights(shape, p, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _product(shape, queries, keys, s, ADD: gl.constexpr):
+    """Issue Q K^T, added to s if ADD."""
+    for i in gl.static_range(len(shape.D)):
+        right = _block(keys, shape.D, i).permute((1, 0))
+        s = warpgroup_mma(_block(queries, shape.D, i), right, s, use_acc=ADD or i > 0, is_async=True)
+    return s
+
+
+@gluon.jit
 def _issue_logits(shape, f, FUNCTION: gl.constexpr, memory, tile, at, j, GROUP: gl.constexpr):
     """Issue S(i) for key tile j, number `at` of all.
 
@@ -515,11 +587,11 @@ def _issue_logits(shape, f, FUNCTION: gl.constexpr, memory, tile, at, j, GROUP: 
     if f.SLOPE is not None and FUNCTION is None:
         initial = ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
         memory.keys.wait(place, at // shape.STAGES)
-        return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), initial, is_async=True)
+        return _product(shape, queries, memory.keys.tile(place), initial, True)
     else:
         memory.keys.wait(place, at // shape.STAGES)
         zero = gl.zeros([shape.ROWS, shape.KEYS], gl.float32, shape.LOGITS)
-        return warpgroup_mma(queries, memory.keys.tile(place).permute((1, 0)), zero, use_acc=False, is_async=True)
+        return _product(shape, queries, memory.keys.tile(place), zero, False)
 
 
 @gluon.jit
@@ -527,7 +599,28 @@ def _issue_output(shape, memory, p, acc, at):
     """Issue O += P V for the key tile that is number `at` of all."""
     place = at % shape.STAGES
     memory.values.wait(place, at // shape.STAGES)
-    return warpgroup_mma(p, memory.values.tile(place), acc, is_async=True)
+    values = memory.values.tile(place)
+    result = ()
+    for i in gl.static_range(len(acc)):
+        result = result + (warpgroup_mma(_left(p, acc[i]), _block(values, shape.DV, i), acc[i], is_async=True),)
+    return result
+
+
+@gluon.jit
+def _left(p, acc):
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return gl.convert_layout(p, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _waited(output, x):
+    """(O, x) when the products of the output are done, x being computed before."""
+    if len(output) == 1:
+        acc, x = warpgroup_mma_wait(0, deps=[output[0], x])
+        return (acc,), x
+    else:
+        first, second, x = warpgroup_mma_wait(0, deps=[output[0], output[1], x])
+        return (first, second), x
 
 
 @gluon.jit
@@ -545,6 +638,7 @@ def _clip(shape, f, memory, tile, at, j):
 @gluon.jit
 def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexpr, GROUP: gl.constexpr):
     """Key tile j, number `at` of all, given the weights p of the tile before."""
+    decays: gl.constexpr = f.PEAK is None and (MASKED or not shape.FROZEN)
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
     if shape.PING_PONG:
         wait_turn(GROUP, shape.GROUPS)
@@ -552,33 +646,35 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
         logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, GROUP)
     else:
         logits = _issue_logits(shape, f, f.PLAIN, memory, tile, at, j, GROUP)
-    if shape.RESCALE_LATE and f.PEAK is None:
-        acc = acc * per_row(late, shape.OUTPUT)
+    if shape.RESCALE_LATE and decays:
+        acc = _scaled(acc, late)
     output = _issue_output(shape, memory, narrow, acc, at - 1)
     if shape.PING_PONG:
         pass_turn(GROUP, shape.GROUPS)
-    s = warpgroup_mma_wait(1, deps=[logits])
+    s = warpgroup_mma_wait(len(shape.DV), deps=[logits])
     memory.keys.release(at % shape.STAGES)
     p, decay, m, l = _softmax(shape, f, tile, s, m, l, j, MASKED, False)
     # p among the dependences: the registers of the old weights are read until then, so p must not be narrowed before.
-    acc, p = warpgroup_mma_wait(0, deps=[output, p])
+    acc, p = _waited(output, p)
     p = _carried(shape, p, memory.keys.tiles.dtype)
     memory.values.release((at - 1) % shape.STAGES)
-    if not shape.RESCALE_LATE and f.PEAK is None:
-        acc = acc * per_row(decay, shape.OUTPUT)
+    if not shape.RESCALE_LATE and decays:
+        acc = _scaled(acc, decay)
     if MASKED and f.LENGTH is not None:
         _clip(shape, f, memory, tile, at, j)
-    return p, acc, m, l, decay if shape.RESCALE_LATE else late
+    return p, acc, m, l, decay if shape.RESCALE_LATE and decays else late
 
 
 @gluon.jit
-def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
+def _attend(shape, f, memory, tile, visits, careful, passed, turn, GROUP: gl.constexpr):
     """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit.
 
-    The last product of the output is still to be waited for.
+    So many as `careful` are treated as masked ones. The last product of the output is still to be waited for.
     """
     dtype: gl.constexpr = memory.keys.tiles.dtype
-    acc = gl.zeros([shape.ROWS, shape.DV], gl.float32, shape.OUTPUT)
+    acc = ()
+    for i in gl.static_range(len(shape.DV)):
+        acc = acc + (_zeros(shape.ROWS, _width(shape.DV, i)),)
     m = gl.full([shape.ROWS], NEVER, gl.float32, gl.SliceLayout(1, shape.LOGITS))
 
     j = visits.nth(0)
@@ -595,30 +691,32 @@ def _attend(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
     p = _carried(shape, p, dtype)
     if f.LENGTH is not None:
         _clip(shape, f, memory, tile, passed, j)
-    if len(visits.masked) > 0:
-        for n in range(1, visits.masked_tiles):
-            j = nth(visits.masked, n)
+    if len(visits.masked) > 0 or shape.FROZEN:
+        for n in range(1, careful):
+            j = visits.nth(n)
             p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, True, GROUP)
+    if shape.RESCALE_LATE and shape.FROZEN:
+        acc = _scaled(acc, late)
     if len(visits.full) > 0:
-        for n in range(gl.maximum(visits.masked_tiles, 1), visits.tiles):
+        for n in range(gl.maximum(careful, 1), visits.tiles):
             j = nth(visits.full, n - visits.masked_tiles)
             p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, False, GROUP)
     if shape.OWN_OUTPUT:
         memory.queries.release(GROUP)
-    if shape.RESCALE_LATE and f.PEAK is None:
-        acc = acc * per_row(late, shape.OUTPUT)
+    if shape.RESCALE_LATE and f.PEAK is None and not shape.FROZEN:
+        acc = _scaled(acc, late)
     output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, passed + visits.tiles - 1)
     return output, m, row_sums(l, shape.LOGITS)
 
 
 @gluon.jit
-def _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP: gl.constexpr):
+def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP: gl.constexpr):
     """Store the log-sum-exp of the warpgroup's rows; return what their output is to be multiplied by, [ROWS]."""
     sizes = problem.sizes
     tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
     first = (tile * shape.GROUPS + GROUP) * shape.ROWS
     local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-    inside = local < sizes[3] - first
+    inside = (local < sizes[3] - first) & keep
     lead = 0.0  # what the loop's logits lack for a row, in base 2, since their row term is counted from the row itself
     if f.SLOPE is not None:
         lead = f.SLOPE(b, h, scalars, tensors) * (local + GROUP * shape.ROWS).to(gl.float32)
@@ -651,6 +749,29 @@ def _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP: gl.c
 
 
 @gluon.jit
+def _grows(shape, f, tile, visits):
+    """Whether the term affine in k alone lifts logits of full tiles too far above those of the first tile visited."""
+    if f.SLOPE is None or len(visits.full) == 0:
+        return False
+    else:
+        lift = tile.factor * tile.slope * shape.KEYS
+        anchor = visits.nth(0)
+        first = nth(visits.full, 0)
+        last = nth(visits.full, gl.maximum(visits.tiles - visits.masked_tiles, 1) - 1)
+        return gl.maximum(lift * (first - anchor), lift * (last - anchor)) > HEADROOM
+
+
+@gluon.jit
+def _judge(memory, l, frozen, turn, GROUP: gl.constexpr):
+    """Whether the warpgroup's result counts: it is right, and has not been stored in an earlier turn."""
+    bad = gl.where((l >= LEAST) & (l <= MOST), 0, 1)
+    failed = gl.where(frozen, gl.max(bad, 0), 0)
+    memory.board.fail(turn, GROUP, failed)
+    again = memory.board.again(turn)
+    return (failed == 0) & ((again == 0) | ((again >> GROUP) & 1 != 0))
+
+
+@gluon.jit
 def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     """Take the warpgroup's 64 rows of query tile after query tile."""
     scalars, tensors = problem.scalars(), problem.captured()
@@ -664,12 +785,19 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         start = problem.start(b)
         visits = _visits(shape, f, tile, b, h, start, scalars, tensors)
         context = _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP)
-        output, m, l = _attend(shape, f, memory, context, visits, passed, turn, GROUP)
+        careful = visits.masked_tiles
+        keep = True
+        if shape.FROZEN:
+            again = memory.board.again(turn)
+            careful = gl.where((again != 0) | _grows(shape, f, context, visits), visits.tiles, careful)
+        output, m, l = _attend(shape, f, memory, context, visits, careful, passed, turn, GROUP)
         passed += visits.tiles
-        inverse = _finish(shape, f, memory, problem, m, l, turn, scalars, tensors, GROUP)
-        acc, inverse = warpgroup_mma_wait(0, deps=[output, inverse])
+        if shape.FROZEN:
+            keep = _judge(memory, l, visits.tiles > gl.maximum(careful, 1), turn, GROUP)
+        inverse = _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP)
+        acc, inverse = _waited(output, inverse)
         memory.values.release((passed - 1) % shape.STAGES)
-        _store(shape, f, memory, acc * per_row(inverse, shape.OUTPUT), turn, scalars, tensors, GROUP)
+        _store(shape, f, memory, _scaled(acc, inverse), turn, keep, scalars, tensors, GROUP)
         memory.board.release(turn)
         turn += 1
         memory.board.wait(turn)
@@ -700,16 +828,19 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
 
 
 @gluon.jit
-def _store(shape, f, memory, acc, turn, scalars, tensors, GROUP: gl.constexpr):
+def _store(shape, f, memory, acc, turn, keep, scalars, tensors, GROUP: gl.constexpr):
     """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
     tile, b, h = memory.board.read(turn)
     staging = memory.staging.index(GROUP)
     if shape.OWN_OUTPUT:
         tma.store_wait(0)  # of the tile before
-    staging.reshape([shape.ROWS, shape.DV]).store(acc.to(memory.keys.tiles.dtype))
+    blocks = staging.reshape([shape.ROWS, memory.out.block_type.shape[len(memory.out.block_type.shape) - 1]])
+    for i in gl.static_range(len(acc)):
+        _block(blocks, shape.DV, i).store(acc[i].to(memory.keys.tiles.dtype))
     fence_async_shared()
     first = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, scalars, tensors)
-    tma.async_copy_shared_to_global(memory.out, corner(first), staging)
+    if keep:
+        tma.async_copy_shared_to_global(memory.out, corner(first), staging)
     if not shape.OWN_OUTPUT:
         tma.store_wait(0)
         memory.queries.release(GROUP)
@@ -729,26 +860,26 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
                       STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr, CARRY_WIDE: gl.constexpr,
                       PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
-                      PARTS: gl.constexpr, QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None,
-                      LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0):  # fmt: skip
+                      PARTS: gl.constexpr, FROZEN: gl.constexpr, QUERY_BOX: gl.constexpr = None,
+                      KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
-    (query, out) or KEYS rows; D and DV are powers of two, not less than the tensors' own. `q_offset` is a number or a
+    (query, out) or KEYS rows; D and DV are as in `Shape`, not less than the tensors' own. `q_offset` is a number or a
     pointer to [B], `section` and `lead` as in `_place`, `counter` a zero (see `Board`). Positions are 32-bit.
     QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`). LENGTH:
     how many keys a batch entry has; what lies past them is not even multiplied by 0. PAGE: key and value are pages
     [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  key.block_type.shape[3], PAGE)  # fmt: skip
+                  FROZEN, key.block_type.shape[3], PAGE)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
                   SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     queries = ring(query, GROUPS, 1)
     if PAGE > 0 and PAGE < KEYS:
-        keys = ring(key, STAGES, GROUPS, KEYS, D)
-        values = ring(value, STAGES, GROUPS, KEYS, DV)
+        keys = ring(key, STAGES, GROUPS, KEYS, query.block_type.shape[3])
+        values = ring(value, STAGES, GROUPS, KEYS, out.block_type.shape[3])
     else:
         keys = ring(key, STAGES, GROUPS)
         values = ring(value, STAGES, GROUPS)

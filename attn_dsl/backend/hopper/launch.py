@@ -189,22 +189,32 @@ class Kernels:
         alone = all(functions[name] is None for name in ("RESIDUE", "PLAIN", "LOW", "HIGH", "HEAD"))
         return alone and functions["MASK"] is not None and self.portable.masks_parts(call, ROWS, config.keys)
 
+    def may_freeze(self, call: Call) -> bool:
+        """Whether the maximum of some tiles will nearly always do for the others, and weights may be far from 1."""
+        functions = self.functions(call)
+        bare = all(functions[name] is None for name in ("RESIDUE", "PLAIN", "PEAK"))
+        return bare and call.query.dtype == torch.bfloat16
+
     def _signs(self, call: Call) -> tuple[bool, ...]:
         """Whether the softmax scale and each float parameter are known to be > 0."""
         found = [not isinstance(x := call.parameters[i], Tensor) and x > SMALL for i in self._floats]
         return (call.scale > SMALL, *found)
 
-    def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
+    def candidates(self, call: Call) -> tuple[Config, ...]:
+        """The configurations for calls like this one, the preferred one first."""
         functions = self.functions(call)
         ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
-        found = _candidates(call, ramped=ramped)
-        found = tuple(sorted(found, key=lambda config: not self.masks_parts(call, config, functions)))
+        found = _candidates(call, ramped=ramped, frozen=self.may_freeze(call))
+        return tuple(sorted(found, key=lambda config: not self.masks_parts(call, config, functions)))
+
+    def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
+        found = self.candidates(call)
         return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
 
 
-def _candidates(call: Call, *, ramped: bool = False) -> tuple[Config, ...]:
+def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
     """Those for the dimensions of a call, whose tiles of keys are boxes of a grid if there is one."""
-    found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped)
+    found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped, frozen=frozen)
     return tuple(config for config in found if call.grid is None or config.keys % call.grid[2] == 0)
 
 
@@ -239,6 +249,13 @@ def _positive(kernels: portable.Kernels, call: Call) -> frozenset[Node]:
 def padded(dim: int) -> int:
     """The head dimension of the tiles: a power of two, at least 64."""
     return max(64, 1 << math.ceil(math.log2(dim)))
+
+
+def blocks(dim: int) -> tuple[int, ...]:
+    """Widths of the one or two blocks of columns that are multiplied: powers of two, at least `dim` together."""
+    whole = padded(dim)
+    rest = dim - whole // 2
+    return (whole,) if whole == 64 or rest > whole // 4 else (whole // 2, max(16, 1 << math.ceil(math.log2(rest))))
 
 
 def refusal(kernels: portable.Kernels, call: Call) -> str | None:
@@ -350,7 +367,10 @@ class _Plan:
         functions = kernels.functions(call)
         d, dv = padded(call.query.shape[3]), padded(call.value.shape[3])
         parts = kernels.masks_parts(call, config, functions)
-        of_call = {"D": d, "DV": dv, "PARTS": parts, "PAGE": kernels.page(call), "num_warps": 4}
+        of_call = {
+            "D": blocks(call.query.shape[3]), "DV": blocks(call.value.shape[3]), "PARTS": parts,
+            "PAGE": kernels.page(call), "num_warps": 4,
+        }  # fmt: skip
         options = Options({**functions, **_options(config), **of_call})
         return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
@@ -537,7 +557,7 @@ def _options(config: Config) -> dict[str, Any]:
     return {
         "GROUPS": config.groups, "KEYS": config.keys, "STAGES": config.stages, "REGISTERS": config.registers,
         "PIN": config.pin, "CARRY_WIDE": config.carry_wide, "PING_PONG": config.ping_pong,
-        "OWN_OUTPUT": config.own_output, "RESCALE_LATE": config.rescale_late,
+        "OWN_OUTPUT": config.own_output, "RESCALE_LATE": config.rescale_late, "FROZEN": config.frozen,
     }  # fmt: skip
 
 
