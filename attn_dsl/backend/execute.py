@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.order import Residues
     from attn_dsl.passes.order_by_data import Sorted
-    from attn_dsl.passes.order_grid import Strips
+    from attn_dsl.passes.order_grid import Boxes, Strips
     from attn_dsl.passes.prove import Proof
 
 CPU, GPU, PORTABLE, HOPPER, DECODE = "cpu", "gpu", "portable", "hopper", "decode"
@@ -104,13 +104,17 @@ class Program:
     def hopper(self) -> HopperKernels:
         from attn_dsl.backend.hopper.launch import Kernels
 
-        return Kernels(self.kernels, None if self.strips is None else self.strips[0].boxes(self.strips[1]))
+        return Kernels(self.kernels, self._boxes)
 
     @functools.cached_property
     def hopper_backward(self) -> HopperBackwardKernels:
         from attn_dsl.backend.hopper.launch_backward import Kernels
 
-        return Kernels(self.kernels, self._proof)
+        return Kernels(self.kernels, self._proof, self._boxes)
+
+    @property
+    def _boxes(self) -> Boxes | None:
+        return None if self.strips is None else self.strips[0].boxes(self.strips[1])
 
     @functools.cached_property
     def has_row_term(self) -> bool:

@@ -102,6 +102,13 @@ def takes_grids(program: execute.Program, call: portable.Call) -> bool:
     return route(program, call, decodes=False).backend == HOPPER
 
 
+def backward_takes_grids(program: execute.Program, call: portable.Call, options: Options) -> bool:
+    """Whether the Hopper backward kernel takes a call over strips of a grid."""
+    if unavailable(_capability(call.query.device)) is not None:
+        return False
+    return backward_route(program, call, deterministic=options.deterministic).backend == HOPPER
+
+
 @dataclass(frozen=True)
 class BackwardRoute:
     """`Route` of a backward pass.
@@ -239,7 +246,9 @@ def explain(program: Program, call: Call) -> str:
     lines.append(describe(of, bound, route(of, bound, decodes=ordered is None), capability))
     if ordered and not ordered.layout.both_passes:
         of = execute.program_for(program.variant, program.proof)
-        bound = execute.portable_call(of, call, Options(GPU))
+        strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))
+        of, given = (of, call) if strips is None else (strips.program, strips.call)
+        bound = execute.portable_call(of, given, Options(GPU))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     lines.append(describe_backward(of, bound, back, capability))
     return "\n".join(lines)

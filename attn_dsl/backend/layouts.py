@@ -153,6 +153,8 @@ class Permutation:
 class Grid:
     """Tensors as they are, which a kernel reads in boxes; its lines are those of strips, the heads of each together.
 
+    The backward pass goes by strips of keys, with a call of its own.
+
     width: of the grid. columns: of queries in a strip.
     """
 

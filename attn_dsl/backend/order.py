@@ -36,13 +36,15 @@ from attn_dsl.backend.layouts import Classes, Grid, Layout, Permutation
 from attn_dsl.ir.infix import infix
 from attn_dsl.passes.order import Place, Residues, number
 from attn_dsl.passes.order_by_data import Sorted
-from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips
+from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips, exchanged
 
 if TYPE_CHECKING:  # it loads Triton
     from attn_dsl.backend.portable.launch import Call as PortableCall
 
 BLOCK = (128, 128)
 """The tile shape for which visited pairs are counted."""
+QUERIES = 64
+"""Of a tile in the backward pass, where a program owns 128 keys."""
 GAIN = 0.9
 """An order must leave so much of the pairs that are visited without it, or less."""
 LEADS = (0, 1, 2, 3)
@@ -92,7 +94,9 @@ class Ordered:
     ) -> Gradients:
         layout, given = self.layout, self.given
         if not layout.both_passes:
-            return execute.run_backward(self.outer, given, self.options, outputs, grad_out, grad_lse, wanted)
+            strips = None if wanted else strips_of_keys(self.outer, given, self.options)
+            program, call = (self.outer, given) if strips is None else (strips.program, strips.call)
+            return execute.run_backward(program, call, self.options, outputs, grad_out, grad_lse, wanted)
         out, lse, shifted = outputs  # rows that fill up a sequence have probabilities of 0
         lines = [layout.split_line(x, float("inf")) if x.numel() else x for x in (lse, shifted)]
         grad_lse = None if grad_lse is None else layout.split_line(grad_lse, 0.0)
@@ -278,6 +282,46 @@ def _strips(program: Program, call: Call, options: Options, most: float | None) 
             yield best, pairs
 
 
+def strips_of_keys(program: Program, call: Call, options: Options) -> Ordered | None:
+    """The call as the Hopper backward kernel takes it, by strips of keys; None where it does not."""
+    key = ("backward", call.query.dtype, options, *call.parameters.values(), *call.sizes.values())
+    if key not in program.choices:
+        program.choices[key] = _strips_of_keys(program, call, options)
+    found = program.choices[key]
+    if not isinstance(found.order, Strips):
+        return None
+    return _in_strips(found.order, program, call, options, found.count, found.lead)
+
+
+def _strips_of_keys(program: Program, call: Call, options: Options) -> Choice:
+    from attn_dsl.backend.gpu import backward_takes_grids
+
+    for given in program.orders:
+        order = given.exchanged() if isinstance(given, Strips) else None
+        width = None if order is None else number(order.width, call.parameters)
+        if order is None or width is None:
+            continue
+        columns = next((n for n in KEY_COLUMNS if order.starts(width, n, call.parameters) is not None), None)
+        if columns is None or columns > QUERIES:
+            continue
+        strips = -(-width // QUERY_COLUMNS)
+        found = []
+        for lead in LEADS[: QUERIES // columns]:
+            laid = _in_strips(order, program, call, options, columns, lead)
+            sizes = {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}
+            sizes |= {"Q": sizes["KV"], "KV": sizes["Q"]}
+            known = {**laid.call.parameters, order.name("H"): 1, order.name("HK"): 1}
+            from_keys = program_for(exchanged(laid.program.variant))
+            pairs = _visited(from_keys, sizes, known, 0, (BLOCK[1], QUERIES))
+            found.append((0 if pairs is None else pairs, lead, laid))
+        _, lead, laid = min(found, key=lambda one: one[0])
+        if program.has_row_term or laid.program.has_row_term:  # what a row lacks is counted from its first query
+            continue
+        if backward_takes_grids(laid.program, portable_call(laid.program, laid.call, options), options):
+            return Choice(order, f"{strips} strips of keys, queries in boxes of {columns} columns", columns, lead)
+    return Choice(None, "as given")
+
+
 def _sorts(program: Program, call: Call) -> Iterator[Choice]:
     """Choices of an order by data, for calls whose queries and keys are the same positions."""
     sizes = call.sizes
@@ -292,14 +336,18 @@ def _sorts(program: Program, call: Call) -> Iterator[Choice]:
 
 
 def _visited(
-    program: Program, sizes: Mapping[str, int], parameters: Mapping[str, Any], q_offset: int | Tensor
+    program: Program,
+    sizes: Mapping[str, int],
+    parameters: Mapping[str, Any],
+    q_offset: int | Tensor,
+    block: tuple[int, int] = BLOCK,
 ) -> int | None:
     """Pairs of the whole tiles that the schedule ranges over; None where that depends on what tensors hold."""
     functions = schedule_functions(program.variant, program.schedule)
     if functions.slots or isinstance(q_offset, Tensor):
         return None
     scalars = tuple({**parameters, **sizes}[name] for name in program.binder.scalars)
-    return visited_tiles(functions, sizes, scalars, q_offset, BLOCK) * BLOCK[0] * BLOCK[1]
+    return visited_tiles(functions, sizes, scalars, q_offset, block) * block[0] * block[1]
 
 
 def programs(program: Program) -> Iterator[Program]:
@@ -386,7 +434,7 @@ def _program(program: Program, order: Residues, place: Place, ragged: bool) -> P
 
 
 def _in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int, lead: int = 0) -> Ordered:
-    key = (order.width, columns)
+    key = (order.width, columns, order.of_keys)
     if key not in program.reordered:
         inner = program.reordered[key] = program_for(order.reordered(columns, ragged=False))
         inner.strips = order, columns
@@ -394,9 +442,9 @@ def _in_strips(order: Strips, program: Program, call: Call, options: Options, co
     width = number(order.width, call.parameters)
     assert width is not None
     strips = -(-width // QUERY_COLUMNS)
-    lengths = {"Q": sizes["Q"] // width * QUERY_COLUMNS, "KV": (sizes["KV"] // width + lead) * columns}
-    named = {order.name(name): size for name, size in {**sizes, "lead": lead}.items()}
-    known = {**named, **call.parameters}
+    own, other = ("KV", "Q") if order.of_keys else ("Q", "KV")
+    lengths = {own: sizes[own] // width * QUERY_COLUMNS, other: (sizes[other] // width + lead) * columns}
+    known = {**order.named_sizes(sizes, lead), **call.parameters}
     bound = replace(
         call,
         sizes={**sizes, **lengths, "H": strips * sizes["H"], "HK": strips * sizes["HK"]},

@@ -8,6 +8,9 @@ are sequences, row by row, so that a tile of 128 keys is a box of 128 // columns
 
 `x1` is a bound that the proofs derive from what the mask says of columns alone; a call checks that the last one lies
 within the strip. `lead` rows before the first let tiles of keys begin where those that a tile of queries sees begin.
+
+For the backward pass, whose programs own keys, the same with queries and keys exchanged (`Strips.exchanged`): strips of
+QUERY_COLUMNS columns of keys, and boxes of the queries that see them.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from attn_dsl.ir.nodes import (
     Var,
     conjuncts,
     post_order,
+    rewrite,
     substitute,
 )
 from attn_dsl.ir.types import Type
@@ -53,6 +57,7 @@ QUERY_COLUMNS = 16
 """Columns of queries in a strip: a tile of 128 queries is a box of 8 rows."""
 KEY_COLUMNS = (32, 64, 128)
 """Of a box of keys, which has as many rows as make a tile: the first of these that a strip sees no more of."""
+FARTHEST = 2**29
 STRIP = Var("strip")
 _QY, _QX, _KY, _KX = Var("query row"), Var("query column"), Var("key row"), Var("key column")
 _PLACE, _COLUMN, _LEAD, _FIRST = Var("key place"), Var("column of a strip"), Var("lead"), Var("first column")
@@ -72,12 +77,28 @@ class Boxes:
     columns: int
 
 
+def exchanged(variant: Variant) -> Variant:
+    """The variant with queries and keys in each other's place."""
+    places: dict[Node, Node] = {Q: K, K: Q, Size("Q"): Size("KV"), Size("KV"): Size("Q")}
+    return rewrite_variant(variant, lambda node: places.get(node, node))
+
+
 @dataclass(frozen=True)
 class Strips:
-    """The mask of a variant speaks of the columns of a grid of `width`; `mask` does so by coordinates."""
+    """The mask of a variant speaks of the columns of a grid of `width`; `mask` does so by coordinates.
+
+    of_keys: the variant is an exchanged one. What is said of queries here is then said of keys, and the other way
+    round; `reordered` and `boxes` exchange them back.
+    """
 
     variant: Variant
     width: Node
+    of_keys: bool = False
+
+    def exchanged(self) -> Strips | None:
+        """Strips of keys of the same grid, where something is known of what queries see them."""
+        found = Strips(exchanged(self.variant), self.width, True)
+        return None if found.reach is None else found
 
     @cached_property
     def _by_coordinates(self) -> Variant:
@@ -111,7 +132,7 @@ class Strips:
         }
         first = substitute(minimum_of([segment.begin for segment in segments]), known)
         end = substitute(maximum_of([segment.end for segment in segments]), known)
-        return simplify_node(first), simplify_node(end)
+        return simplify_node(_within(first)), simplify_node(_within(end))
 
     def starts(self, width: int, columns: int, parameters: Mapping[str, object]) -> list[int] | None:
         """The first column of keys of each strip; None where what a strip sees does not fit `columns`."""
@@ -128,7 +149,7 @@ class Strips:
         """Width, and columns of a box of queries and of keys."""
         width = number(self.width, parameters)
         assert width is not None
-        return width, QUERY_COLUMNS, columns
+        return (width, columns, QUERY_COLUMNS) if self.of_keys else (width, QUERY_COLUMNS, columns)
 
     def name(self, what: str) -> str:
         """The name of a parameter that stands for a size of the call or for `lead`, unlike any other of the variant."""
@@ -141,16 +162,18 @@ class Strips:
     def _solved(self, columns: int, ragged: bool) -> Iterator[Node]:
         """The conjuncts of the mask, and that a place of a key is one of the grid and, if `ragged`, of the keys."""
         yield Compare(CompareOp.GE, _PLACE, Binary(BinaryOp.MUL, _LEAD, Const(columns)))
-        if not self._stays_inside():
+        if not self._stays_inside(K):
             yield from _bounds(Compare(CompareOp.LT, _KX, self.width), columns)
+        if self.of_keys and not self._stays_inside(Q):  # else they would have a share in the gradients of queries
+            yield Compare(CompareOp.LT, _QX, self.width)
         if ragged:
             yield Compare(CompareOp.LT, K, Size("KV"))
         for part in conjuncts(self._by_coordinates.mask):
             yield from _bounds(part, columns)
 
-    def _stays_inside(self) -> bool:
+    def _stays_inside(self, position: Index) -> bool:
         """Whether the mask itself keeps no column past the last."""
-        past = Compare(CompareOp.GE, K, self.width)
+        past = Compare(CompareOp.GE, position, self.width)
         proof = prove(replace(self._columns, mask=Binary(BinaryOp.AND, self._columns.mask, past)))
         return proof.empty is TRUE
 
@@ -158,7 +181,7 @@ class Strips:
         """The variant over places in strips, for heads `strip * H + h`, queries from position 0 on.
 
         ragged: the last row is not whole. Parameters beside those of the variant are `lead` and the sizes of the call
-        that it reads.
+        that it reads (`named_sizes`).
         """
         assert self.reach is not None
         named = {what: Param(self.name(what), Type.INT) for what in (*_SIZES, "lead")}
@@ -179,18 +202,26 @@ class Strips:
         nodes = set(post_order(*made.roots, *(extent for tensor in made.tensors for extent in tensor.extents)))
         nodes |= {named["H"], named["HK"], named["lead"]}
         used = tuple(Parameter(p.name, Type.INT) for p in named.values() if p in nodes)
-        return replace(made, parameters=(*made.parameters, *used))
+        made = replace(made, parameters=(*made.parameters, *used))
+        return exchanged(made) if self.of_keys else made
+
+    def named_sizes(self, sizes: Mapping[str, int], lead: int) -> dict[str, int]:
+        """What the parameters of `reordered` beside those of the variant are in a call of such sizes."""
+        places = {"Q": "KV", "KV": "Q"} if self.of_keys else {}
+        return {self.name("lead"): lead} | {self.name(name): sizes[places.get(name, name)] for name in _SIZES}
 
     def boxes(self, columns: int) -> Boxes:
         """Over the parameters of `reordered`."""
         assert self.reach is not None
-        heads, kv_heads, lead = (Param(self.name(what), Type.INT) for what in ("H", "HK", "lead"))
+        owners = ("HK", "H") if self.of_keys else ("H", "HK")
+        heads, kv_heads, lead = (Param(self.name(what), Type.INT) for what in (*owners, "lead"))
         x0 = Binary(BinaryOp.MUL, Binary(BinaryOp.FLOORDIV, H, heads), Const(QUERY_COLUMNS))
         x1 = substitute(self.reach[0], {STRIP: Binary(BinaryOp.FLOORDIV, H, kv_heads)})
-        y, _ = _divided(Q, QUERY_COLUMNS)
-        key_y, _ = _divided(K, columns)
-        key = Binary(BinaryOp.MOD, H, kv_heads), Binary(BinaryOp.SUB, key_y, lead), x1
-        return Boxes((Binary(BinaryOp.MOD, H, heads), y, x0), key, columns)
+        own, other = (K, Q) if self.of_keys else (Q, K)
+        y, other_y = _divided(own, QUERY_COLUMNS)[0], _divided(other, columns)[0]
+        strip = Binary(BinaryOp.MOD, H, heads), y, x0
+        box = Binary(BinaryOp.MOD, H, kv_heads), Binary(BinaryOp.SUB, other_y, lead), x1
+        return Boxes(box, strip, columns) if self.of_keys else Boxes(strip, box, columns)
 
 
 def strips(variant: Variant) -> Iterator[Strips]:
@@ -266,6 +297,19 @@ def _placed(key: Node, is_lower: bool, end: Node, columns: int) -> Node:
         return Compare(op, _COLUMN, Binary(BinaryOp.SUB, end, _FIRST))
     first = Binary(BinaryOp.MUL, Binary(BinaryOp.ADD, end, _LEAD), Const(columns))
     return Compare(op, _PLACE, first if is_lower else Binary(BinaryOp.ADD, first, Const(columns - 1)))
+
+
+def _within(bound: Node) -> Node:
+    """The same with numbers of 32 bits: what stands for no bound is beyond all columns nevertheless."""
+
+    def nearer(node: Node) -> Node:
+        match node:
+            case Const(value) if abs(value) > FARTHEST:
+                return Const(FARTHEST if value > 0 else -FARTHEST)
+            case _:
+                return node
+
+    return rewrite(bound, nearer)
 
 
 def _is_of_columns(part: Node) -> bool:

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from attn_dsl.backend.hopper.bounds import bounds, column_bounds
+from attn_dsl.backend.hopper.bounds import bounds, box_bounds, column_bounds
 from attn_dsl.frontend import load
 from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.ir.infix import infix
@@ -108,6 +108,28 @@ def test_columns_of_a_box_have_bounds(text: str) -> None:
         left, right = (evaluate(bound, env) for bound in found)
         kept = evaluate(rest, env).expand(length, length) & (left <= k % 8) & (k % 8 <= right)
         assert torch.equal(kept, evaluate(mask, env).expand(length, length))
+
+
+BOXED = [
+    "abs(clamp(q // 8 - 1, n, 9 - n) - k // 4) <= 2 and abs(clamp(q % 8 + 3, n, 7) - k % 4) <= n",
+    "q // 8 >= k % 3 and k < q % 8 and 8 <= q and k % 3 != n",
+    "min(q // 8, k % 3) >= n and max(q % 8, k % 5) < 4 and max(n - q % 8, k % 7) > 2",
+    "(q - k) % 3 == 0 and q // 8 + n > k // 8",
+    "-max(3 - q // 8, n) >= k - 9",
+]
+
+
+@pytest.mark.parametrize("text", BOXED)
+def test_queries_in_boxes_have_bounds(text: str) -> None:
+    mask, length = masks(text), 48
+    found, rest = box_bounds(mask, 8)
+    assert "3 ==" in text or rest is TRUE
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    for n in (-3, 0, 1, 2, 4, 50):
+        env = Environment(indices={"q": q, "k": k}, parameters={"n": n}, sizes={"KV": length, "Q": length})
+        low, high, left, right = (evaluate(x, env) for x in (found.low, found.high, found.left, found.right))
+        kept = (low <= q) & (q <= high) & (left <= q % 8) & (q % 8 <= right) & evaluate(rest, env)
+        assert torch.equal(kept.expand(length, length), evaluate(mask, env).expand(length, length)), (n, infix(mask))
 
 
 def test_other_remainders_have_no_bounds() -> None:

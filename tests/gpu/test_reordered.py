@@ -8,6 +8,7 @@ from portable_support import Problem, assert_close, differentiated, program_of
 
 import attn_dsl
 from attn_dsl.backend import order
+from attn_dsl.backend.execute import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +62,7 @@ def test_hash_buckets(length: int) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "height", "radius", "dim"),
-    [(2, 2, 48, 40, 6, 128), (4, 2, 41, 33, 3, 64), (2, 2, 70, 40, 9, 128)],
+    [(2, 2, 48, 40, 6, 128), (4, 2, 41, 33, 3, 64), (2, 2, 70, 40, 9, 128), (2, 1, 90, 35, 5, 128)],
 )
 def test_a_neighborhood_in_boxes_of_a_grid(
     heads: int, kv_heads: int, width: int, height: int, radius: int, dim: int, monkeypatch: pytest.MonkeyPatch
@@ -71,7 +72,10 @@ def test_a_neighborhood_in_boxes_of_a_grid(
     monkeypatch.setattr(order, "GAIN", 100.0)
     query, key, value = (rows(2, h, width * height, dim=dim) for h in (heads, kv_heads, kv_heads))
     bindings = {"width": width, "height": height, "r": radius}
-    agrees(Problem(program_of("natten2d"), query, key, value, bindings))
+    program = program_of("natten2d")
+    agrees(Problem(program, query, key, value, bindings))
+    call = program.binder.bind(query, key, value, None, 0, bindings)
+    assert order.strips_of_keys(program, call, Options("gpu")) is not None  # the backward pass went by them
 
 
 def test_a_bucket_that_changes_is_sorted_anew() -> None:

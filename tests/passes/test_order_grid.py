@@ -98,6 +98,54 @@ def test_every_pair_is_seen_once_and_where_boxes_are_read(
     assert torch.equal(found, dense.to(torch.int64))
 
 
+@pytest.mark.parametrize(("text", "parameters", "columns"), CASES)
+@pytest.mark.parametrize("lead", [0, 1])
+def test_strips_of_keys_see_every_pair_once(text: str, parameters: dict[str, int], columns: int, lead: int) -> None:
+    given = next(iter(strips(variant_of(text))))
+    order = given.exchanged()
+    assert order is not None
+    width = parameters["width"]
+    rows = parameters.get("height", 8) * parameters.get("depth", 1)
+    columns = next(n for n in (32, 64) if order.starts(width, n, parameters) is not None)
+    starts = order.starts(width, columns, parameters)
+    assert starts is not None
+    length = rows * width
+    sizes = {"B": 1, "H": HEADS, "HK": KV_HEADS, "Q": length, "KV": length}
+    tensors = {"bias": torch.randn(HEADS, length)} if text == PLAIN else {}
+    dense = Grid(given.variant, length, length, 8, 8, 0, {**parameters}, tensors, sizes, 0, 3).dense()
+    made = order.reordered(columns, ragged=False)
+    known = {**parameters, **order.named_sizes(sizes, lead)}
+    bound = {parameter.name: known[parameter.name] for parameter in made.parameters}
+    proof = prove(made)
+    schedules = [derive_schedule(made, proof, padded=padded) for padded in (False, True)]
+    found, boxes = torch.zeros_like(dense, dtype=torch.int64), order.boxes(columns)
+    for strip in range(len(starts)):
+        head = strip * HEADS + 3
+        tiles = Grid(
+            made, (rows + lead) * columns, rows * QUERY_COLUMNS, 2 * columns, 16, 0, bound, tensors,
+            {"B": 1, "H": 9, "HK": 9}, 0, head,
+        )  # fmt: skip
+        q, k = torch.arange(tiles.q_len), torch.arange(tiles.kv_len)
+        seen = tiles.dense()
+        qy, qx = q // columns - lead, starts[strip] + q % columns
+        ky, kx = k // QUERY_COLUMNS, strip * QUERY_COLUMNS + k % QUERY_COLUMNS
+        assert not seen[(qx >= width) | (qy < 0)].any() and not seen[:, kx >= width].any()
+        at_q, at_k = seen.nonzero(as_tuple=True)
+        found[(qy * width + qx)[at_q], (ky * width + kx)[at_k]] += 1
+        check_schedule(tiles, schedules)
+        env = Environment(indices={"b": torch.tensor(0), "h": torch.tensor(head), "q": q[::columns]}, parameters=bound)
+        at = [evaluate(node, env).expand(rows + lead) for node in boxes.query]
+        assert (at[0] == 3).all() and torch.equal(at[1], qy[::columns]) and torch.equal(at[2], qx[::columns])
+        env = Environment(
+            indices={"b": torch.tensor(0), "h": torch.tensor(strip * KV_HEADS + 1), "k": k[::QUERY_COLUMNS]},
+            parameters=bound,
+        )
+        at = [evaluate(node, env).expand(rows) for node in boxes.key]
+        first = ky[::QUERY_COLUMNS], kx[::QUERY_COLUMNS]
+        assert (at[0] == 1).all() and torch.equal(at[1], first[0]) and torch.equal(at[2], first[1])
+    assert torch.equal(found, dense.to(torch.int64))
+
+
 def value(variant: Variant, tiles: Grid, q: Tensor, k: Tensor) -> Tensor:
     """The score of pairs."""
     head = torch.tensor(tiles.head)

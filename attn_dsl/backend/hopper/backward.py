@@ -35,8 +35,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.device import columns, opaque, thread_sums, warp_sums
-from attn_dsl.backend.hopper.forward import NEVER, Problem
+from attn_dsl.backend.hopper.channels import corner, flat
+from attn_dsl.backend.hopper.device import (
+    bits_between,
+    columns,
+    kept,
+    opaque,
+    repeated_bits,
+    thread_sums,
+    warp_sums,
+)
+from attn_dsl.backend.hopper.forward import NEVER, Problem, _at
 from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
@@ -55,6 +64,7 @@ class Shape:
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
     LATE        dP begins when P is done, which leaves P and the mask more registers
+    PERIOD      columns of a box of queries, in a grid
     PARTS       the mask is the same for all pairs of a warpgroup's part of a tile
     WIDE        ranges are computed in 64 bits
     FRESH, KEPT so many inner factors of shares are computed with the gradient, and given by the score
@@ -75,6 +85,7 @@ class Shape:
     WIDE: gl.constexpr
     FRESH: gl.constexpr
     KEPT: gl.constexpr
+    PERIOD: gl.constexpr
     LOGITS: gl.constexpr
     KEY_GRAD: gl.constexpr
     VALUE_GRAD: gl.constexpr
@@ -82,7 +93,7 @@ class Shape:
 
     @gluon.constexpr_function
     def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
-                 FRESH, KEPT):  # fmt: skip
+                 FRESH, KEPT, PERIOD):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -99,6 +110,7 @@ class Shape:
         self.WIDE = gl.constexpr(WIDE)
         self.FRESH = gl.constexpr(FRESH)
         self.KEPT = gl.constexpr(KEPT)
+        self.PERIOD = gl.constexpr(PERIOD)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
         self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
         self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
@@ -120,6 +132,7 @@ class Functions:
     PLAIN_FACTOR: gl.constexpr
     SHIFT: gl.constexpr
     SLOPE: gl.constexpr
+    BOUNDS: gl.constexpr
     MASK: gl.constexpr
     FULL: gl.constexpr
     Q_RANGES: gl.constexpr
@@ -127,10 +140,13 @@ class Functions:
     ADD_KEY_SUMS: gl.constexpr
     ADD_PAIRS: gl.constexpr
     ADD_TILE: gl.constexpr
+    QUERY_BOX: gl.constexpr
+    KEY_BOX: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, FACTOR, GAIN, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE, MASK,
-                 FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE):  # fmt: skip
+    def __init__(self, FACTOR, GAIN, UNIFORM, KEYS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
+                 BOUNDS, MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE, QUERY_BOX,
+                 KEY_BOX):  # fmt: skip
         self.FACTOR = gl.constexpr(FACTOR)
         self.GAIN = gl.constexpr(GAIN)
         self.UNIFORM = gl.constexpr(UNIFORM)
@@ -142,6 +158,7 @@ class Functions:
         self.PLAIN_FACTOR = gl.constexpr(PLAIN_FACTOR)
         self.SHIFT = gl.constexpr(SHIFT)
         self.SLOPE = gl.constexpr(SLOPE)
+        self.BOUNDS = gl.constexpr(BOUNDS)
         self.MASK = gl.constexpr(MASK)
         self.FULL = gl.constexpr(FULL)
         self.Q_RANGES = gl.constexpr(Q_RANGES)
@@ -149,6 +166,8 @@ class Functions:
         self.ADD_KEY_SUMS = gl.constexpr(ADD_KEY_SUMS)
         self.ADD_PAIRS = gl.constexpr(ADD_PAIRS)
         self.ADD_TILE = gl.constexpr(ADD_TILE)
+        self.QUERY_BOX = gl.constexpr(QUERY_BOX)
+        self.KEY_BOX = gl.constexpr(KEY_BOX)
 
 
 @aggregate
@@ -171,7 +190,7 @@ class Ring:
     @gluon.jit
     def tile(self, at):
         """[rows, columns] of the tile that is number `at` of all."""
-        return self.tiles.index(at % self.tiles.shape[0]).reshape([self.tiles.shape[3], self.tiles.shape[4]])
+        return flat(self.tiles.index(at % self.tiles.shape[0]))
 
     @gluon.jit
     def row(self, at, LAYOUT: gl.constexpr):
@@ -187,13 +206,13 @@ class Ring:
         mbarrier.arrive(self.free.index(at % self.tiles.shape[0]), count=1)
 
     @gluon.jit
-    def load(self, at, rows, numbers, b, h, pair, first):
-        """Fill the place of tile `at` with rows from `first` on, once its consumers have freed it."""
+    def load(self, at, rows, begin, numbers, pair, first):
+        """Fill the place of tile `at` with rows from `begin` on and numbers from `first` on, once it is free."""
         place = at % self.tiles.shape[0]
         full = self.full.index(place)
         mbarrier.wait(self.free.index(place), ((at // self.tiles.shape[0]) & 1) ^ 1)
         mbarrier.expect(full, rows.block_type.nbytes + numbers.block_type.nbytes)
-        tma.async_copy_global_to_shared(rows, [b, h, first, 0], full, self.tiles.index(place))
+        tma.async_copy_global_to_shared(rows, corner(begin), full, self.tiles.index(place))
         tma.async_copy_global_to_shared(numbers, [pair, first], full, self.numbers.index(place))
 
 
@@ -261,8 +280,8 @@ class Head:
 
     pair: number of batch and head within the launch; turns: where its key tile begins in the table of that name.
     k: [64, 1] positions, of which `own` is the first; k0: the first of both warpgroups. `uniform`, `keys`: what the
-    emitted functions of these names gave. `shares`: the gradients of captured tensors, [copies, ...] each, and `copy`
-    the one that this program adds to.
+    emitted functions of these names gave; `bounds`: what `_bounds` gave. `shares`: the gradients of captured tensors,
+    [copies, ...] each, and `copy` the one that this program adds to.
     """
 
     b: gl.tensor
@@ -281,6 +300,7 @@ class Head:
     slope: gl.tensor
     uniform: gl.tuple
     keys: gl.tuple
+    bounds: gl.tuple
     scalars: gl.tuple
     tensors: gl.tuple
     shares: gl.tuple
@@ -288,7 +308,7 @@ class Head:
 
     @gluon.constexpr_function
     def __init__(self, b, h, pair, turns, k, own, k0, start, q_len, kv_len, factor, plain_factor, gain, slope, uniform,
-                 keys, scalars, tensors, shares, copy):  # fmt: skip
+                 keys, bounds, scalars, tensors, shares, copy):  # fmt: skip
         self.b = b
         self.h = h
         self.pair = pair
@@ -305,6 +325,7 @@ class Head:
         self.slope = slope
         self.uniform = uniform
         self.keys = keys
+        self.bounds = bounds
         self.scalars = scalars
         self.tensors = tensors
         self.shares = shares
@@ -375,11 +396,11 @@ def _narrowed(bound):
 
 
 @gluon.jit
-def _load_keys(memory, part, tensor, buffers, b, hk, first):
+def _load_keys(f, memory, part, tensor, buffers, b, hk, first, scalars, tensors):
     mbarrier.expect(memory.loaded.index(part), 2 * tensor.block_type.nbytes)
     for group in gl.static_range(2):
-        tma.async_copy_global_to_shared(
-            tensor, [b, hk, first + group * KEYS, 0], memory.loaded.index(part), buffers.index(group))  # fmt: skip
+        begin = _at(f.KEY_BOX, b, hk, first + group * KEYS, scalars, tensors)
+        tma.async_copy_global_to_shared(tensor, corner(begin), memory.loaded.index(part), buffers.index(group))
 
 
 @gluon.jit
@@ -387,8 +408,9 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     """Load what the consumers will want, in the order in which they want it."""
     tile, b, hk, own = _place(shape, memory, problem)
     start = problem.start(b)
-    _load_keys(memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS))
-    _load_keys(memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS))
+    scalars, tensors = problem.scalars(), problem.captured()
+    _load_keys(f, memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS), scalars, tensors)
+    _load_keys(f, memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS), scalars, tensors)
     group = problem.sizes[1] // problem.sizes[2]
     passed = 0
     for member in range(group):
@@ -396,12 +418,10 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
         segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         for n in range(tiles):
             first = nth(segments, n) * shape.QUERIES
-            memory.queries.load(passed + n, memory.query, memory.lse, b, h, own + member, first)
-            memory.grads.load(passed + n, memory.grad, memory.delta, b, h, own + member, first)
+            begin = _at(f.QUERY_BOX, b, h, first, scalars, tensors)
+            memory.queries.load(passed + n, memory.query, begin, memory.lse, own + member, first)
+            memory.grads.load(passed + n, memory.grad, begin, memory.delta, own + member, first)
         passed += tiles
-
-
-# ---------------------------------------------------------------- products
 
 
 @gluon.jit
@@ -565,6 +585,32 @@ def _counting(shape, f, head, first, q, found):
 
 
 @gluon.jit
+def _bounds(shape, f, b, h, k, start, q_len, kv_len, uniform, keys, scalars, tensors):
+    """(low, high, bits): the queries in boxes that a row of keys sees, and which columns of a box they are in."""
+    if f.BOUNDS is None:
+        return ()
+    else:
+        low, high, left, right = f.BOUNDS(b, h, k, False, uniform, keys, scalars, tensors)
+        zero = 0 * k
+        high = gl.minimum(high + zero, start + q_len - 1)
+        if not shape.WHOLE:
+            high = gl.where(k < kv_len, high, -1)
+        bits = repeated_bits(left + zero, right + zero, shape.PERIOD, shape.QUERIES, shape.LOGITS)
+        return (low + zero, high, bits)
+
+
+@gluon.jit
+def _within_bounds(shape, f, head, x, first, q, found):
+    """x, of queries in boxes, where pairs count, else -inf."""
+    bits = head.bounds[2] & bits_between(head.bounds[0], head.bounds[1], first, shape.QUERIES, shape.LOGITS)
+    x = kept(x, bits, shape.LOGITS)
+    if f.MASK is not None:
+        mask = f.MASK(head.b, head.h, q, head.k, False, head.uniform, head.keys, found, head.scalars, head.tensors)
+        x = gl.where(mask, x, NEVER)
+    return x
+
+
+@gluon.jit
 def _logits(shape, f, FUNCTION: gl.constexpr, head, s, factor, lse, first, q, found):
     """(logit - lse, the derivative of the score, what shares keep), from the bare products s."""
     x, derivative, kept = s, 1.0, ()
@@ -621,7 +667,9 @@ def _probabilities(shape, f, head, s, lse, i, full, shift, DTYPE: gl.constexpr):
         return weights, steep, weighted
     else:
         x, derivative, kept = _logits(shape, f, f.SCORE, head, s, head.factor, lse, first, q, found)
-        if f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
+        if f.BOUNDS is not None:
+            x = _within_bounds(shape, f, head, x, first, q, found)
+        elif f.MASK is None and shape.WHOLE and not shape.POSITIONAL:
             pass  # every pair counts
         elif (f.MASK is not None and f.FULL is None and full is None) or not shape.ASK:
             x = gl.where(_counting(shape, f, head, first, q, found), x, NEVER)
@@ -796,8 +844,10 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         copy = 0 * tile
         if len(shares) > 0:
             copy = tile % shares[0][1][0]
+        bounds = _bounds(shape, f, b, h, k, start, q_len, kv_len, uniform, keys, scalars, tensors)
         head = Head(b, h, pair, turns, k, tile * (2 * KEYS) + GROUP * KEYS, tile * (2 * KEYS), start, q_len, kv_len,
-                    factor, plain_factor, gain, slope, uniform, keys, scalars, tensors, shares, copy)  # fmt: skip
+                    factor, plain_factor, gain, slope, uniform, keys, bounds, scalars, tensors, shares,
+                    copy)  # fmt: skip
         totals = _nothing(shape, f.ADD_KEY_SUMS)
         for n in range(tiles):
             i = nth(segments, n)
@@ -810,23 +860,24 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             f.ADD_KEY_SUMS(totals, b, h, 0, line, uniform, scalars, tensors, shares, copy)
     if shape.ORDERED:
         _tell(memory, last)
-    _store(shape, memory, problem, dk, dv, GROUP)
+    _store(shape, f, memory, problem, dk, dv, GROUP)
 
 
 @gluon.jit
-def _store(shape, memory, problem, dk, dv, GROUP: gl.constexpr):
+def _store(shape, f, memory, problem, dk, dv, GROUP: gl.constexpr):
     """dV by way of the warpgroup's own values, dK of its half of dQ: the other group may still read the keys."""
     DTYPE: gl.constexpr = memory.keys.dtype
     tile, b, hk, _ = _place(shape, memory, problem)
     first = tile * (2 * KEYS) + GROUP * KEYS
     memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(memory.dv, [b, hk, first, 0], memory.values.index(GROUP))
+    begin = corner(_at(f.KEY_BOX, b, hk, first, problem.scalars(), problem.captured()))
+    tma.async_copy_shared_to_global(memory.dv, begin, memory.values.index(GROUP))
     tma.store_wait(1)  # the copy engine has read the last half of dQ
-    staging = memory.sums.index(GROUP)._reinterpret(DTYPE, [1, 1, KEYS, shape.D], memory.dk.layout)
+    staging = memory.sums.index(GROUP)._reinterpret(DTYPE, memory.dk.block_type.shape, memory.dk.layout)
     staging.reshape([KEYS, shape.D]).store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(memory.dk, [b, hk, first, 0], staging)
+    tma.async_copy_shared_to_global(memory.dk, begin, staging)
     tma.store_wait(0)
 
 
@@ -860,18 +911,21 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                        ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, PARTS: gl.constexpr,
                        WIDE: gl.constexpr, FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
                        QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr, GRAD_STAGES: gl.constexpr,
-                       REGISTERS: gl.constexpr):  # fmt: skip
+                       REGISTERS: gl.constexpr, BOUNDS: gl.constexpr = None, QUERY_BOX: gl.constexpr = None,
+                       KEY_BOX: gl.constexpr = None):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
     [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`, no
     `lead` where ORDERED. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One
-    program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`).
+    program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX:
+    tensors are grids [., ., Y, X, .], of which a tile is a box; B, H, HK, Q and KV are those of strips.
     """
     shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
-                  FRESHES, KEPT)  # fmt: skip
+                  FRESHES, KEPT, query.block_type.shape[3])  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
-                  MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE)  # fmt: skip
+                  BOUNDS, MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE, QUERY_BOX,
+                  KEY_BOX)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)

@@ -29,7 +29,7 @@ def prepare_rows(
         D: tl.constexpr, DV: tl.constexpr,
         VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
-    """numbers [pairs, 2, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`.
+    """numbers [pairs, 2, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`, if any.
 
     lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
     have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
@@ -80,8 +80,9 @@ def prepare_rows(
     target = numbers + own.to(tl.int64) * (2 * padded) + rows
     tl.store(target, row)
     tl.store(target + padded, delta)
-    zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
-    tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+    if sums is not None:
+        zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
+        tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["sizes", "scale", "first"])

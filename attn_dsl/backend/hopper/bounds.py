@@ -11,6 +11,7 @@ one comparison or two, whatever the mask. What is no interval stays a mask of pa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -24,6 +25,7 @@ from attn_dsl.ir.nodes import (
     K,
     Load,
     Node,
+    Q,
     Select,
     Size,
     Unary,
@@ -93,6 +95,105 @@ def column_bounds(mask: Node, columns: int) -> tuple[tuple[Node, Node] | None, N
     if found == Bounds():
         return None, mask
     return (found.low or ZERO, found.high or Const(columns - 1)), rest
+
+
+@dataclass(frozen=True)
+class BoxBounds:
+    """The queries that a key sees in boxes of some columns: `low <= q <= high` and `left <= q % columns <= right`."""
+
+    low: Node
+    high: Node
+    left: Node
+    right: Node
+
+
+def box_bounds(mask: Node, columns: int) -> tuple[BoxBounds, Node]:
+    """(bounds, rest): the mask is that a query is within the bounds, and rest. Positions are below 2 ** 30.
+
+    The row or column of a query, q // columns or q % columns, may stand under minima and maxima: the neighborhood of a
+    query at the border shifts inside.
+    """
+    most = 2**30 // columns - 1
+    row, column = (Binary(op, Q, Const(columns)) for op in (BinaryOp.FLOORDIV, BinaryOp.MOD))
+    limits: dict[Node, tuple[int, int]] = {row: (0, most), column: (0, columns - 1), Q: (0, 2**30 - 1)}
+    lows: dict[Node, Node] = {axis: Const(least) for axis, (least, _) in limits.items()}
+    highs: dict[Node, Node] = {axis: Const(greatest) for axis, (_, greatest) in limits.items()}
+    rest: Node = TRUE
+    alone: list[Node] = []
+    for part in (half for whole in conjuncts(mask) for half in _halves(whole)):
+        if "q" not in part.depends:
+            alone.append(part)
+            continue
+        for axis in limits:
+            solved = _bound_of(part, axis, limits[axis])
+            if solved is not None:
+                is_low, bound = solved
+                of, join = (lows, maximum) if is_low else (highs, minimum)
+                of[axis] = join(of[axis], bound)
+                break
+        else:
+            rest = part if rest is TRUE else Binary(BinaryOp.AND, rest, part)
+    first = Binary(BinaryOp.MUL, minimum(lows[row], Const(most)), Const(columns))
+    last = add(Binary(BinaryOp.MUL, maximum(highs[row], Const(-1)), Const(columns)), Const(columns - 1))
+    low, high = maximum(lows[Q], first), minimum(highs[Q], last)
+    for condition in alone:  # keys that no query sees
+        high = Select(condition, high, Const(-1))
+    return BoxBounds(low, high, lows[column], highs[column]), rest
+
+
+def _halves(part: Node) -> Iterator[Node]:
+    """`abs(x) <= y` as two comparisons."""
+    match part:
+        case Compare(CompareOp.LE | CompareOp.LT as op, Unary(UnaryOp.ABS, x), y) if x.type is Type.INT:
+            yield Compare(op, x, y)
+            yield Compare(op, Unary(UnaryOp.NEG, x), y)
+        case _:
+            yield part
+
+
+def _bound_of(part: Node, axis: Node, limits: tuple[int, int]) -> tuple[bool, Node] | None:
+    """(is_low, bound): the comparison holds iff `axis`, an expression of q between `limits`, is at least, or at most,
+    `bound`, which is free of q."""
+    if not isinstance(part, Compare) or part.op not in _MIRRORED or part.op is CompareOp.EQ:
+        return None
+    if part.x.type is not Type.INT or "q" in substitute(part, {axis: ZERO}).depends:
+        return None
+    op: CompareOp = part.op
+    x, y = part.x, part.y
+    if "q" in y.depends:
+        op, x, y = _MIRRORED[op], y, x
+    if "q" in y.depends or "q" not in x.depends:
+        return None
+    if op in (CompareOp.LT, CompareOp.GT):
+        y = subtract(y, ONE) if op is CompareOp.LT else add(y, ONE)
+    return _unwrapped(op in (CompareOp.GE, CompareOp.GT), x, y, axis, limits)
+
+
+def _unwrapped(at_least: bool, x: Node, y: Node, axis: Node, limits: tuple[int, int]) -> tuple[bool, Node] | None:
+    """x >= y, or x <= y, for `axis`, as `_bound_of`."""
+    match x:
+        case _ if x is axis:
+            return at_least, y
+        case Binary(BinaryOp.SUB, a, b) if "q" not in a.depends:
+            return _unwrapped(not at_least, b, _minus(a, y), axis, limits)
+        case Binary(BinaryOp.SUB, a, b) if "q" not in b.depends:
+            return _unwrapped(at_least, a, add(y, b), axis, limits)
+        case Unary(UnaryOp.NEG, a):
+            return _unwrapped(not at_least, a, Unary(UnaryOp.NEG, y), axis, limits)
+        case Binary(BinaryOp.ADD | BinaryOp.MIN | BinaryOp.MAX as op, a, b) if ("q" in a.depends) != ("q" in b.depends):
+            inner, other = (a, b) if "q" in a.depends else (b, a)
+            if op is BinaryOp.ADD:
+                return _unwrapped(at_least, inner, _minus(y, other), axis, limits)
+            found = _unwrapped(at_least, inner, y, axis, limits)
+            if found is None:
+                return None
+            (is_low, bound), (least, most) = found, limits
+            holds = Compare(CompareOp.GE if at_least else CompareOp.LE, other, y)
+            if (op is BinaryOp.MIN) is at_least:  # both must hold
+                return is_low, Select(holds, bound, Const(most + 1 if is_low else least - 1))
+            return is_low, Select(holds, Const(least if is_low else most), bound)
+        case _:
+            return None
 
 
 def _interval(mask: Node) -> Bounds | None:

@@ -5,7 +5,8 @@ row alone; but `factor` may have any sign, since no maximum is taken of residues
 derivative of the score but for a factor that is the same for a head (`gain`), where it is not 1, and what the shares of
 captured tensors keep (`emit_shares.py`); they share what they have in common. Look-ups by key are made once for each
 head (`keys`), those by query once for each tile (`columns`). On full tiles, where what saturates is one number, `plain`
-and the tile's `shift` stand for `score`.
+and the tile's `shift` stand for `score`. Where queries lie in boxes of a grid, `bounds` says which of them a key sees,
+and the mask is what that leaves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from attn_dsl.backend.hopper.emit import ZERO, Module, is_uniform, needs_64_bits, outermost, split_shift
+from attn_dsl.backend.hopper.bounds import box_bounds
+from attn_dsl.backend.hopper.emit import (
+    KEY_BOX,
+    QUERY_BOX,
+    ZERO,
+    Module,
+    is_uniform,
+    needs_64_bits,
+    outermost,
+    split_shift,
+)
 from attn_dsl.backend.hopper.emit_shares import CORNER, add_functions, corner_of, shares
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
 from attn_dsl.backend.portable.algebra import uniform as is_free
@@ -36,6 +47,7 @@ from attn_dsl.ir.nodes import (
 )
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.differentiate import gradient
+from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import Schedule
 from attn_dsl.passes.separate import separate
 from attn_dsl.passes.specialize import Saturation
@@ -44,11 +56,12 @@ PROGRAM = ("b", "h", "scalars", "tensors")
 KEYS = ("b", "h", "k", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 COLUMNS = ("b", "h", "q", "inside: tl.constexpr", "uniform", "scalars", "tensors")
 PAIR = ("b", "h", "q", "k", "inside: tl.constexpr", "uniform", "keys", "columns", "scalars", "tensors")
+BOUNDS = ("b", "h", "k", "inside: tl.constexpr", "uniform", "keys", "scalars", "tensors")
 RANGES = ("b", "h", "k0", "k1", "q_offset", "block", "scalars", "tensors")
 TILE = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "block", "scalars", "tensors")
 FUNCTIONS = (
-    "factor", "gain", "uniform", "keys", "columns", "score", "plain", "plain_factor", "shift", "slope", "mask", "full",
-    "q_ranges", "fresh", "add_key_sums", "add_pairs", "add_tile",
+    "factor", "gain", "uniform", "keys", "columns", "score", "plain", "plain_factor", "shift", "slope", "bounds",
+    "mask", "full", "q_ranges", "fresh", "add_key_sums", "add_pairs", "add_tile", "query_box", "key_box",
 )  # fmt: skip
 IMPORTS = "from attn_dsl.backend.hopper.device import add_to, row_totals, warp_sums\n"
 
@@ -80,23 +93,27 @@ def emit_module(
     saturations: Sequence[Saturation] = (),
     wanted: Sequence[str] = (),
     fast_tanh: bool = True,
+    boxes: Boxes | None = None,
 ) -> Emitted:
     """The functions of a variant; `full` says in which tiles of the schedule all pairs count and `saturations` hold.
 
     `wanted` names the captured tensors and parameters whose gradients the kernel sums, in the order of its `shares`.
+    `boxes` are those of a grid.
     """
     signature = Signature.of(variant)
     signature = Signature((*signature.scalars, SCALE), signature.tensors)
     gather, terms, found = Gatherer(), separate(variant.score), shares(variant, frozenset(wanted))
     front, residue = gather.factors(dataclasses.replace(terms, affine=()).loop(Q))
-    residue, mask = lower(residue), lower(variant.mask)
+    seen, rest = (None, variant.mask) if boxes is None else box_bounds(variant.mask, boxes.columns)
+    bounds = () if seen is None else tuple(map(lower, (seen.low, seen.high, seen.left, seen.right)))
+    residue, mask = lower(residue), lower(rest)
     gain, derivative = gather.factors(gradient(variant.score).d_score)
     derivative, kept = lower(derivative), [lower(inner) for inner in found.kept]
     corner = {lower(node): lower(value) for node, value in corner_of(saturations).items()}
     plain, shift = split_shift(substitute(residue, corner))
     settled = [substitute(node, corner) for node in (derivative, *kept)]
 
-    roots = [residue, derivative, mask, *kept, *map(lower, found.fresh), plain, shift, *settled]
+    roots = [residue, derivative, mask, *bounds, *kept, *map(lower, found.fresh), plain, shift, *settled]
     uniform = outermost(roots, is_uniform)
     keys, columns = outermost(roots, _looks_up("k")), outermost(roots, _looks_up("q"))
     bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
@@ -126,9 +143,13 @@ def emit_module(
             module.add("shift", CORNER, shift)
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
+    if boxes is not None:
+        module.add("bounds", BOUNDS, bounds)
+        module.add("query_box", QUERY_BOX, boxes.query)
+        module.add("key_box", KEY_BOX, boxes.key)
     if mask is not TRUE:
         module.add("mask", PAIR, mask)
-    if (mask is not TRUE or saturations) and full is not FALSE:
+    if (mask is not TRUE or bounds or saturations) and full is not FALSE:
         module.add("full", TILE, full)
     ranges = tuple((s.begin, s.end) for s in schedule.q.segments)
     module.add("q_ranges", RANGES, ranges)

@@ -41,6 +41,7 @@ from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.ir.nodes import FALSE, Node, Var, post_order
+from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, saturations
@@ -65,6 +66,8 @@ SUMS = 2**28
 section after the other, and their sums take the same memory, a quarter of this where such sections fill the machine."""
 FILLS = 6
 """So many programs a multiprocessor fill the machine: what waits for the last of them is little beside the whole."""
+BOX_COLUMNS = 64
+"""Columns of a box of queries, whose tiles have no more rows."""
 _NUMBERS = gl.NVMMASharedLayout(0, 32, rank=2)
 _SUMS = gl.NVMMASharedLayout(128, 32, rank=2)
 _lock = threading.Lock()
@@ -76,6 +79,7 @@ class Kernels:
 
     portable: portable.Kernels
     given: Proof | None = None
+    boxes: Boxes | None = None
     choices: dict[tuple[Any, ...], Choice[Config]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,6 +121,7 @@ class Kernels:
             text = emit_module(
                 self.portable.listed[1], self.schedule, full,
                 saturations=found, wanted=self.portable.emitted(fused, not precise)[0].targets, fast_tanh=not precise,
+                boxes=self.boxes,
             )  # fmt: skip
             self._modules[key] = text, load(text.source, f"hopper_backward_{self.portable.variant.name}")
         return self._modules[key]
@@ -155,7 +160,7 @@ class Kernels:
         kind = (ordered, fused, *self._kind(call))
         if kind not in self.choices:
             with _lock:
-                for one in (call, _of_other_length(call)):
+                for one in (call,) if call.grid else (call, _of_other_length(call)):
                     other = (ordered, fused, *self._kind(one))
                     if other not in self.choices:
                         self.choices[other] = self._settle(one, ordered, fused, compile or compile_here)
@@ -183,7 +188,10 @@ class Kernels:
 
     def _settle(self, call: Call, ordered: bool, fused: frozenset[str], compile: Compile) -> Choice[Config]:
         compiled = functools.cache(lambda config: _compiled(self, call, ordered, fused, config, compile))
-        for spills in (ORDERED_SPILLS,) if ordered else (SPILLS, FUSED_SPILLS) if fused else (SPILLS,):
+        limits = (ORDERED_SPILLS,) if ordered else (SPILLS, FUSED_SPILLS) if fused else (SPILLS,)
+        if call.grid is not None:  # what stands before the loop is much
+            limits = (FUSED_SPILLS,)
+        for spills in limits:
             found = settle(self.candidates(call, fused), self.portable.variant.name, compiled, spills)
             if found.config is not None:
                 break
@@ -192,7 +200,7 @@ class Kernels:
 
 def _whole(call: Call) -> bool:
     """Whether no tile of keys sticks out."""
-    return call.key.shape[2] % KEYS == 0
+    return call.sizes[4] % KEYS == 0
 
 
 def _of_other_length(call: Call) -> Call:
@@ -212,6 +220,11 @@ def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool 
         return f"`deterministic` is asked for with more than {ORDERED_KEYS} keys"
     if ordered and kernels.portable.lists is not None:
         return "`deterministic` is asked for, and the order of what a list holds is not counted"
+    if call.grid is not None:
+        if wanted:
+            return f"the gradient of {names_of(wanted)} is made in the order given"
+        if call.grid[1] > BOX_COLUMNS or kernels.emitted(call.precise)[0].functions & {"slope", "add_row_sums"}:
+            return "tiles of queries are no boxes of the grid"
     if wanted and kernels.portable.emitted(wanted, not call.precise)[0].sums_queries:
         return f"the gradient of {names_of(wanted)} is a sum over queries, made beside dK and dV"
     return None
@@ -335,6 +348,11 @@ def backward(
     run: Runner = launch,
 ) -> Gradients:
     """Gradients of query, key, value and what is `fused`, for a call of which `refusal` has nothing to say."""
+    if call.grid is not None:
+        from attn_dsl.backend.hopper import launch_boxes
+
+        given = (call, out, shifted, grad_out, grad_lse)
+        return launch_boxes.backward(kernels, *given, config, ordered=ordered, run=run)
     out, grad_out = _loadable(out), _loadable(grad_out)
     plan = kernels.plan(call, ordered, fused, config)
     layout = plan.layout(call, out, grad_out)
