@@ -126,21 +126,27 @@ def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.con
 class Board:
     """Where the producer writes which query tile comes next, a turn ahead: tile, batch and head, or a tile of -1.
 
+    Consumers may fail: a turn then comes again, for those whose bits are set in `again` (0: it is new to all).
+
     `counter`, in global memory, counts the tiles that were handed out beside the first one of each program. It is zero
     before the kernel and after it: as many tiles are asked for as there are, and who asks last resets it.
     """
 
     counter: gl.tensor
     words: gl.shared_memory_descriptor
+    failures: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
+    CONSUMERS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, counter, words, full, free):
+    def __init__(self, counter, words, failures, full, free, CONSUMERS):
         self.counter = counter
         self.words = words
+        self.failures = failures
         self.full = full
         self.free = free
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
 
     @gluon.jit
     def following(self, tiles):
@@ -151,14 +157,42 @@ class Board:
         return taken + gl.num_programs(0)
 
     @gluon.jit
-    def write(self, turn, tile, b, h):
+    def write(self, turn, tile, b, h, again):
         place = turn % 2
         mbarrier.wait(self.free.index(place), ((turn // 2) & 1) ^ 1)
-        one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-        self.words.index(place * 3).store(gl.full([1], tile, gl.int32, one_warp))
-        self.words.index(place * 3 + 1).store(gl.full([1], b, gl.int32, one_warp))
-        self.words.index(place * 3 + 2).store(gl.full([1], h, gl.int32, one_warp))
+        self.words.index(place * 4).store(_word_of_warp(tile))
+        self.words.index(place * 4 + 1).store(_word_of_warp(b))
+        self.words.index(place * 4 + 2).store(_word_of_warp(h))
+        self.words.index(place * 4 + 3).store(_word_of_warp(again))
         mbarrier.arrive(self.full.index(place), count=1)
+
+    @gluon.jit
+    def failed(self, turn, last):
+        """(bits of the consumers that failed, tile, batch, head): of the turn before the last or, if none did there and
+        nothing else is left to do, of the last. What failed is forgotten.
+        """
+        bits = self._failed(turn)
+        if last & (bits == 0):
+            turn += 1  # it has the place of the last one
+            bits = self._failed(turn)
+        tile, b, h = [_read_by_warp(self.words, turn % 2 * 4 + i) for i in (0, 1, 2)]
+        return bits, tile, b, h
+
+    @gluon.jit
+    def _failed(self, turn):
+        place = turn % 2
+        mbarrier.wait(self.free.index(place), ((turn // 2) & 1) ^ 1)
+        bits = 0
+        for i in gl.static_range(self.CONSUMERS):
+            bits |= _read_by_warp(self.failures, place * self.CONSUMERS + i) << i
+            self.failures.index(place * self.CONSUMERS + i).store(_word_of_warp(0))
+        return bits
+
+    @gluon.jit
+    def fail(self, turn, CONSUMER: gl.constexpr, failed):
+        """A consumer's word on a turn, 1 or 0, before it releases it."""
+        warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        self.failures.index(turn % 2 * self.CONSUMERS + CONSUMER).store(gl.full([1], failed, gl.int32, warpgroup))
 
     @gluon.jit
     def wait(self, turn):
@@ -172,7 +206,12 @@ class Board:
     @gluon.jit
     def _word(self, turn, n: gl.constexpr):
         warpgroup: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        return gl.max(self.words.index(turn % 2 * 3 + n).load(warpgroup), 0)
+        return gl.max(self.words.index(turn % 2 * 4 + n).load(warpgroup), 0)
+
+    @gluon.jit
+    def again(self, turn):
+        """Bits of the consumers for which the turn is repeated, 0 if it is new."""
+        return self._word(turn, 3)
 
     @gluon.jit
     def release(self, turn):
@@ -180,11 +219,24 @@ class Board:
 
 
 @gluon.jit
+def _word_of_warp(x):
+    return gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+
+
+@gluon.jit
+def _read_by_warp(words, i):
+    return gl.max(words.index(i).load(gl.BlockedLayout([1], [32], [1], [0])), 0)
+
+
+@gluon.jit
 def board(counter, CONSUMERS: gl.constexpr):
-    words = gl.allocate_shared_memory(gl.int32, [6, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    words = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    failures = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    for i in gl.static_range(2 * CONSUMERS):
+        failures.index(i).store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [4], [0])))
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=CONSUMERS)
-    return Board(counter, words, full, free)
+    return Board(counter, words, failures, full, free, CONSUMERS)
