@@ -172,20 +172,17 @@ class Functions:
 
 @aggregate
 class Ring:
-    """Tiles of rows and a number for each row, [places, 1, rows], in shared memory: `full` is the producer's word,
-    `free` that of the consumers."""
+    """Tiles of rows and a number for each row, [places, 1, rows], in shared memory: `full` is the producer's word."""
 
     tiles: gl.shared_memory_descriptor
     numbers: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
-    free: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, tiles, numbers, full, free):
+    def __init__(self, tiles, numbers, full):
         self.tiles = tiles
         self.numbers = numbers
         self.full = full
-        self.free = free
 
     @gluon.jit
     def tile(self, at):
@@ -202,15 +199,10 @@ class Ring:
         mbarrier.wait(self.full.index(at % self.tiles.shape[0]), (at // self.tiles.shape[0]) & 1)
 
     @gluon.jit
-    def release(self, at):
-        mbarrier.arrive(self.free.index(at % self.tiles.shape[0]), count=1)
-
-    @gluon.jit
     def load(self, at, rows, begin, numbers, pair, first):
-        """Fill the place of tile `at` with rows from `begin` on and numbers from `first` on, once it is free."""
+        """Fill the place of tile `at` with rows from `begin` on and numbers from `first` on."""
         place = at % self.tiles.shape[0]
         full = self.full.index(place)
-        mbarrier.wait(self.free.index(place), ((at // self.tiles.shape[0]) & 1) ^ 1)
         mbarrier.expect(full, rows.block_type.nbytes + numbers.block_type.nbytes)
         tma.async_copy_global_to_shared(rows, corner(begin), full, self.tiles.index(place))
         tma.async_copy_global_to_shared(numbers, [pair, first], full, self.numbers.index(place))
@@ -222,8 +214,8 @@ class Memory:
 
     lse, delta, dq, `turns` and `done` begin with pair `first` of batch and key head, the first of the launch. `turns`
     [pairs, key tiles, query tiles] and `done` [pairs, query tiles, group] int32: how many programs add to a tile of dQ
-    before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `told` their barriers,
-    `sums` half a tile of dQ.
+    before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `sums` half a tile of dQ.
+    `free`: the consumers' word that they are done with a tile of dO, and with the tile of Q before.
     """
 
     query: tma.tensor_descriptor
@@ -243,14 +235,14 @@ class Memory:
     keys: gl.shared_memory_descriptor
     values: gl.shared_memory_descriptor
     loaded: gl.shared_memory_descriptor
+    free: gl.shared_memory_descriptor
     exchange: gl.shared_memory_descriptor
-    told: gl.shared_memory_descriptor
     sums: gl.shared_memory_descriptor
     shares: gl.tuple
 
     @gluon.constexpr_function
     def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                 values, loaded, exchange, told, sums, shares):  # fmt: skip
+                 values, loaded, free, exchange, sums, shares):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -268,8 +260,8 @@ class Memory:
         self.keys = keys
         self.values = values
         self.loaded = loaded
+        self.free = free
         self.exchange = exchange
-        self.told = told
         self.sums = sums
         self.shares = shares
 
@@ -419,9 +411,19 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
         for n in range(tiles):
             first = nth(segments, n) * shape.QUERIES
             begin = _at(f.QUERY_BOX, b, h, first, scalars, tensors)
+            _await_room(shape, memory, passed + n)
             memory.queries.load(passed + n, memory.query, begin, memory.lse, own + member, first)
             memory.grads.load(passed + n, memory.grad, begin, memory.delta, own + member, first)
         passed += tiles
+
+
+@gluon.jit
+def _await_room(shape, memory, at):
+    """Wait until there is room for tile `at`."""
+    mbarrier.wait(memory.free.index(at % shape.GRAD_STAGES), ((at // shape.GRAD_STAGES) & 1) ^ 1)
+
+
+# ---------------------------------------------------------------- products
 
 
 @gluon.jit
@@ -439,6 +441,22 @@ def _issue_sum(weights, tile, total, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _tell_other(GROUP: gl.constexpr, at):
+    """Tell the other warpgroup that this one's dS of step `at` is there; a barrier for each, in two steps by turns."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, 256; mov.u32 $0, 0;", "=r,r", [9 + 2 * GROUP + at % 2], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _hear(OTHER: gl.constexpr, at):
+    """Wait for the other warpgroup's dS of step `at`."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, 256; mov.u32 $0, 0;", "=r,r", [9 + 2 * OTHER + at % 2], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
 def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
     """This warpgroup's half of dQ: from the dS of its own keys, then, once told of it, from the other's."""
     place = (at % 2) * 2
@@ -452,7 +470,7 @@ def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
         other_keys = other_keys.slice(shape.HALF * GROUP, shape.HALF, dim=1)
     zero = gl.zeros([64, shape.HALF], gl.float32, shape.QUERY_GRAD)
     half = warpgroup_mma(own.permute((1, 0)), own_keys, zero, use_acc=False, is_async=True)
-    mbarrier.wait(memory.told.index(place + 1 - GROUP), (at // 2) & 1)
+    _hear(1 - GROUP, at)
     return warpgroup_mma(other.permute((1, 0)), other_keys, half, is_async=True)
 
 
@@ -792,15 +810,14 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
     place = (at % 2) * 2 + GROUP
     memory.exchange.index(place).store(ds)
     fence_async_shared()
-    mbarrier.arrive(memory.told.index(place), count=1)
+    _tell_other(GROUP, at)
     half = _issue_query_grad(shape, memory, at, GROUP)
     dk_next = _issue_sum(ds, memory.queries.tile(at), dk, shape.KEY_GRAD)
     _add_tile(shape, f, head, i, full, parts)
     half, dv = warpgroup_mma_wait(1, deps=[half, dv_next])
-    memory.grads.release(at)
+    mbarrier.arrive(memory.free.index(at % shape.GRAD_STAGES), count=1)
     last = _add_query_grad(shape, memory, head, half, i, turn, last, GROUP)
     dk = warpgroup_mma_wait(0, deps=[dk_next])
-    memory.queries.release(at)
     return dk, dv, last, totals
 
 
@@ -896,7 +913,7 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def _ring(rows, numbers, PLACES: gl.constexpr):
     tiles = gl.allocate_shared_memory(rows.dtype, [PLACES] + rows.block_type.shape, rows.layout)
     line = gl.allocate_shared_memory(numbers.dtype, [PLACES] + numbers.block_type.shape, numbers.layout)
-    return Ring(tiles, line, _barriers(PLACES, 1), _barriers(PLACES, 2))
+    return Ring(tiles, line, _barriers(PLACES, 1))
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors",
@@ -927,6 +944,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                   BOUNDS, MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE, QUERY_BOX,
                   KEY_BOX)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
+    gl.static_assert(QUERY_STAGES > GRAD_STAGES, "a tile of Q is free a step after that of dO")
     queries = _ring(query, lse, QUERY_STAGES)
     grads = _ring(grad, delta, GRAD_STAGES)
     keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
@@ -934,7 +952,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
     memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                    values, _barriers(2, 1), exchange, _barriers(4, 1), sums, shares)  # fmt: skip
+                    values, _barriers(2, 1), _barriers(GRAD_STAGES, 2), exchange, sums, shares)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([
