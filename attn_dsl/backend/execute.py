@@ -187,9 +187,9 @@ def backward(
     else:
         found = run_backward(program, call, options, outputs, grad_out, grad_lse, wanted)
     given: dict[str, Any] = {**call.tensors, **call.parameters}
-    captured = {name: _fitted(found.captured.get(name), given[name]) for name in wanted}
+    captured = {name: fitted(found.captured.get(name), given[name]) for name in wanted}
     return Gradients(
-        _fitted(found.query, call.query), _fitted(found.key, call.key), _fitted(found.value, call.value), captured
+        fitted(found.query, call.query), fitted(found.key, call.key), fitted(found.value, call.value), captured
     )
 
 
@@ -218,7 +218,8 @@ def reordered(program: Program, call: Call, options: Options) -> Ordered | None:
     return ordered(program, call, options)
 
 
-def _fitted(grad: Tensor | None, like: Tensor) -> Tensor:
+def fitted(grad: Tensor | None, like: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of what it belongs to; none is zeros."""
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     if grad.dtype is like.dtype and grad.shape == like.shape and grad.device == like.device and grad.is_contiguous():

@@ -133,7 +133,7 @@ class Ordered:
 
 
 class Inner(Protocol):
-    def run(
+    def outputs(
         self,
         query: Tensor,
         key: Tensor,
@@ -141,8 +141,9 @@ class Inner(Protocol):
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse) of a call in another order."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, lse, shifted), as `portable.launch.forward`; `out`, where given, has the strides of the one that the
+        call was known by."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Replay:
         target = layout.target(self.out, query)
         assert target is not None
         inputs = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
-        _, lse = self.inner.run(*inputs, tensors, self.start, target[1])
+        _, lse, _ = self.inner.outputs(*inputs, tensors, self.start, target[1])
         return target[0][:, :, :rows], layout.join(lse, rows)
 
 

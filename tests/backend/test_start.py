@@ -11,6 +11,7 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
+from attn_dsl.backend.portable import start
 from attn_dsl.backend.portable.start import Ready
 
 if not hasattr(nvidia, "make_launcher"):
@@ -52,7 +53,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def described(rows: int) -> Any:
     base = torch.empty(1, 2, rows, 64)
-    return SimpleNamespace(base=base, shape=[1, 2, rows, 64], strides=[2 * rows * 64, rows * 64, 64, 1], padding="zero")
+    strides = [2 * rows * 64, rows * 64, 64, 1]
+    return SimpleNamespace(base=base, shape=[1, 2, rows, 64], strides=strides, padding="zero", known={})
 
 
 @pytest.mark.parametrize("descriptors", [1, 4])
@@ -62,6 +64,18 @@ def test_descriptors_and_arguments_arrive_as_triton_passes_them(descriptors: int
     Ready(compiled, ("constant", None)).start(9, arguments, 2)
     assert compiled.asked == 0 and len(compiled.got) == 1
     assert compiled.got[0] == compiled.by_triton(9, (*arguments, "constant", None), 13)
+
+
+def test_a_descriptor_is_made_once_for_an_address_and_few_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "ADDRESSES", 3)
+    compiled, one = Compiled(1), described(10)
+    ready = Ready(compiled, ())
+    bases = [torch.empty(16) for _ in range(5)]
+    for base in [bases[0], *bases, *bases]:
+        one.base = base
+        ready.start(9, (one, 1, 2), 0)
+        assert compiled.got[-1] == compiled.by_triton(9, (one, 1, 2), 11)
+        assert base.data_ptr() in one.known and len(one.known) <= 3
 
 
 def test_hooks_and_memory_of_its_own_are_left_to_triton() -> None:

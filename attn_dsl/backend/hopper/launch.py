@@ -33,11 +33,12 @@ from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.algebra import SCALE
 from attn_dsl.backend.portable.classify import kv_list
 from attn_dsl.backend.portable.device import plain
-from attn_dsl.backend.portable.host import described, multiprocessors, number
+from attn_dsl.backend.portable.host import described, empty, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
+from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.ir.nodes import Node, Param, Var, post_order
@@ -306,24 +307,30 @@ def _shape_refusal(*shapes: tuple[int, ...]) -> str | None:
 
 
 class Block(TensorDescriptor):  # type: ignore[misc]
-    """A descriptor whose fields were checked by `refusal`."""
+    """A descriptor whose fields, those of `of`, were checked by `refusal`."""
 
-    def __post_init__(self) -> None:
-        pass
+    shape = property(lambda self: self.of.sizes)
+    strides = property(lambda self: self.of.strides)
+    block_shape = property(lambda self: self.of.block)
+    layout = property(lambda self: self.of.layout)
+
+    def __init__(self, base: Tensor, of: BlockShape) -> None:
+        self.base, self.of, self.known = base, of, of.known
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockShape:
     """What the descriptor of a tensor [B, H, S, D] has beside its address: blocks of [1, 1, rows, dim]; of a grid
     [B, H, Y, X, D] with rows of `width`, boxes of [1, 1, rows // columns, columns, dim].
 
-    What a block has beyond the tensor is read as 0 and not written.
+    What a block has beyond the tensor is read as 0 and not written. `known` is for `start.Ready`.
     """
 
     sizes: list[int]
     strides: list[int]
     block: list[int]
     layout: Any
+    known: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
     @staticmethod
     def of(tensor: Tensor, rows: int, dim: int, width: int = 0, columns: int = 0) -> BlockShape:
@@ -337,7 +344,7 @@ class BlockShape:
         return BlockShape(sizes, [*strides, 1], block, layout)
 
     def __call__(self, tensor: Tensor) -> Block:
-        return Block(tensor, self.sizes, self.strides, self.block, self.layout)
+        return Block(tensor, self)
 
 
 @dataclass(frozen=True)
@@ -430,7 +437,8 @@ def forward(
     assert config is not None, "no configuration fits: ask `Kernels.choice` first"
     plan = kernels.plan(call, config)
     launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
-    return launched(call.query, call.key, call.value, call.tensors, call.q_offset, run, call.results.get("out"))
+    inputs = call.query, call.key, call.value, call.tensors, call.q_offset
+    return launched(run, *inputs, _counter(call.query.device), call.results.get("out"))
 
 
 @dataclass(frozen=True)
@@ -459,23 +467,24 @@ class _Launch:
 
     def __call__(
         self,
+        run: Runner,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
-        run: Runner,
+        counter: Tensor,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if out is None:
-            out = torch.empty(self.out, dtype=query.dtype, device=query.device)
-        lse = torch.empty(self.rows, dtype=torch.float32, device=query.device)
+        device = query.device
+        out = empty(self.out, query.dtype, device) if out is None else out
+        lse = empty(self.rows, torch.float32, device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
         if self.kind is not None:
             making = launch if isinstance(run, Repeated) else run
-            captured += described(self.kind.find(tensors, q_offset, query.device, making))
+            captured += described(self.kind.find(tensors, q_offset, device, making))
         run(
             attention_forward,
             self.layout.programs,
@@ -486,7 +495,7 @@ class _Launch:
                 o(out),
                 lse,
                 shifted,
-                _counter(query.device),
+                counter,
                 q_offset,
                 *self.numbers,
                 captured,
@@ -502,10 +511,24 @@ class Replay:
 
     def __init__(self, kernels: Kernels, call: Call, config: Config) -> None:
         plan = kernels.plan(call, config)
-        self._launch = _Launch.of(kernels, plan, plan.layout(call), call)
-        self._runner = Repeated()
+        launched, count = _Launch.of(kernels, plan, plan.layout(call), call), len(call.tensors)
+        offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
+
+        def function(
+            run: Runner, query: Tensor, key: Tensor, value: Tensor, counter: Tensor, *rest: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            q_offset, *out = offset + list(rest[count:])
+            return launched(run, query, key, value, rest[:count], q_offset, counter, *out)
+
+        self._launches = Launches(function, recorded=launched.kind is None)
 
     def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), not differentiable."""
+        return self.outputs(query, key, value, tensors, q_offset)[:2]
+
+    def outputs(
         self,
         query: Tensor,
         key: Tensor,
@@ -513,11 +536,15 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), not differentiable; `out`, where given, has the strides of the one that the call was known by."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`; `out`, where given, has the strides of the one that the call was known by."""
+        inputs = [query, key, value, _counter(query.device), *tensors]
         if isinstance(q_offset, Tensor):
-            q_offset = q_offset.to(torch.int64)
-        return self._launch(query, key, value, tensors, q_offset, self._runner, out)[:2]
+            inputs.append(q_offset.to(torch.int64))
+        if out is not None:
+            inputs.append(out)
+        out, lse, shifted = self._launches(inputs)
+        return out, lse, shifted
 
 
 _counters: dict[int, _Counters] = {}
@@ -539,7 +566,7 @@ class _Counters:
 def _counter(device: torch.device) -> Tensor:
     """The one for a kernel that is launched now."""
     known = _counters.get(device.index) if device.type == "cuda" else None
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
         place = GRAPHED if known is None else next(known.taken)
         if known is None or place >= GRAPHED:
             return torch.zeros(1, dtype=torch.int32, device=device)

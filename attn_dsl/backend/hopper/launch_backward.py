@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,12 @@ from attn_dsl.backend.hopper.launch import refusal as forward_refusal
 from attn_dsl.backend.portable import launch as portable
 from attn_dsl.backend.portable.classify import q_tiles
 from attn_dsl.backend.portable.device import plain
-from attn_dsl.backend.portable.host import described, multiprocessors, number
+from attn_dsl.backend.portable.host import described, empty, empty_like, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
+from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
+from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.ir.nodes import FALSE, Node, Var, post_order
 from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
@@ -353,57 +355,163 @@ def backward(
 
         given = (call, out, shifted, grad_out, grad_lse)
         return launch_boxes.backward(kernels, *given, config, ordered=ordered, run=run)
-    out, grad_out = _loadable(out), _loadable(grad_out)
+    out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, fused, config)
-    layout = plan.layout(call, out, grad_out)
-    query, device = call.query, call.query.device
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    dq = torch.empty(query.shape, dtype=query.dtype, device=device)
-    dk, dv = call.result("dk", call.key.shape), call.result("dv", call.value.shape)
-    inputs = [shape(x) for shape, x in zip(layout.inputs, (query, call.key, call.value, grad_out), strict=True)]
-    outputs = [shape(x) for shape, x in zip(layout.outputs, (dk, dv), strict=True)]
-    parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
-    sizes, scale = tuple(map(plain, layout.sizes)), float(call.scale)
-    of_call = (parameters, (*sizes, *layout.extents), captured, scale)
-    shapes = {t.name: x.shape for t, x in zip(kernels.portable.variant.tensors, call.tensors, strict=True)}
-    shares = _copies([tuple(shapes.get(name, ())) for name in plan.targets], device)
-    of_rows = (*of_call[:3], described([x[0] for x in shares]), scale)
+    launched = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call)
+    inputs = call.query, call.key, call.value, call.tensors, call.q_offset
+    dq, dk, dv, *shares = launched(run, *inputs, out, shifted, grad_out, grad_lse, call.results)
+    return Gradients(dq, dk, dv, dict(zip(plan.targets, shares, strict=True)))
 
-    q_len, kv_pairs, group = query.shape[2], call.key.shape[0] * call.key.shape[1], query.shape[1] // call.key.shape[1]
-    tiles, key_tiles = -(-q_len // config.queries), -(-call.key.shape[2] // KEYS)
-    lead = 0 if ordered else kernels.portable.lead(call, "k", KEYS)
-    kind = kernels.portable.kind_of_list(call, config.queries, KEYS, transposed=True)
-    listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
-    scratch = _Scratch.of(plan, layout.pairs * group, tiles, key_tiles, device)
-    for first in range(0, kv_pairs, layout.pairs):
-        kv_own = min(layout.pairs, kv_pairs - first)
-        own, at = kv_own * group, first * group
-        run(
-            prepare_rows, own * tiles * (config.queries // ROWS),
-            (out, grad_out, grad_lse, shifted, scratch.numbers, scratch.sums, call.q_offset, *layout.strides, *of_rows,
-             at),
-            plan.prepare,
+
+@dataclass(frozen=True)
+class _Launch:
+    """Launches for calls that differ in nothing but their tensors' addresses and `q_offset`.
+
+    shapes: of what is captured and summed. sections: for each launch its first pair of batch and key head and how many
+    it does.
+    """
+
+    plan: _Plan
+    layout: _Layout
+    parameters: tuple[Any, ...]
+    sizes: tuple[int, ...]
+    captured: tuple[tuple[Any, ...], ...]
+    scale: float
+    shapes: tuple[tuple[int, ...], ...]
+    group: int
+    tiles: int
+    key_tiles: int
+    lead: int
+    sections: tuple[tuple[int, int], ...]
+    scratch: _Scratch
+    kind: Kind | None
+
+    @staticmethod
+    def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call) -> _Launch:
+        shapes = {t.name: tuple(x.shape) for t, x in zip(kernels.portable.variant.tensors, call.tensors, strict=True)}
+        kv_pairs, group = call.key.shape[0] * call.key.shape[1], call.query.shape[1] // call.key.shape[1]
+        tiles, key_tiles = -(-call.query.shape[2] // plan.config.queries), -(-call.key.shape[2] // KEYS)
+        starts = range(0, kv_pairs, layout.pairs)
+        return _Launch(
+            plan, layout, tuple(map(number, call.parameters)), tuple(map(plain, layout.sizes)),
+            tuple(rest for _, *rest in described(call.tensors)), float(call.scale),
+            tuple(shapes.get(name, ()) for name in plan.targets), group, tiles, key_tiles,
+            0 if plan.turns is not None else kernels.portable.lead(call, "k", KEYS),
+            tuple((first, min(layout.pairs, kv_pairs - first)) for first in starts),
+            _Scratch.of(plan, layout.pairs * group, tiles, key_tiles),
+            kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True),
         )  # fmt: skip
-        if plan.turns is not None:
-            scratch.done.zero_()
-            run(count_turns, own * -(-tiles // WIDTH), (scratch.turns, call.q_offset, *of_call, at), plan.turns)
-        run(
-            attention_backward, kv_own * key_tiles,
-            (*inputs, *scratch.blocks, *outputs, scratch.turns, scratch.done, call.q_offset, parameters, *layout.sizes,
-             layout.extents, captured + listed, described(shares), scale, layout.section, lead,
-             first),
-            plan.options,
-        )  # fmt: skip
-        run(finish_queries, own * tiles * 2, (scratch.sums, dq, sizes, scale, at), plan.finish)
-    return Gradients(dq, dk, dv, {name: x.sum(0) for name, x in zip(plan.targets, shares, strict=True)})
+
+    def __call__(
+        self,
+        run: Runner,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        out: Tensor,
+        shifted: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        results: Mapping[str, Tensor],
+    ) -> list[Tensor]:
+        """Gradients of query, key, value and of the plan's targets."""
+        plan, layout, device = self.plan, self.layout, query.device
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        dq, dk, dv = empty_like(query), empty_like(key, results.get("dk")), empty_like(value, results.get("dv"))
+        (of_q, of_k, of_v, of_grad), (of_dk, of_dv) = layout.inputs, layout.outputs
+        captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
+        listed: tuple[Any, ...] = ()
+        if self.kind is not None:
+            making = launch if isinstance(run, Repeated) else run
+            listed = described(self.kind.find(tensors, q_offset, device, making))
+        of_call = (self.parameters, (*self.sizes, *layout.extents), captured)
+        shares = _copies(self.shapes, device)
+        numbers, sums, turns, done, blocks = self.scratch.made(device)
+        for first, pairs in self.sections:
+            own, at = pairs * self.group, first * self.group
+            run(
+                prepare_rows, own * self.tiles * (plan.config.queries // ROWS),
+                (out, grad_out, grad_lse, shifted, numbers, sums, q_offset, *layout.strides, *of_call,
+                 described([x[0] for x in shares]), self.scale, at),
+                plan.prepare,
+            )  # fmt: skip
+            if plan.turns is not None:
+                done.zero_()
+                run(
+                    count_turns, own * -(-self.tiles // WIDTH), (turns, q_offset, *of_call, self.scale, at), plan.turns
+                )  # fmt: skip
+            run(
+                attention_backward, pairs * self.key_tiles,
+                (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
+                 q_offset, self.parameters, *layout.sizes, layout.extents, captured + listed, described(shares),
+                 self.scale, layout.section, self.lead, first),
+                plan.options,
+            )  # fmt: skip
+            run(finish_queries, own * self.tiles * 2, (sums, dq, self.sizes, self.scale, at), plan.finish)
+        return [dq, dk, dv, *(x.sum(0) for x in shares)]
 
 
-def _copies(shapes: list[tuple[int, ...]], device: torch.device) -> list[Tensor]:
+class Replay:
+    """The backward pass of one kind of call, known by shapes, strides, dtypes and numbers; it holds no tensors.
+
+    `out` and `grad_out` are such as `loadable` returns.
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        call: Call,
+        out: Tensor,
+        grad_out: Tensor,
+        config: Config,
+        ordered: bool,
+        fused: frozenset[str],
+    ) -> None:
+        plan = kernels.plan(call, ordered, fused, config)
+        launched, count = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call), len(call.tensors)
+        offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
+
+        def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> list[Tensor]:
+            out, shifted, grad_out, *others = rest
+            more = offset + others[count:]
+            q_offset, grad_lse = more[0], more[1] if len(more) > 1 else None
+            given = (out, shifted, grad_out, grad_lse)
+            return launched(run, query, key, value, others[:count], q_offset, *given, {})
+
+        self._launches = Launches(function, recorded=launched.kind is None)
+        self._targets = plan.targets
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        out: Tensor,
+        shifted: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+    ) -> Gradients:
+        inputs = [query, key, value, out, shifted, grad_out, *tensors]
+        if isinstance(q_offset, Tensor):
+            inputs.append(q_offset)
+        if grad_lse is not None:
+            inputs.append(grad_lse)
+        dq, dk, dv, *shares = self._launches(inputs)
+        return Gradients(dq, dk, dv, dict(zip(self._targets, shares, strict=True)))
+
+
+def _copies(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor]:
     """Zeros [copies, *shape]: programs add to different copies, lest all wait for one entry of a small tensor.
 
     There are as many copies of one tensor as of another.
     """
-    largest = max((math.prod(shape) for shape in shapes), default=1)
+    if not shapes:
+        return []
+    largest = max(math.prod(shape) for shape in shapes)
     copies = max(1, min(COPIES, COPIED // max(largest, 1)))
     return [torch.zeros(copies, *shape, dtype=torch.float32, device=device) for shape in shapes]
 
@@ -422,33 +530,47 @@ def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> di
 @dataclass(frozen=True)
 class _Scratch:
     """What the kernels of a launch hand on to each other: `numbers` and `sums` of `backward_rows.py`, which are also
-    `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an order."""
+    `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an order. These are their
+    shapes."""
 
+    numbers: tuple[int, int, int]
+    sums: tuple[int, int]
+    turns: tuple[int, int, int] | None
+    row: BlockShape
+    block: BlockShape
+
+    @staticmethod
+    def of(plan: _Plan, pairs: int, tiles: int, key_tiles: int) -> _Scratch:
+        """For so many pairs of batch and query head, tiles of queries and of keys."""
+        queries, d = plan.config.queries, plan.dims[0]
+        rows, half = tiles * queries, d if queries == 128 else d // 2
+        sums = (pairs * rows * d // 32, 32)
+        return _Scratch(
+            (pairs, 2, rows), sums, None if plan.turns is None else (pairs, key_tiles, tiles),
+            BlockShape([pairs, rows], [2 * rows, 1], [1, queries], _NUMBERS),
+            BlockShape(list(sums), [32, 1], [2 * half, 32], _SUMS),
+        )  # fmt: skip
+
+    def made(self, device: torch.device) -> _Made:
+        """Without an order, `turns` and `done` are not read."""
+        numbers, sums = empty(self.numbers, torch.float32, device), empty(self.sums, torch.float32, device)
+        turns = done = numbers
+        if self.turns is not None:
+            pairs, _, tiles = self.turns
+            turns, done = empty(self.turns, torch.int32, device), empty((pairs, tiles, 2), torch.int32, device)
+        blocks = self.row(numbers), self.row(numbers.select(1, 1)), self.block(sums)
+        return _Made(numbers, sums, turns, done, blocks)
+
+
+class _Made(NamedTuple):
     numbers: Tensor
     sums: Tensor
     turns: Tensor
     done: Tensor
     blocks: tuple[Block, Block, Block]
 
-    @staticmethod
-    def of(plan: _Plan, pairs: int, tiles: int, key_tiles: int, device: torch.device) -> _Scratch:
-        """For so many pairs of batch and query head, tiles of queries and of keys."""
-        queries, d = plan.config.queries, plan.dims[0]
-        rows = tiles * queries
-        numbers = torch.empty(pairs, 2, rows, dtype=torch.float32, device=device)
-        sums = torch.empty(pairs * rows * d // 32, 32, dtype=torch.float32, device=device)
-        turns = done = numbers
-        if plan.turns is not None:
-            turns = torch.empty(pairs, key_tiles, tiles, dtype=torch.int32, device=device)
-            done = torch.empty(pairs, tiles, 2, dtype=torch.int32, device=device)
-        lse, delta = (Block(x, [pairs, rows], [2 * rows, 1], [1, queries], _NUMBERS) for x in numbers.unbind(1))
-        half = d if queries == 128 else d // 2
-        return _Scratch(
-            numbers, sums, turns, done, (lse, delta, Block(sums, list(sums.shape), [32, 1], [2 * half, 32], _SUMS))
-        )
 
-
-def _loadable(tensor: Tensor) -> Tensor:
+def loadable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that the bulk copy engine takes."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0

@@ -43,10 +43,10 @@ def backward(
     run: Runner = launch,
 ) -> Gradients:
     """Gradients of query, key and value, in the order of the caller, as are `out` and `shifted`."""
-    from attn_dsl.backend.hopper.launch_backward import _loadable, _Scratch
+    from attn_dsl.backend.hopper.launch_backward import _Scratch, loadable
 
     assert call.grid is not None
-    out, grad_out = _loadable(out), _loadable(grad_out)
+    out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, frozenset(), config)
     (d, dim_v), rows, query, device = plan.dims, config.queries, call.query, call.query.device
     width, of_queries, of_keys = call.grid
@@ -66,7 +66,7 @@ def backward(
     of_grid = (batch, own_heads, call.key.shape[1], length, length, dim)
     kind = kernels.portable.kind_of_list(call, rows, KEYS, transposed=True)
     listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
-    scratch = _Scratch.of(plan, batch * heads, tiles, key_tiles, device)
+    scratch = _Scratch.of(plan, batch * heads, tiles, key_tiles).made(device)
     numbers = torch.empty(batch * own_heads, 2, own_tiles * rows, dtype=torch.float32, device=device)
     strides = [(*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)]
     run(

@@ -77,6 +77,24 @@ class Call:
         return (batch, heads, kv_heads, q_len, kv_len, dim, *self.extents)
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`, whose reading of its arguments takes longer than what it does."""
+    return torch.empty_strided(shape, _dense(shape), dtype=dtype, device=device)
+
+
+def empty_like(tensor: Tensor, given: Tensor | None = None) -> Tensor:
+    """`given`, or a dense tensor of that shape."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format) if given is None else given
+
+
+@functools.lru_cache(maxsize=4096)
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tuple(strides[: len(shape)])
+
+
 def span(tensor: Tensor) -> int:
     """How far the last element is from the first, in elements."""
     return sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -28,6 +28,7 @@ from attn_dsl.backend.portable.host import (
     dense_columns,
     described,
     dimensions,
+    empty,
     in_units,
     interpreted,
     number,
@@ -364,6 +365,12 @@ class Replay:
         return Replay(layout, shape, (*layout.strides, parameters, layout.sizes), captured, end, row, kind)
 
     def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), not differentiable."""
+        return self.outputs(query, key, value, tensors, q_offset)[:2]
+
+    def outputs(
         self,
         query: Tensor,
         key: Tensor,
@@ -371,12 +378,11 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), not differentiable; `out`, where given, has the strides of the one that the call was known by."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `forward`; `out`, where given, has the strides of the one that the call was known by."""
         device = query.device
-        if out is None:
-            out = torch.empty(self.out, dtype=query.dtype, device=device)
-        lse = torch.empty(self.out[:3], dtype=torch.float32, device=device)
+        out = empty(self.out, query.dtype, device) if out is None else out
+        lse = empty(self.out[:3], torch.float32, device)
         shifted = torch.empty_like(lse) if self.has_row else lse
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
@@ -385,7 +391,7 @@ class Replay:
             captured += described(self.kind.find(tensors, q_offset, device))
         arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
         self.runner(attention_forward, self.layout.programs, arguments, self.layout.options)
-        return out, lse
+        return out, lse, shifted
 
 
 def _forward_layout(plan: Plan, out: Tensor) -> _Layout:

@@ -61,19 +61,23 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapp
 
 @dataclass
 class Repeated:
-    """A runner for launches of one kernel whose arguments are all alike for Triton: what to launch is found once."""
+    """A runner for launches on one device whose arguments are all alike for Triton where options are the same: what to
+    launch is found once."""
 
-    found: Ready | None = None
+    index: int = -1
+    found: dict[Options, Ready] = field(default_factory=dict)
 
     def __call__(self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        tensor = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
-        index = tensor.device.index
-        if self.found is not None and index == torch._C._cuda_getDevice():
-            self.found.start(programs, arguments, index)
+        found = self.found.get(options)  # type: ignore[call-overload]
+        if found is not None and self.index == torch._C._cuda_getDevice():
+            found.start(programs, arguments, self.index)
             return
         launch(kernel, programs, arguments, options)
-        if type(options) is Options:
-            self.found = _ready.get((options, index, *_kinds(arguments)))
+        tensor = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0].base
+        self.index = tensor.device.index
+        ready = _ready.get((options, self.index, *_kinds(arguments))) if type(options) is Options else None
+        if ready is not None:
+            self.found[options] = ready  # type: ignore[index]
 
 
 def _kinds(arguments: tuple[Any, ...]) -> list[Any]:
