@@ -16,7 +16,7 @@ from portable_support import program_of
 
 from attn_dsl.backend import order
 from attn_dsl.backend.execute import HOPPER, Options, Program, portable_call
-from attn_dsl.backend.hopper import check, launch
+from attn_dsl.backend.hopper import check, launch, launch_backward
 from attn_dsl.backend.layouts import Grid
 from attn_dsl.ir import evaluate
 from attn_dsl.passes.order_grid import QUERY_COLUMNS, strips
@@ -90,6 +90,27 @@ def test_the_hopper_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
     choice = found.program.hopper.choice(bound, launch.compile_ahead)
     assert choice.build is not None and choice.build.spilled <= check.SPILLS and not choice.build.notes
     ptx = launch.build(found.program.hopper, bound).asm["ptx"]
+    assert "cp.async.bulk.tensor.5d.shared" in ptx and "cp.async.bulk.tensor.5d.global" in ptx
+    assert "cp.async.bulk.tensor.4d" not in ptx
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_the_hopper_backward_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
+    program = program_of("natten2d")
+    x = torch.empty(2, 4, 8100, dim, dtype=torch.bfloat16, device="meta")
+    (given,) = strips(program.variant)
+    by = given.exchanged()
+    assert by is not None
+    call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
+    found = order._in_strips(by, program, call, Options(HOPPER), 32)
+    bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
+    assert bound.grid == (90, 32, QUERY_COLUMNS)
+    kernels = found.program.hopper_backward
+    assert launch_backward.refusal(kernels, bound, frozenset()) is None
+    assert launch_backward.refusal(kernels, bound, frozenset({"r"})) is not None
+    choice = kernels.choice(bound, compile=launch.compile_ahead)
+    assert choice.config is not None and choice.build is not None and not choice.build.notes
+    ptx = launch_backward.build(kernels, bound).asm["ptx"]
     assert "cp.async.bulk.tensor.5d.shared" in ptx and "cp.async.bulk.tensor.5d.global" in ptx
     assert "cp.async.bulk.tensor.4d" not in ptx
 
