@@ -4,10 +4,10 @@
     python benchmarks/decode.py --caches 8x16384 --tokens 1 --rivals flex,flash3 --json results.jsonl
     python benchmarks/decode.py --caches 8x16384 --sweep               layouts of the decode kernel, one by one
 
-A cache is BATCHxLENGTH. The last query token sees the whole cache. Times are medians of the GPU alone, over rounds in
-which all implementations take turns; its cache is cold. `share` is relative to the bytes a second that a copy reads and
-writes. `pages of N` is the same cache in pages of N keys, which lie in an order of chance. One JSON object a line on
-standard output (or in --json).
+A cache is BATCHxLENGTH, the same memory for all variants: where tensors lie in it changes times by some percent. The
+last query token sees the whole cache. Times are medians of the GPU alone, over rounds in which all implementations take
+turns; its cache is cold. `share` is relative to the bytes a second that a copy reads and writes. `pages of N` is the
+same cache in pages of N keys, which lie in an order of chance. One JSON object a line on standard output, or in --json.
 
 `--windows` are caches under a window of 1024, in memory head by head ([B, HK, KV, D]) and token by token ([B, KV, HK,
 D], `tokens first`); beside them a copy of what the window sees (`copy`).
@@ -16,6 +16,7 @@ D], `tokens first`); beside them a copy of what the window sees (`copy`).
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import functools
@@ -65,6 +66,12 @@ class Case:
         else:
             self.key, self.value = (normal(*shape) for _ in range(2))
         self.slope = 2.0 ** (-8.0 * torch.arange(1, HEADS + 1, device="cuda") / HEADS)
+
+    def of(self, variant: str) -> Case:
+        """The same tensors for another variant."""
+        found = copy.copy(self)
+        found.variant = variant
+        return found
 
     @property
     def bindings(self) -> dict[str, Any]:
@@ -212,10 +219,10 @@ def measure(case: Case, rivals: list[str], rounds: int, rep: int) -> Iterator[di
             errors[name] = (out - truth).abs().max().item()
         except Exception as failure:
             yield {"name": name, "failed": f"{type(failure).__name__}: {str(failure)[:300]}"}
-    copy = copied()
+    whole = copied()
     times: dict[str, list[float]] = {name: [] for name in (*runs, "all")}
     for _ in range(rounds):
-        for name, run in {**runs, "all": copy}.items():
+        for name, run in {**runs, "all": whole}.items():
             times[name].append(bench(run, rep))
     best = 2 * 2**31 / statistics.median(times.pop("all"))
     for name, found_times in times.items():
@@ -275,20 +282,24 @@ def main() -> None:
         tokens[:1], [c for c in chosen.windows.split(",") if c], ["sliding_window", "sliding_window, tokens first"]
     )
     own = ["8 bits", "copy", *(f"pages of {page}" for page in chosen.pages.split(",") if page)]
+    case = None
     for number, cache, variant in (*plans, *windows):
         if time.perf_counter() > stop:
             break
         torch.compiler.reset()
         batch, length = map(int, cache.split("x"))
         name, _, first = variant.partition(", ")
-        case = Case(name, batch, length, number, bool(first))
+        lies = (batch, length, number, bool(first))
+        if case is None or (case.batch, case.length, case.tokens, case.tokens_first) != lies:
+            case = None
+            torch.cuda.empty_cache()
+            case = Case(name, *lies)
+        case = case.of(name)
         rivals = [name for name in chosen.rivals.split(",") if name] + (own if number == 1 else [])
         results = sweep(case, chosen.rep) if chosen.sweep else measure(case, rivals, chosen.rounds, chosen.rep)
         for result in results:
             record = {"variant": variant, "cache": cache, "tokens": number, **result}
             print(json.dumps(record), file=chosen.json, flush=True)
-        del case
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
