@@ -88,6 +88,8 @@ class Kernels:
         self.proof = self.given or prove(self.portable.variant)
         self._modules: dict[tuple[bool, frozenset[str]], tuple[Emitted, ModuleType]] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self.boxed: dict[tuple[Any, ...], Any] = {}
+        """What launches over strips of a grid have in common, by kind of call."""
 
     @functools.cached_property
     def schedule(self) -> Schedule:
@@ -223,6 +225,8 @@ def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool 
     if ordered and kernels.portable.lists is not None:
         return "`deterministic` is asked for, and the order of what a list holds is not counted"
     if call.grid is not None:
+        if ordered:
+            return "`deterministic` is asked for, and strips are not counted"
         if wanted:
             return f"the gradient of {names_of(wanted)} is made in the order given"
         if call.grid[1] > BOX_COLUMNS or kernels.emitted(call.precise)[0].functions & {"slope", "add_row_sums"}:

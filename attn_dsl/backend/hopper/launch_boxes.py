@@ -5,7 +5,8 @@ Tensors are those of the caller, read in boxes and, dK and dV, written so; sizes
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,12 +18,12 @@ from attn_dsl.backend.hopper.configs_backward import KEYS
 from attn_dsl.backend.hopper.launch import BlockShape
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, multiprocessors, number
-from attn_dsl.backend.portable.launch import Call, Gradients
+from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
 from attn_dsl.backend.portable.run import Options, Runner, launch
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.configs_backward import Config
-    from attn_dsl.backend.hopper.launch_backward import Kernels
+    from attn_dsl.backend.hopper.launch_backward import Kernels, _Plan, _Scratch
 
 ROWS = 64
 """Places of a program that spreads rows."""
@@ -43,54 +44,108 @@ def backward(
     run: Runner = launch,
 ) -> Gradients:
     """Gradients of query, key and value, in the order of the caller, as are `out` and `shifted`."""
-    from attn_dsl.backend.hopper.launch_backward import _Scratch, loadable
+    from attn_dsl.backend.hopper.launch_backward import loadable
 
-    assert call.grid is not None
     out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, frozenset(), config)
-    (d, dim_v), rows, query, device = plan.dims, config.queries, call.query, call.query.device
-    width, of_queries, of_keys = call.grid
-    batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
-    length, dim = query.shape[2:]
-    height, own_heads = length // width, query.shape[1]
-    tiles, own_tiles, key_tiles = -(-q_len // rows), -(-length // rows), -(-kv_len // KEYS)
+    tensors = (call.query, call.key, call.value, out, grad_out)
+    at = (plan.options, *(x.shape for x in tensors), *(x.stride() for x in tensors), call.query.device, call.sizes)
+    found = kernels.boxed.get(at)
+    if found is None:
+        if len(kernels.boxed) >= LAYOUTS:
+            kernels.boxed.clear()
+        found = kernels.boxed[at] = _Launch.of(kernels, plan, call, out, grad_out)
+    return found(kernels, call, out, shifted, grad_out, grad_lse, run)
 
-    dq = torch.empty(query.shape, dtype=query.dtype, device=device)
-    dk, dv = torch.empty_like(call.key), torch.empty_like(call.value)
-    grids = [(query, rows, d, of_queries), (call.key, 64, d, of_keys), (call.value, 64, dim_v, of_keys),
-             (grad_out, rows, dim_v, of_queries), (dk, 64, d, of_keys), (dv, 64, dim_v, of_keys)]  # fmt: skip
-    blocks = [BlockShape.of(x, count, columns, width, box)(x) for x, count, columns, box in grids]
-    sizes, extents, scale = tuple(map(plain, call.sizes[:6])), tuple(map(plain, call.sizes[6:])), float(call.scale)
-    parameters, captured = tuple(map(number, call.parameters)), described(call.tensors)
-    of_call = (parameters, (*sizes, *extents), captured, scale)
-    of_grid = (batch, own_heads, call.key.shape[1], length, length, dim)
-    kind = kernels.portable.kind_of_list(call, rows, KEYS, transposed=True)
-    listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
-    scratch = _Scratch.of(plan, batch * heads, tiles, key_tiles).made(device)
-    numbers = torch.empty(batch * own_heads, 2, own_tiles * rows, dtype=torch.float32, device=device)
-    strides = [(*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)]
-    run(
-        prepare_rows, batch * own_heads * own_tiles * (rows // ROWS),
-        (out, grad_out, grad_lse, shifted, numbers, None, call.q_offset, *strides, parameters,
-         (*map(plain, of_grid), *extents), (), scale, 0),
-        plan.prepare,
-    )  # fmt: skip
-    box = {"BOX": plan.options["QUERY_BOX"], "COLUMNS": of_queries, "QUERIES": rows, "D": d, "num_warps": 4}
-    run(
-        spread_rows, batch * heads * tiles * (rows // ROWS),
-        (numbers, scratch.numbers, scratch.sums, width, height, own_tiles, own_heads, *of_call),
-        Options({**box, "ROWS": ROWS}),
-    )  # fmt: skip
-    section = -(-2 * multiprocessors(device) // key_tiles) if kernels.uneven else 1
-    run(
-        attention_backward, batch * kv_heads * key_tiles,
-        (*blocks[:4], *scratch.blocks, *blocks[4:], scratch.turns, scratch.done, call.q_offset, parameters,
-         *call.sizes[:6], extents, captured + listed, (), scale, section, 0, 0),
-        plan.options,
-    )  # fmt: skip
-    run(
-        gather_queries, batch * own_heads * -(-height // DOWN) * -(-width // ACROSS),
-        (scratch.sums, dq, width, height, own_heads, heads // own_heads, *of_call),
-        Options({**box, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}),
-    )  # fmt: skip
-    return Gradients(dq, dk, dv, {})
+
+@dataclass(frozen=True)
+class _Launch:
+    """Launches for calls that differ in nothing but their tensors' addresses.
+
+    blocks: of query, key, value, output gradient and the gradients of key and value. tiles: of queries of a strip, of
+    queries of the grid, and of keys of a strip. given: sizes of the call in the order given. programs: of each kernel.
+    """
+
+    plan: _Plan
+    blocks: tuple[BlockShape, ...]
+    scratch: _Scratch
+    strides: tuple[tuple[int, ...], ...]
+    sizes: tuple[Any, ...]
+    given: tuple[int, ...]
+    lines: tuple[int, int, int]
+    spread: tuple[tuple[int, ...], Options]
+    gather: tuple[tuple[int, ...], Options]
+    section: int
+    programs: tuple[int, int, int, int]
+
+    @staticmethod
+    def of(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Launch:
+        from attn_dsl.backend.hopper.launch_backward import _Scratch
+
+        assert call.grid is not None
+        (d, dim_v), rows, (width, of_queries, of_keys) = plan.dims, plan.config.queries, call.grid
+        batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
+        _, own_heads, length, dim = call.query.shape
+        height, parts = length // width, rows // ROWS
+        tiles, own_tiles, key_tiles = -(-q_len // rows), -(-length // rows), -(-kv_len // KEYS)
+        grids = [(call.query, rows, d, of_queries), (call.key, 64, d, of_keys), (call.value, 64, dim_v, of_keys),
+                 (grad_out, rows, dim_v, of_queries)]  # fmt: skip
+        made = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (call.key, call.value)]
+        grids += [(x, 64, columns, of_keys) for x, columns in zip(made, (d, dim_v), strict=True)]
+        box = {"BOX": plan.options["QUERY_BOX"], "COLUMNS": of_queries, "QUERIES": rows, "D": d, "num_warps": 4}
+        gather = {**box, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}
+        sizes, extents = tuple(map(plain, call.sizes[:6])), tuple(map(plain, call.sizes[6:]))
+        given = (batch, own_heads, call.key.shape[1], length, length, dim)
+        return _Launch(
+            plan,
+            tuple(BlockShape.of(x, count, columns, width, across) for x, count, columns, across in grids),
+            _Scratch.of(plan, batch * heads, tiles, key_tiles),
+            tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)),
+            (*sizes, *extents),
+            (*map(plain, given), *extents),
+            (batch * own_heads, 2, own_tiles * rows),
+            ((width, height, own_tiles, own_heads), Options({**box, "ROWS": ROWS})),
+            ((width, height, own_heads, heads // own_heads), Options(gather)),
+            -(-2 * multiprocessors(call.query.device) // key_tiles) if kernels.uneven else 1,
+            (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts, batch * kv_heads * key_tiles,
+             batch * own_heads * -(-height // DOWN) * -(-width // ACROSS)),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        kernels: Kernels,
+        call: Call,
+        out: Tensor,
+        shifted: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        run: Runner,
+    ) -> Gradients:
+        plan, device, scale = self.plan, call.query.device, float(call.scale)
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.query, call.key, call.value))
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        kind = kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True)
+        captured = described(call.tensors)
+        listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
+        parameters = tuple(map(number, call.parameters))
+        of_call = (parameters, self.sizes, captured, scale)
+        numbers, sums, turns, done, blocks = self.scratch.made(device)
+        lines = torch.empty(self.lines, dtype=torch.float32, device=device)
+        of_rows, of_places, of_keys, of_queries = self.programs
+        run(
+            prepare_rows, of_rows,
+            (out, grad_out, grad_lse, shifted, lines, None, call.q_offset, *self.strides, parameters, self.given, (),
+             (), scale, 0),
+            plan.prepare,
+        )  # fmt: skip
+        run(spread_rows, of_places, (lines, numbers, sums, *self.spread[0], *of_call), self.spread[1])
+        q, k, v, g, of_dk, of_dv = self.blocks
+        run(
+            attention_backward, of_keys,
+            (q(call.query), k(call.key), v(call.value), g(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
+             call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + listed, (), scale,
+             self.section, 0, 0),
+            plan.options,
+        )  # fmt: skip
+        run(gather_queries, of_queries, (sums, dq, *self.gather[0], *of_call), self.gather[1])
+        return Gradients(dq, dk, dv, {})
