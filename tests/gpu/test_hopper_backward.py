@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
     ),
+    pytest.mark.usefixtures("one_length"),
 ]
 
 launch_backward = pytest.importorskip("attn_dsl.backend.hopper.launch_backward")

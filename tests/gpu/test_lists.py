@@ -16,7 +16,11 @@ from variant_cases import Case, Sizes
 import attn_dsl
 from attn_dsl.errors import BindingError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("one_length"),
+]
 
 LONG = Sizes(B=2, H=4, HK=2, Q=900, KV=900, D=128, DV=128)
 CONST = frozenset({"random"})

@@ -13,6 +13,7 @@ from attn_dsl.backend.execute import Options
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("one_length"),
 ]
 
 
