@@ -1,4 +1,4 @@
-"""Which tests on a GPU compile the same kernels: one worker runs them all, lest several compile one kernel at a time."""
+"""Which tests on a GPU compile the same kernels: one worker runs them, lest several compile one kernel at a time."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def called(
 
 
 def check(case: Case, dtype: torch.dtype = torch.bfloat16, *, gradients: bool = False) -> None:
-    """`gradients` of everything, too; their kernels take long to compile, and `test_hopper_backward.py` has them as well."""
+    """`gradients` of everything, too, whose kernels take long to compile: `test_hopper_backward.py` has them."""
     problem = Problem.of(case, dtype, "cuda")
     agree(attention_of(case), problem, gradients=gradients)
 
