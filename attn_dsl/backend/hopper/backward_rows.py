@@ -85,11 +85,13 @@ def prepare_rows(
         tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
-@triton.jit(do_not_specialize=["sizes", "scale", "first"])
+@triton.jit(do_not_specialize=["dq_strides", "sizes", "scale", "first"])
 def finish_queries(
-        sums, dq, sizes, scale, first, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr
+        sums, dq, dq_strides, sizes, scale, first, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr,
+        UNIT: tl.constexpr
 ):  # fmt: skip
     """dq [B, H, Q, DIM] = scale * sums: one program for the half tile that a warpgroup summed."""
+    strides = strides_of(dq_strides, UNIT)
     WIDTH: tl.constexpr = D if QUERIES == 128 else D // 2
     q_len = scalar(sizes[3], False)
     halves = tl.cdiv(q_len, QUERIES) * 2
@@ -107,7 +109,9 @@ def finish_queries(
     keep = (row < q_len)[:, None]
     if D != DIM:
         keep = keep & (column < DIM)[None, :]
-    places = dq + ((first + own) * q_len + row[:, None]) * DIM + column[None, :]
+    heads = scalar(sizes[1], False)
+    b, h = (first + own) // heads, (first + own) % heads
+    places = dq + b * strides[0] + h * strides[1] + row.to(tl.int64)[:, None] * strides[2] + column[None, :]
     tl.store(places, (x * scale).to(dq.dtype.element_ty), mask=keep)
 
 

@@ -244,8 +244,8 @@ def names_of(wanted: frozenset[str]) -> str:
 class _Layout:
     """What of a launch follows from shapes and strides.
 
-    `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value. `pairs` of batch
-    and key head are done at a time.
+    `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value; `strides`: of the
+    output, its gradient and that of the query. `pairs` of batch and key head are done at a time.
     """
 
     pairs: int
@@ -293,7 +293,7 @@ class _Plan:
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip
-        finish = {**tiles, "DIM": dim, "num_warps": 4}
+        finish = {**tiles, "DIM": dim, "UNIT": 8, "num_warps": 4}
         turns = {"Q_RANGES": functions["q_ranges"], "KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH,
                  "WIDE": text.wide, "num_warps": 1}  # fmt: skip
         targets = kernels.portable.emitted(fused, not call.precise)[0].targets
@@ -318,7 +318,8 @@ class _Plan:
 
     def _layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
         (d, dv), rows = self.dims, self.config.queries
-        dk, dv_out = call.result("dk", call.key.shape, "meta"), call.result("dv", call.value.shape, "meta")
+        results = {"dq": call.query, "dk": call.key, "dv": call.value}
+        dq, dk, dv_out = (call.result(name, x.shape, "meta") for name, x in results.items())
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
         tiles, machine = -(-kv_len // KEYS), multiprocessors(call.query.device)
         # Uneven: so many heads together that the longest tiles of some rounds come first. Even: one, for the cache.
@@ -328,7 +329,7 @@ class _Plan:
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
-            tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)),
+            tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out, dq)),
             call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
         )  # fmt: skip
 
@@ -423,7 +424,8 @@ class _Launch:
         """Gradients of query, key, value and of the plan's targets."""
         plan, layout, device = self.plan, self.layout, query.device
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-        dq, dk, dv = empty_like(query), empty_like(key, results.get("dk")), empty_like(value, results.get("dv"))
+        inputs = {"dq": query, "dk": key, "dv": value}
+        dq, dk, dv = (empty_like(x, results.get(name)) for name, x in inputs.items())
         (of_q, of_k, of_v, of_grad), (of_dk, of_dv) = layout.inputs, layout.outputs
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
         listed: tuple[Any, ...] = ()
@@ -437,7 +439,7 @@ class _Launch:
             own, at = pairs * self.group, first * self.group
             run(
                 prepare_rows, own * self.tiles * (plan.config.queries // ROWS),
-                (out, grad_out, grad_lse, shifted, numbers, sums, q_offset, *layout.strides, *of_call,
+                (out, grad_out, grad_lse, shifted, numbers, sums, q_offset, *layout.strides[:2], *of_call,
                  described([x[0] for x in shares]), self.scale, at),
                 plan.prepare,
             )  # fmt: skip
@@ -453,7 +455,8 @@ class _Launch:
                  self.scale, layout.section, self.lead, first),
                 plan.options,
             )  # fmt: skip
-            run(finish_queries, own * self.tiles * 2, (sums, dq, self.sizes, self.scale, at), plan.finish)
+            finished = (sums, dq, layout.strides[2], self.sizes, self.scale, at)
+            run(finish_queries, own * self.tiles * 2, finished, plan.finish)
         return [dq, dk, dv, *(x.sum(0) for x in shares)]
 
 
