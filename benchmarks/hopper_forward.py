@@ -75,13 +75,15 @@ class Case:
     q_offset: int = 0
     dtype: str = "bfloat16"
     strided: bool = False
+    growing: bool = False
     parameters: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
         shape = f"B{self.batch} H{self.heads}/{self.kv_heads or self.heads} Q{self.q_len} KV{self.kv_len or self.q_len}"
         dims = f"D{self.dim}" + (f"/{self.value_dim}" if self.value_dim else "")
         extra = f" offset {self.q_offset}" if self.q_offset else ""
-        return f"{self.variant} {shape} {dims}{extra}{' strided' if self.strided else ''} {self.dtype}"
+        ways = " strided" * self.strided + " growing" * self.growing
+        return f"{self.variant} {shape} {dims}{extra}{ways} {self.dtype}"
 
 
 @functools.cache
@@ -126,9 +128,11 @@ def call(case: Case, device: str) -> tuple[portable.Call, dict[str, Any]]:
 
     bound = bindings(case, device)
     variant = kernels(case.variant).portable.variant
+    key = tensor(kv_heads, kv_len, case.dim)
+    if case.growing:  # logits pass any maximum of early keys, so that every tile is done twice
+        key *= torch.arange(1, kv_len + 1, device=device, dtype=dtype).view(-1, 1) / 16
     return portable.Call(
-        tensor(case.heads, case.q_len, case.dim), tensor(kv_heads, kv_len, case.dim),
-        tensor(kv_heads, kv_len, value_dim),
+        tensor(case.heads, case.q_len, case.dim), key, tensor(kv_heads, kv_len, value_dim),
         tuple(bound[p.name] for p in variant.parameters), tuple(bound[t.name] for t in variant.tensors), (),
         1 / math.sqrt(case.dim), case.q_offset,
     ), bound  # fmt: skip
@@ -166,6 +170,8 @@ def checks() -> Iterator[Case]:
         yield Case(variant, 128, batch=8, heads=16, q_len=1024)  # several tiles a program
         yield Case(variant, 64, batch=8, heads=24, q_len=1024)
         yield Case(variant, 256, batch=8, heads=16, q_len=1024)
+        for dim in (64, 128, 192, 256):
+            yield Case(variant, dim, q_len=1000, growing=True, **small)
     yield Case("causal", 128, batch=1, heads=2, q_len=4097)
 
 
@@ -215,6 +221,7 @@ def timings() -> Iterator[Case]:
         yield Case(variant, dim=256, batch=4)
     for dim in (80, 96, 192):  # of no tile shape of their own
         yield Case("causal", dim=dim)
+    yield Case("noop", growing=True)
 
 
 def configurations() -> Iterator[tuple[Case, Config, int | None]]:
@@ -340,7 +347,7 @@ def measure(runs: dict[str, Callable[[], Any]], rounds: int, milliseconds: int) 
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def timing(case: Case, rounds: int, with_flex: bool) -> dict[str, Any]:
+def timing(case: Case, rounds: int, milliseconds: int, with_flex: bool) -> dict[str, Any]:
     bound_call, bound = call(case, "cuda")
     runs: dict[str, Callable[[], Any]] = {"ours": lambda: hopper.forward(kernels(case.variant), bound_call)}
     failed = {}
@@ -353,7 +360,7 @@ def timing(case: Case, rounds: int, with_flex: bool) -> dict[str, Any]:
             runs[name] = run
         except Exception as error:  # a rival that does not run here is left out, and named
             failed[name] = repr(error)[:160]
-    times = measure(runs, rounds, 100)
+    times = measure(runs, rounds, milliseconds)
     work = operations(case)
     return {
         "ms": {name: round(ms, 4) for name, ms in times.items()},
@@ -397,7 +404,7 @@ def tasks(part: str, options: argparse.Namespace) -> list[Task]:
         return [Task(str(c), functools.partial(check, c), (c, None)) for c in checks() if keep(c)]
     if part == "time":
         return [
-            Task(str(c), functools.partial(timing, c, options.rounds, not options.no_flex), (c, None), 120)
+            Task(str(c), functools.partial(timing, c, options.rounds, options.rep, not options.no_flex), (c, None), 120)
             for c in timings()
             if keep(c)
         ]
@@ -439,7 +446,8 @@ def parent(part: str, options: argparse.Namespace, deadline: float) -> None:
     names = [task.name for task in tasks(part, options)]
     first = 0
     while first < len(names) and time.time() < deadline:
-        command = [sys.executable, __file__, part, "--child", "--first", str(first), "--rounds", str(options.rounds)]
+        command = [sys.executable, __file__, part, "--child", "--first", str(first)]
+        command += ["--rounds", str(options.rounds), "--rep", str(options.rep)]
         command += ["--no-flex"] * options.no_flex + (["--only", options.only] if options.only else [])
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -464,6 +472,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=460, help="seconds for everything")
     parser.add_argument("--only", default="", help="variants, or as causal:96, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=100, help="milliseconds that each takes in a round")
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
