@@ -32,8 +32,10 @@ import triton
 from torch import Tensor
 
 import attn_dsl
+from attn_dsl.backend import order
 from attn_dsl.backend.execute import Options, portable_call, reordered
 from attn_dsl.backend.portable.listing import Ends, Holder, Shape, Source, TileList
+from attn_dsl.passes.order_by_data import Sorted
 
 Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -189,21 +191,27 @@ class Case:
         return (lambda: run(*self.inputs, block_mask=mask)), setup, kibibytes
 
     def set_up(self) -> tuple[float, float]:
-        """(milliseconds that the GPU takes to make the schedule of a forward pass, KiB that it keeps)."""
+        """(milliseconds that the GPU takes to make the schedule of a forward pass, KiB that it keeps); with the sort,
+        where positions are sorted."""
+        program, options = self.attention._executable, Options("gpu")
         call = self.attention._binder.bind(*self.inputs, None, 0, self.bindings)
-        program = self.attention._executable
-        if reordered(program, call, Options("gpu")) is not None:  # positions are sorted, in every forward pass
-            return math.nan, math.nan
-        if program.kernels.lists is None:
-            return 0.0, 0.0
-        holder = Holder()
-        with torch.no_grad(), holder.active():
-            self.forward()
-        shape = next(shape for _, shape in holder.lists if shape is not None)
-        source = Source.of(portable_call(program, call, Options("gpu")))
-        lists = program.kernels.lists
-        kept = sum(made.bytes for made in holder.lists.values()) / 1024
-        return replayed(lambda: (lists.make_ends(source), lists.make(source, shape, False))), kept
+        found, sorts = reordered(program, call, options), []
+        if found is not None:
+            chosen = order.choice(program, call, options)
+            if chosen is not None and isinstance(chosen.order, Sorted):
+                sorts.append(functools.partial(order._sorted, chosen.order, call.tensors[chosen.order.tensor.name]))
+            program, call = found.program, found.call
+        lists, holder = program.kernels.lists, Holder()
+        kept = sum(x.nbytes for sort in sorts for x in (sort().elements, sort().order))
+        makes: list[Callable[[], Any]] = list(sorts)
+        if lists is not None:
+            with torch.no_grad(), holder.active():
+                self.forward()
+            shape = next(shape for _, shape in holder.lists if shape is not None)
+            source = Source.of(portable_call(program, call, options))
+            makes.append(lambda: (lists.make_ends(source), lists.make(source, shape, False)))
+            kept += sum(made.bytes for made in holder.lists.values())
+        return (replayed(lambda: [make() for make in makes]) if makes else 0.0), kept / 1024
 
 
 def replayed(run: Callable[[], Any], times: int = 20) -> float:
