@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -136,6 +137,19 @@ def test_the_word_of_the_assembler_is_kept_on_disk(monkeypatch: pytest.MonkeyPat
     assert said == ["text"]
     check.inspected("causal", SimpleNamespace(hash="abd", asm={"ptx": "other"}))
     assert said == ["text", "other"]
+
+
+PTX = """.version {version}
+.target sm_90a
+.address_size 64
+.visible .entry nothing() {{ ret; }}
+"""
+
+
+def test_a_kernel_written_for_a_newer_assembler_is_looked_at_all_the_same() -> None:
+    assert check.inspect(PTX.format(version="99.0")) == check.inspect(PTX.format(version="8.0"))
+    with pytest.raises(subprocess.CalledProcessError):
+        check.inspect(PTX.format(version="8.0").replace("ret", "no_such_instruction"))
 
 
 def test_insisting_on_hopper_kernels_where_they_cannot_run_is_an_error() -> None:

@@ -78,10 +78,7 @@ def _version() -> str:
 def inspect(ptx: str) -> Build:
     """Assemble PTX for sm_90a and read what ptxas has to say."""
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        command = [_tool("ptxas"), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        log = _assemble(ptx, Path(folder, "kernel.cubin"))
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     notes = tuple(line.strip() for line in log.splitlines() if re.search(r"serializ|C75\d\d|setmaxnreg", line))
     missing = tuple(name for name, pattern in FEATURES.items() if not re.search(pattern, ptx))
@@ -91,12 +88,32 @@ def inspect(ptx: str) -> Build:
 def sass(ptx: str) -> str:
     """The machine code of PTX, disassembled."""
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        source.write_text(ptx)
-        subprocess.run([_tool("ptxas"), "-arch=sm_90a", str(source), "-o", str(cubin)], check=True, capture_output=True)
-        return subprocess.run(
-            [_tool("cuobjdump"), "-sass", str(cubin)], check=True, capture_output=True, text=True
-        ).stdout
+        cubin = Path(folder, "kernel.cubin")
+        _assemble(ptx, cubin)
+        return _said([_tool("cuobjdump"), "-sass", str(cubin)]).stdout
+
+
+def _assemble(ptx: str, cubin: Path) -> str:
+    """Write the machine code of PTX; what ptxas says on the way.
+
+    A kernel that was kept on disk may have been written for a newer ptxas than this process takes, since torch.compile
+    points Triton to one. Its `.version` is then lowered to the newest that is read: a kernel for sm_90a needs no more.
+    """
+    source = cubin.with_suffix(".ptx")
+    source.write_text(ptx)
+    command = [_tool("ptxas"), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
+    try:
+        return _said(command).stderr
+    except subprocess.CalledProcessError as refused:
+        newest = re.search(r"Unsupported \.version [\d.]+; current version is '([\d.]+)'", refused.stderr)
+        if newest is None:
+            raise
+    source.write_text(re.sub(r"\.version [\d.]+", f".version {newest[1]}", ptx, count=1))
+    return _said(command).stderr
+
+
+def _said(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
 def _tool(name: str) -> str:
