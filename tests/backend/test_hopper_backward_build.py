@@ -31,8 +31,9 @@ def call(of: Program, dim: int, length: int = 256, heads: int = 4, device: str =
 @pytest.mark.parametrize("name", ["noop", "causal", "sliding_window"])
 def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
     of = program_of(name)
-    choice = launch_backward.Kernels(of.kernels).choice(call(of, dim), compile=compile_ahead)
-    assert choice.config == candidates(dim, dim)[0], choice.rejected
+    kernels = launch_backward.Kernels(of.kernels)
+    choice = kernels.choice(call(of, dim), compile=compile_ahead)
+    assert choice.config == kernels.candidates(call(of, dim))[0], choice.rejected
     assert choice.build is not None and choice.build.spilled <= check.SPILLS
     assert not choice.build.notes and not choice.build.missing
 

@@ -133,6 +133,17 @@ def test_three_launches_and_a_fourth_for_an_order() -> None:
     assert [programs for _, programs, _ in usual] == [2 * 4 * 16, 2 * 4 * 8, 2 * 4 * 16 * 2]
 
 
+def test_cheap_masks_of_wide_tiles_are_not_asked_about() -> None:
+    """A branch around the mask costs more there than the mask, unless that reads tensors or there is none."""
+
+    def asks(name: str, dim: int) -> list[bool]:
+        of, bound = program_of(name), call(1, 4, 256, dim)
+        return [config.ask for config in Kernels(of.kernels).candidates(bound)]
+
+    assert asks("causal", 64) == [False, True, True, False, True, False] and asks("causal", 128)[0]
+    assert asks("packed_causal", 64)[:2] == [True, False] and all(asks("noop", 64))
+
+
 def test_a_group_of_heads_is_one_programs() -> None:
     query, key = tensor(2, 8, 256, 128), tensor(2, 2, 384, 128)
     bound = Call(query, key, key, (), (), (), 0.1)

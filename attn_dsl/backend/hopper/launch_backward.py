@@ -138,8 +138,9 @@ class Kernels:
         """The configurations for a call, without those that differ in nothing but a question that is not asked, or
         asked in any case."""
         text = self.emitted(call.precise, fused)[0]
-        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]))
         listed = self.portable.lists is not None
+        cheap = not listed and not text.functions & {"keys", "columns"}
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), cheap)
         asks = (
             listed
             or "full" in text.functions
