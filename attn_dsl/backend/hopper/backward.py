@@ -22,10 +22,8 @@ After FlashAttention-3 (Shah et al. 2024, section 3.2), with dV issued before dS
 
 # ruff: noqa: RET505, RUF005, SIM102, SIM300 (static conditions and lists as Triton knows them)
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -46,6 +44,7 @@ from attn_dsl.backend.hopper.device import (
     warp_sums,
 )
 from attn_dsl.backend.hopper.forward import NEVER, Problem, _at
+from attn_dsl.backend.hopper.versions import async_add, async_load, async_store, reinterpret
 from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
@@ -207,8 +206,8 @@ class Ring:
         place = at % self.tiles.shape[0]
         full = self.full.index(place)
         mbarrier.expect(full, rows.block_type.nbytes + numbers.block_type.nbytes)
-        tma.async_copy_global_to_shared(rows, corner(begin), full, self.tiles.index(place))
-        tma.async_copy_global_to_shared(numbers, [pair, first], full, self.numbers.index(place))
+        async_load(rows, corner(begin), full, self.tiles.index(place))
+        async_load(numbers, [pair, first], full, self.numbers.index(place))
 
 
 @aggregate
@@ -395,7 +394,7 @@ def _load_keys(f, memory, part, tensor, buffers, b, hk, first, scalars, tensors)
     mbarrier.expect(memory.loaded.index(part), 2 * tensor.block_type.nbytes)
     for group in gl.static_range(2):
         begin = _at(f.KEY_BOX, b, hk, first + group * KEYS, scalars, tensors)
-        tma.async_copy_global_to_shared(tensor, corner(begin), memory.loaded.index(part), buffers.index(group))
+        async_load(tensor, corner(begin), memory.loaded.index(part), buffers.index(group))
 
 
 @gluon.jit
@@ -477,13 +476,6 @@ def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
     return warpgroup_mma(other.permute((1, 0)), other_keys, half, is_async=True)
 
 
-@builtin
-def _reduce_add(target, place, source, _semantic=None):
-    """target[place] += source by the copy engine; Triton 3.6 has it, but no name for it in Gluon."""
-    place = _semantic._convert_to_ir_values(place, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, place, source.handle)
-
-
 @gluon.jit
 def _add_query_grad(shape, memory, head, half, i, turn, last, GROUP: gl.constexpr):
     """Add half a tile of dQ to the buffer, which keeps the order of the registers: 16 bytes a lane, no conflicts.
@@ -500,7 +492,7 @@ def _add_query_grad(shape, memory, head, half, i, turn, last, GROUP: gl.constexp
         tma.store_wait(0)  # the copy engine has read what was there
     memory.sums.index(GROUP).store(gl.reshape(x, [2 * shape.HALF, 32]))
     fence_async_shared()
-    _reduce_add(memory.dq, [place * (2 * shape.HALF), 0], memory.sums.index(GROUP))
+    async_add(memory.dq, [place * (2 * shape.HALF), 0], memory.sums.index(GROUP))
     return last
 
 
@@ -898,12 +890,12 @@ def _store(shape, f, memory, problem, dk, dv, GROUP: gl.constexpr):
     memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
     fence_async_shared()
     begin = corner(_at(f.KEY_BOX, b, hk, first, problem.scalars(), problem.captured()))
-    tma.async_copy_shared_to_global(memory.dv, begin, memory.values.index(GROUP))
+    async_store(memory.dv, begin, memory.values.index(GROUP))
     tma.store_wait(1)  # the copy engine has read the last half of dQ
-    staging = memory.sums.index(GROUP)._reinterpret(DTYPE, memory.dk.block_type.shape, memory.dk.layout)
+    staging = reinterpret(memory.sums.index(GROUP), DTYPE, memory.dk.block_type.shape, memory.dk.layout)
     staging.reshape([KEYS, shape.D]).store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(memory.dk, begin, staging)
+    async_store(memory.dk, begin, staging)
     tma.store_wait(0)
 
 

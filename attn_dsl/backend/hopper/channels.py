@@ -4,8 +4,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
+
+from attn_dsl.backend.hopper.versions import async_load, reinterpret
 
 SWIZZLED = gl.constexpr(64)
 """Columns of 16 bits that a tile in shared memory keeps side by side."""
@@ -62,7 +64,7 @@ class Ring:
         """Fill the place for the `round`-th time, with what begins at `first`, once its consumers have freed it."""
         mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
         mbarrier.expect(self.full.index(place), descriptor.block_type.nbytes)
-        tma.async_copy_global_to_shared(descriptor, corner(first), self.full.index(place), self.tiles.index(place))
+        async_load(descriptor, corner(first), self.full.index(place), self.tiles.index(place))
 
     @gluon.jit
     def gather(self, place, round, descriptor, pages, head):
@@ -80,14 +82,14 @@ class Ring:
             for chunk in gl.static_range(chunks):
                 box = boxes.index((place * chunks + chunk) * count + i)
                 first = [page, head, 0, chunk * SWIZZLED]
-                tma.async_copy_global_to_shared(descriptor, first, self.full.index(place), box)
+                async_load(descriptor, first, self.full.index(place), box)
 
     @gluon.jit
     def boxes(self, ROWS: gl.constexpr):
         """All tiles as boxes [n, 1, 1, ROWS, SWIZZLED]: in a tile, so many columns of all its rows stand together."""
         shape: gl.constexpr = self.tiles.shape
         count: gl.constexpr = shape[0] * shape[3] * shape[4] // (ROWS * SWIZZLED)
-        return self.tiles._reinterpret(self.tiles.dtype, [count, 1, 1, ROWS, SWIZZLED], self.tiles.layout)
+        return reinterpret(self.tiles, self.tiles.dtype, [count, 1, 1, ROWS, SWIZZLED], self.tiles.layout)
 
     @gluon.jit
     def clip(self, place, left):

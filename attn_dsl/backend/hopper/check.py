@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 
 from attn_dsl.backend import cache
 
@@ -90,7 +91,7 @@ def sass(ptx: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         _assemble(ptx, cubin)
-        return _said([_tool("cuobjdump"), "-sass", str(cubin)]).stdout
+        return _said([knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]).stdout
 
 
 def _assemble(ptx: str, cubin: Path) -> str:
@@ -101,7 +102,7 @@ def _assemble(ptx: str, cubin: Path) -> str:
     """
     source = cubin.with_suffix(".ptx")
     source.write_text(ptx)
-    command = [_tool("ptxas"), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
+    command = [_ptxas(), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)]
     try:
         return _said(command).stderr
     except subprocess.CalledProcessError as refused:
@@ -116,6 +117,6 @@ def _said(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True)
 
 
-def _tool(name: str) -> str:
-    """The tool that Triton takes: torch.compile may have pointed it to that of another CUDA, which reads other PTX."""
-    return str(getattr(knobs.nvidia, name).path)
+def _ptxas() -> str:
+    """The one that Triton takes: torch.compile may have pointed it to that of another CUDA, which reads other PTX."""
+    return str(get_ptxas(90).path)

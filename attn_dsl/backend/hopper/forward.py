@@ -50,6 +50,7 @@ from attn_dsl.backend.hopper.device import (
     up_to,
     wait_turn,
 )
+from attn_dsl.backend.hopper.versions import async_store
 from attn_dsl.backend.portable.device import LN2, LOG2E, captured, count, first_position, nth, scalars_of
 
 NEVER = gl.constexpr(float("-inf"))
@@ -840,7 +841,7 @@ def _store(shape, f, memory, acc, turn, keep, scalars, tensors, GROUP: gl.conste
     fence_async_shared()
     first = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, scalars, tensors)
     if keep:
-        tma.async_copy_shared_to_global(memory.out, corner(first), staging)
+        async_store(memory.out, corner(first), staging)
     if not shape.OWN_OUTPUT:
         tma.store_wait(0)
         memory.queries.release(GROUP)

@@ -1,0 +1,22 @@
+"""What of Gluon has other names, or none, in other versions of Triton: 3.6 and 3.9 are known here."""
+
+from triton._C.libtriton import ir
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+async_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+
+@builtin
+def async_add(target, place, source, _semantic=None):
+    """target[place] += source by the copy engine."""
+    place = _semantic._convert_to_ir_values(place, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, target.handle, place, source.handle)
+
+
+@builtin
+def reinterpret(memory, dtype, shape, layout, _semantic=None):
+    """Shared memory as that of another dtype, shape and layout."""
+    change = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
+    return change(dtype, shape, layout, _semantic=_semantic)
