@@ -41,7 +41,7 @@ def loops(sass: str) -> list[list[str]]:
     return [body for body in bodies if sum("HGMMA" in text for text in body) in PRODUCTS]
 
 
-LONGEST, PRODUCTS = 750, (12, 16, 20, 21, 22)
+LONGEST, PRODUCTS = 750, (12, 13, 14, 16, 20)
 """Instructions of a step of the shipped kernels, and its products: of logits, and of weights and values."""
 
 
@@ -63,7 +63,7 @@ def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
     assert max(spills) <= 2, "a step spills more than a scalar or two"
 
 
-@pytest.mark.parametrize(("dim", "products"), [(80, 5 + 2 * 8), (96, 6 + 2 * 8), (192, 12 + 2 * 4)])
+@pytest.mark.parametrize(("dim", "products"), [(80, 5 + 8), (96, 6 + 8), (192, 12 + 2 * 4)])
 def test_head_dimensions_between_powers_of_two_are_not_multiplied_as_the_next_one(dim: int, products: int) -> None:
     of = program_of("causal")
     kernels, bound = launch.Kernels(of.kernels), call(of, dim)

@@ -169,12 +169,12 @@ class Board:
         mbarrier.arrive(self.full.index(place), count=1)
 
     @gluon.jit
-    def failed(self, turn, last):
+    def failed(self, turn, awaited):
         """(bits of the consumers that failed, tile, batch, head): of the turn before the last or, if none did there and
-        nothing else is left to do, of the last. What failed is forgotten.
+        its word is awaited, of the last. What failed is forgotten.
         """
         bits = self._failed(turn)
-        if last & (bits == 0):
+        if awaited & (bits == 0):
             turn += 1  # it has the place of the last one
             bits = self._failed(turn)
         tile, b, h = [_read_by_warp(self.words, turn % 2 * 4 + i) for i in (0, 1, 2)]

@@ -443,7 +443,8 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
         passed += visits.tiles
         _load(shape, f, memory.values, memory.value, passed - 1, b, hk, row, scalars, tensors)
         if shape.FROZEN:
-            again, tile, b, h = memory.board.failed(turn, number >= total)
+            awaited = (number >= total) & (visits.tiles > gl.maximum(visits.masked_tiles, 1))
+            again, tile, b, h = memory.board.failed(turn, awaited)
     memory.board.write(turn, -1, 0, 0, 0)
 
 

@@ -252,11 +252,17 @@ def padded(dim: int) -> int:
     return max(64, 1 << math.ceil(math.log2(dim)))
 
 
-def blocks(dim: int) -> tuple[int, ...]:
-    """Widths of the one or two blocks of columns that are multiplied: powers of two, at least `dim` together."""
+def blocks(dim: int, least: int) -> tuple[int, ...]:
+    """Widths of the one or two blocks of columns that are multiplied: powers of two, at least `dim` together.
+
+    `least` is the width that pays: 16 columns of queries and keys, which are steps of their product, or 64 of values,
+    for fewer of which a product whose left operand is in registers takes no less time.
+    """
     whole = padded(dim)
-    rest = dim - whole // 2
-    return (whole,) if whole == 64 or rest > whole // 4 else (whole // 2, max(16, 1 << math.ceil(math.log2(rest))))
+    if whole == 64:
+        return (64,)
+    first, second = whole // 2, max(least, 1 << math.ceil(math.log2(dim - whole // 2)))
+    return (whole,) if second == first else (first, second)
 
 
 def refusal(kernels: portable.Kernels, call: Call) -> str | None:
@@ -375,7 +381,7 @@ class _Plan:
         d, dv = padded(call.query.shape[3]), padded(call.value.shape[3])
         parts = kernels.masks_parts(call, config, functions)
         of_call = {
-            "D": blocks(call.query.shape[3]), "DV": blocks(call.value.shape[3]), "PARTS": parts,
+            "D": blocks(call.query.shape[3], 16), "DV": blocks(call.value.shape[3], 64), "PARTS": parts,
             "PAGE": kernels.page(call), "num_warps": 4,
         }  # fmt: skip
         options = Options({**functions, **_options(config), **of_call})
