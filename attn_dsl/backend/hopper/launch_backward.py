@@ -42,7 +42,7 @@ from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tape import Launches
-from attn_dsl.ir.nodes import FALSE, Node, Var, post_order
+from attn_dsl.ir.nodes import FALSE, Index, Load, Node, Var, post_order
 from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
 from attn_dsl.passes.schedule import Schedule, derive_schedule
@@ -58,6 +58,8 @@ ORDERED_SPILLS = 576
 """Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
 FUSED_SPILLS = 640
 """Bytes that ptxas may spill rather than leave a gradient to a pass of its own; most are at the head of a loop."""
+CHEAP = 4
+"""Operations of a cheap mask: those of a window, where the mask on every tile of 128 queries still gains 1 percent."""
 COPIES, COPIED = 16, 2**22
 """So many copies there are of a captured tensor's gradient, of no more elements together unless one has more."""
 ORDERED_KEYS = 2**17
@@ -114,6 +116,13 @@ class Kernels:
         full = conjunction([self.proof.full, *settled])
         return (self.proof.full, ()) if full is FALSE else (full, found)
 
+    @functools.cached_property
+    def has_cheap_mask(self) -> bool:
+        """Whether it takes a pair few operations to know if it counts."""
+        nodes = [x for x in post_order(self.portable.listed[1].mask) if x.depends & {"q", "k"}]
+        taken = sum(not isinstance(x, Index) for x in nodes)
+        return taken <= CHEAP and self.portable.lists is None and not any(isinstance(x, Load) for x in nodes)
+
     def fusable(self, wanted: frozenset[str]) -> frozenset[str]:
         """Which gradients of captured tensors and parameters the kernel sums itself, if registers suffice."""
         return fusable(self.portable.variant, wanted, self.full[1]) if wanted else wanted
@@ -139,8 +148,7 @@ class Kernels:
         asked in any case."""
         text = self.emitted(call.precise, fused)[0]
         listed = self.portable.lists is not None
-        cheap = not listed and not text.functions & {"keys", "columns"}
-        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), cheap)
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), self.has_cheap_mask)
         asks = (
             listed
             or "full" in text.functions
