@@ -6,11 +6,13 @@
     python benchmarks/gpu.py --sweep --variants noop,causal,softcap    tile shapes of the portable kernels, one by one
     python benchmarks/gpu.py --memory --variants causal,sliding_window --shapes 2x16x131072x128
     python benchmarks/gpu.py --graph --passes forward,both --shapes 8x16x128x128,8x16x512x128
+    python benchmarks/gpu.py --loop --passes forward,both --shapes 8x16x128x128 --rivals attn_dsl,flex,sdpa
 
 A shape is BxHxSxD, or BxHxHKxSxD with grouped heads. --memory says what a forward and a backward pass take beyond
 inputs, outputs and gradients. --graph replays CUDA graphs, so that times of the host do not count; `both` is forward
-and backward together, which a graph needs. Times are milliseconds: the median over rounds, in which all implementations
-take turns, of the median that `triton.testing.do_bench` finds. TFLOP/s count pairs that the mask keeps,
+and backward together, which a graph needs. --loop makes calls one after the other and divides the time on the clock:
+that of the host, where it is longer than that of the GPU. Times are milliseconds: the median over rounds, in which all
+implementations take turns, of the median that `triton.testing.do_bench` finds. TFLOP/s count pairs that the mask keeps,
 4 D a pair forward, 10 D backward. `error` is the largest deviation of the output from float64 on some rows, `eager`
 that of plain PyTorch in the same dtype. One JSON object a line on standard output (or in --json), then a table.
 """
@@ -273,6 +275,10 @@ def sdpa(backend: str, case: Case) -> Rival | None:
         "dense": SDPBackend.EFFICIENT_ATTENTION,
     }
     options: dict[str, Any] = {"enable_gqa": case.shape.H != case.shape.HK}
+    if backend == "sdpa":
+        attend = torch.nn.functional.scaled_dot_product_attention
+        options["is_causal"] = case.variant.causal
+        return Rival(lambda: attend(*case.inputs, **options)) if plain else None
     if backend == "dense":
         if case.variant.score is not None or case.variant.mask is None or case.shape.S > 16384:
             return None
@@ -316,6 +322,7 @@ RIVALS: dict[str, Callable[[Case], Rival | None]] = {
     "flex": flex,
     "cudnn": functools.partial(sdpa, "cudnn"),
     "flash2": functools.partial(sdpa, "flash"),
+    "sdpa": functools.partial(sdpa, "sdpa"),
     "dense": functools.partial(sdpa, "dense"),
     "flash3": flash3,
 }
@@ -342,15 +349,30 @@ WORK = {"forward": 4, "backward": 10, "both": 14}
 """Useful operations of a kept pair, by D."""
 
 
-def timed(run: Run, rep: int, graph: bool) -> float:
+def timed(run: Run, rep: int, how: str | None = None) -> float:
     """The median of some runs in milliseconds."""
-    if graph:
+    if how == "graph":
         return triton.testing.do_bench_cudagraph(run, rep=rep, return_mode="median")
+    if how == "loop":
+        return looped(run, rep)
     return triton.testing.do_bench(run, warmup=10, rep=rep, return_mode="median")
 
 
+def looped(run: Run, rep: int, calls: int = 50) -> float:
+    """The median of loops of so many calls, in milliseconds a call."""
+    times, end = [], time.perf_counter() + rep / 1000
+    while time.perf_counter() < end or len(times) < 3:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times) * 1000
+
+
 def measure(
-    case: Case, passes: list[str], names: list[str], rounds: int, rep: int, graph: bool = False
+    case: Case, passes: list[str], names: list[str], rounds: int, rep: int, how: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """One result for each implementation and pass; an implementation that fails gives a result that says why."""
     rows = torch.unique(
@@ -387,7 +409,7 @@ def measure(
     times: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
     for _ in range(rounds):
         for key, run in runs.items():
-            times[key].append(timed(run, rep, graph))
+            times[key].append(timed(run, rep, how))
     for (which, name), found in times.items():
         milliseconds = statistics.median(found)
         work = WORK[which] * case.shape.D * case.pairs
@@ -546,7 +568,13 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds after which no further case starts")
     parser.add_argument("--sweep", action="store_true", help="tile shapes of the portable kernels")
     parser.add_argument("--memory", action="store_true", help="memory of both passes instead of times")
-    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs; passes: forward, both")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--graph", action="store_const", dest="how", const="graph", help="replay CUDA graphs; passes: forward, both"
+    )
+    how.add_argument(
+        "--loop", action="store_const", dest="how", const="loop", help="the clock's time of calls in a row"
+    )
     parser.add_argument("--json", type=argparse.FileType("w"), default=sys.stdout)
     chosen = parser.parse_args()
     stop = time.perf_counter() + chosen.limit
@@ -566,7 +594,7 @@ def main() -> None:
             elif chosen.memory:
                 found = memory(case, rivals)
             else:
-                found = measure(case, passes, rivals, chosen.rounds, chosen.rep, chosen.graph)
+                found = measure(case, passes, rivals, chosen.rounds, chosen.rep, chosen.how)
             for result in found:
                 result = {"variant": name, "shape": str(case.shape), "dtype": chosen.dtype, **result}
                 results.append(result)

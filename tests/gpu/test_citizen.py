@@ -311,8 +311,41 @@ def test_a_call_of_a_kind_that_was_seen_is_the_same_call(bias: attn_dsl.Attentio
         bias(query, key, value, table=table[:, 1:], sinks=sinks)
 
 
+def test_calls_with_gradients_of_a_kind_that_was_seen_have_those_gradients(bias: attn_dsl.Attention) -> None:
+    """The first goes the long way, the second is planned, the others are played from a tape."""
+    causal, alibi = attn_dsl.compile("causal"), attn_dsl.compile("alibi")
+    for turn in range(4):
+        leaves = [torch.randn_like(x).requires_grad_() for x in inputs()]
+        slope, offset = torch.rand(4, device="cuda"), torch.tensor([3, 90], device="cuda")
+        calls: dict[str, tuple[attn_dsl.Attention, dict[str, Tensor]]] = {
+            "causal": (causal, {}),
+            "alibi": (alibi, {"slope": slope}),
+            "by batch": (causal, {"q_offset": offset}),
+            "captured": (bias, {"table": leaves[3], "sinks": leaves[4]}),
+        }
+        for name, (attention, given) in calls.items():
+            wanted = leaves if name == "captured" else leaves[:3]
+            results = []
+            for long in (False, True):  # a call that is validated goes the long way
+                out, lse = attention(*leaves[:3], return_lse=True, validate=long, **given)  # type: ignore[call-overload]
+                upstream = torch.ones_like(out)
+                alone = torch.autograd.grad(out, leaves[0], upstream, retain_graph=True)
+                grads = torch.autograd.grad((out, lse), wanted, (upstream, torch.ones_like(lse)))
+                results.append((out, lse, grads[1], grads[2], *alone, *grads))
+            for i, (a, b) in enumerate(zip(*results, strict=True)):
+                assert torch.equal(a, b) if i < 4 else (a - b).abs().max() < 2e-2 * (1 + b.abs().max()), (name, turn, i)
+
+
+def test_a_number_in_a_tensor_is_read_in_every_call() -> None:
+    attention = attn_dsl.compile("sliding_window")
+    query, key, value, *_ = inputs(grad=False)
+    for window in (3, 40, 3, 7):
+        found = attention(query, key, value, window=torch.tensor(window))
+        assert torch.equal(found, attention(query, key, value, window=window))
+
+
 def test_the_host_is_quick() -> None:
-    """Host time of one forward call without gradients on every route: 40 microseconds on an idle host."""
+    """Host time of one forward call without gradients on every route: 30 microseconds on an idle host."""
     query, key, value, *_ = inputs(128, grad=False)
     narrow, slope = (query, key, value), torch.rand(4, device="cuda")
     wide = [x.float() for x in narrow]
@@ -338,7 +371,7 @@ def test_the_host_is_quick() -> None:
             times.append((time.perf_counter() - start) / 50)
         best[name] = min(times)
         print(f"{name} {best[name] * 1e6:.1f} us")
-    assert max(best[name] for name in ("causal", "alibi", "portable", "decode")) < 40e-6 * SLACK or not ALONE
+    assert max(best[name] for name in ("causal", "alibi", "portable", "decode")) < 30e-6 * SLACK or not ALONE
 
 
 def test_the_host_is_quick_with_gradients() -> None:
@@ -361,4 +394,4 @@ def test_the_host_is_quick_with_gradients() -> None:
         both.append((time.perf_counter() - start) / 20)
         assert out.requires_grad
     print(f"forward {min(forward) * 1e6:.1f} us, both {min(both) * 1e6:.1f} us")
-    assert (min(forward) < 100e-6 * SLACK and min(both) < 500e-6 * SLACK) or not ALONE
+    assert (min(forward) < 50e-6 * SLACK and min(both) < 250e-6 * SLACK) or not ALONE
