@@ -27,7 +27,7 @@ from attn_dsl.passes.separate import separate
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Kernels as HopperKernels
     from attn_dsl.backend.hopper.launch_backward import Kernels as HopperBackwardKernels
-    from attn_dsl.backend.order import Choice, Ordered
+    from attn_dsl.backend.order import Choice, Ordered, StripsOfKeys
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Kernels
     from attn_dsl.passes.order import Residues
@@ -78,6 +78,8 @@ class Program:
         """Of what grid, with how many columns of keys, where the program is one over strips of it."""
         self.choices: dict[tuple[Any, ...], Choice] = {}
         """Which order calls take, by kind."""
+        self.strips_of_keys: dict[tuple[Any, ...], StripsOfKeys | None] = {}
+        """How their backward pass goes by strips of a grid, by kind; None where it does not."""
         self._proof = proof
 
     @functools.cached_property

@@ -102,11 +102,12 @@ def takes_grids(program: execute.Program, call: portable.Call) -> bool:
     return route(program, call, decodes=False).backend == HOPPER
 
 
-def backward_takes_grids(program: execute.Program, call: portable.Call, options: Options) -> bool:
-    """Whether the Hopper backward kernel takes a call over strips of a grid."""
+def backward_config_of_grid(program: execute.Program, call: portable.Call, options: Options) -> BackwardConfig | None:
+    """How the Hopper backward kernel takes a call over strips of a grid; None where it does not."""
     if unavailable(_capability(call.query.device)) is not None:
-        return False
-    return backward_route(program, call, deterministic=options.deterministic).backend == HOPPER
+        return None
+    choice = backward_route(program, call, deterministic=options.deterministic).choice
+    return None if choice is None else choice.config
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,10 @@ def explain(program: Program, call: Call) -> str:
     if ordered and not ordered.layout.both_passes:
         of = execute.program_for(program.variant, program.proof)
         strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))
-        of, given = (of, call) if strips is None else (strips.program, strips.call)
-        bound = execute.portable_call(of, given, Options(GPU))
+        bound = execute.portable_call(of, call, Options(GPU))
+        if strips is not None:
+            ordered = order._in_strips(strips.order, of, call, Options(GPU), strips.count, strips.lead)
+            of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     lines.append(describe_backward(of, bound, back, capability))
     return "\n".join(lines)

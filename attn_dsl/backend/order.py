@@ -95,8 +95,9 @@ class Ordered:
         layout, given = self.layout, self.given
         if not layout.both_passes:
             strips = None if wanted else strips_of_keys(self.outer, given, self.options)
-            program, call = (self.outer, given) if strips is None else (strips.program, strips.call)
-            return execute.run_backward(program, call, self.options, outputs, grad_out, grad_lse, wanted)
+            if strips is not None:
+                return strips.backward(given, outputs, grad_out, grad_lse)
+            return execute.run_backward(self.outer, given, self.options, outputs, grad_out, grad_lse, wanted)
         out, lse, shifted = outputs  # rows that fill up a sequence have probabilities of 0
         lines = [layout.split_line(x, float("inf")) if x.numel() else x for x in (lse, shifted)]
         grad_lse = None if grad_lse is None else layout.split_line(grad_lse, 0.0)
@@ -283,19 +284,47 @@ def _strips(program: Program, call: Call, options: Options, most: float | None) 
             yield best, pairs
 
 
-def strips_of_keys(program: Program, call: Call, options: Options) -> Ordered | None:
-    """The call as the Hopper backward kernel takes it, by strips of keys; None where it does not."""
-    key = ("backward", call.query.dtype, options, *call.parameters.values(), *call.sizes.values())
-    if key not in program.choices:
-        program.choices[key] = _strips_of_keys(program, call, options)
-    found = program.choices[key]
-    if not isinstance(found.order, Strips):
+@dataclass(frozen=True)
+class StripsOfKeys:
+    """How the Hopper backward kernel takes calls of one kind by strips of keys: `bound` is one of them without its
+    tensors, `config` the kernel's configuration. count, lead: as those of `Choice`, of boxes of queries."""
+
+    order: Strips
+    count: int
+    lead: int
+    program: Program
+    bound: PortableCall
+    config: Any
+
+    def backward(self, given: Call, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
+        from attn_dsl.backend.hopper.launch_boxes import backward
+
+        tensors = tuple(given.tensors[tensor.name] for tensor in self.program.variant.tensors)
+        bound = replace(self.bound, query=given.query, key=given.key, value=given.value, tensors=tensors)
+        found = backward(
+            self.program.hopper_backward, bound, outputs[0], outputs[1], grad_out, grad_lse, self.config
+        )  # fmt: skip
+        return Gradients(found.query, found.key, found.value, found.captured)
+
+
+def strips_of_keys(program: Program, call: Call, options: Options) -> StripsOfKeys | None:
+    """How the Hopper backward kernel takes calls like this by strips of keys; None where it does not."""
+    if not all(isinstance(x, int | float) for x in call.parameters.values()):
         return None
-    return _in_strips(found.order, program, call, options, found.count, found.lead)
+    tensors = (call.query, call.key, call.value, *call.tensors.values())
+    key = (
+        options, call.scale, call.q_offset, *call.parameters.values(), *call.sizes.values(),
+        *[(x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors],
+    )  # fmt: skip
+    if key not in program.strips_of_keys:
+        if len(program.strips_of_keys) >= KEPT:
+            program.strips_of_keys.clear()
+        program.strips_of_keys[key] = _strips_of_keys(program, call, options)
+    return program.strips_of_keys[key]
 
 
-def _strips_of_keys(program: Program, call: Call, options: Options) -> Choice:
-    from attn_dsl.backend.gpu import backward_takes_grids
+def _strips_of_keys(program: Program, call: Call, options: Options) -> StripsOfKeys | None:
+    from attn_dsl.backend.gpu import backward_config_of_grid
 
     for given in program.orders:
         order = given.exchanged() if isinstance(given, Strips) else None
@@ -318,9 +347,13 @@ def _strips_of_keys(program: Program, call: Call, options: Options) -> Choice:
         _, lead, laid = min(found, key=lambda one: one[0])
         if program.has_row_term or laid.program.has_row_term:  # what a row lacks is counted from its first query
             continue
-        if backward_takes_grids(laid.program, portable_call(laid.program, laid.call, options), options):
-            return Choice(order, f"{strips} strips of keys, queries in boxes of {columns} columns", columns, lead)
-    return Choice(None, "as given")
+        bound = portable_call(laid.program, laid.call, options)
+        config = backward_config_of_grid(laid.program, bound, options)
+        if config is not None:
+            none = torch.empty(0, device="meta")
+            bound = replace(bound, query=none, key=none, value=none, tensors=())
+            return StripsOfKeys(order, columns, lead, laid.program, bound, config)
+    return None
 
 
 def _sorts(program: Program, call: Call) -> Iterator[Choice]:

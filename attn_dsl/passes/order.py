@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import lru_cache
 
 from attn_dsl.ir.nodes import (
     HK,
@@ -249,7 +250,12 @@ def _rest(x: Node, y: Node) -> Node:
 
 def number(node: Node, parameters: Mapping[str, object]) -> int | None:
     """The INT that an expression is with these parameters; None where one of them is no number."""
-    known = {name: x for name, x in parameters.items() if isinstance(x, int)}
+    return _number(node, tuple((name, x) for name, x in parameters.items() if isinstance(x, int)))
+
+
+@lru_cache(maxsize=4096)
+def _number(node: Node, parameters: tuple[tuple[str, int], ...]) -> int | None:
+    known = dict(parameters)
 
     def bound(part: Node) -> Node:
         return Const(known[part.name]) if isinstance(part, Param) and part.name in known else part
