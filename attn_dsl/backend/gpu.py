@@ -82,8 +82,8 @@ def route(
         raise BindingError("`key`: float8_e4m3fn needs a GPU of compute capability 8.9 or later")
     if decodes and not program.binder.packed and (reason := decode.reason(call)):
         return Route(DECODE, reason, layout=decode.layout_of(program.kernels, call))
-    if program.binder.packed or program.binder.scaled:
-        return Route(PORTABLE, f"{program.binder.layout}, which the Hopper kernels do not read")
+    if program.binder.scaled:
+        return Route(PORTABLE, f"{program.binder.stored}, which the Hopper kernels do not read")
     reason = unavailable(_capability(call.query.device) if capability is None else capability)
     if reason is not None:
         return Route(PORTABLE, reason)

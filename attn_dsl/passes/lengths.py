@@ -13,6 +13,7 @@ declared before all else, as captured tensors:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import (
@@ -109,6 +110,15 @@ def key_end(variant: Variant) -> Node | None:
     """How many keys batch entry `b` has, where calls say so: a mask that ends there."""
     end = sequence_length(KEY_ENDS) if is_packed(variant) else Load(KV_LEN, (Index("b"),), Type.INT)
     return end if Compare(CompareOp.LT, K, end) in conjuncts(variant.mask) else None
+
+
+def mask_of_rows(variant: Variant) -> Node:
+    """The mask for those who write no row past the end of a packed sequence, and need not ask where that is."""
+    if not is_packed(variant):
+        return variant.mask
+    end = Compare(CompareOp.LT, Q, sequence_length(QUERY_ENDS))
+    kept = [part for part in conjuncts(variant.mask) if part is not end]
+    return reduce(lambda x, y: Binary(BinaryOp.AND, x, y), kept) if kept else TRUE
 
 
 def _before(mask: Node, position: Node, end: Node) -> Node:

@@ -1,4 +1,4 @@
-"""Caches in pages by the Hopper kernel, compiled ahead of time, without a GPU."""
+"""Caches in pages and packed sequences by the Hopper forward kernel, compiled ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from attn_dsl.backend import gpu
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.hopper import check, launch
 from attn_dsl.backend.hopper.configs import candidates
-from attn_dsl.backend.portable.launch import Call
+from attn_dsl.backend.portable.launch import Call, outputs
 from attn_dsl.frontend import load
-from attn_dsl.passes.lengths import with_lengths, with_pages, with_scales
+from attn_dsl.passes.lengths import with_lengths, with_packing, with_pages, with_scales
 
 ROOM, HEADS = 1024, 8
 
@@ -82,3 +82,43 @@ def test_each_page_size_has_its_own_kernel(says: Callable[..., None]) -> None:
     for page in (16, 64, 16, 128, 64):
         kernels.choice(cache("causal", page)[1], compile)
     assert len(made) == 3
+
+
+def packed(name: str, dim: int, rows: int = 5000) -> tuple[Program, Call]:
+    """A variant over seven packed sequences, and a call of it."""
+    of = compiled(with_packing(load(name)))
+    query, key, ends = tensor(1, HEADS, rows, dim), tensor(1, 2, rows, dim), tensor(8, dtype=torch.int32)
+    tensors = (ends, ends, *(tensor(HEADS, dtype=torch.float32) for _ in of.variant.tensors[2:]))
+    parameters = tuple(1024 for _ in of.variant.parameters)
+    dims = (7, HEADS, 2, 1024, 1024, dim)
+    return of, Call(query, key, key, parameters, tensors, (), 0.1, dims=dims)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dim"), [
+    ("causal", 64), ("causal", 128), ("causal", 256), ("noop", 128), ("alibi", 128), ("sliding_window", 128),
+])  # fmt: skip
+def test_packed_sequences_cost_no_step_a_register(name: str, dim: int) -> None:
+    of, call = packed(name, dim)
+    kernels = launch.Kernels(of.kernels)
+    assert launch.refusal(of.kernels, call) is None
+    choice = kernels.choice(call, launch.compile_ahead)
+    assert choice.config is not None, choice.rejected
+    steps = loops(check.sass(launch.build(kernels, call).asm["ptx"]))
+    assert len(steps) >= choice.config.groups
+    assert max(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in step) for step in steps) <= 4
+
+
+def test_packed_sequences_go_to_the_hopper_kernel_row_by_row(says: Callable[..., None]) -> None:
+    says(*[GOOD] * 9)
+    of, call = packed("causal", 128)
+    assert gpu.route(of, call, HOPPER, compiler()[1]).backend == "hopper"
+    assert gpu.backward_route(of, call, capability=HOPPER).backend == "portable"
+    launched: list[int] = []
+    config = candidates(128, 128)[0]
+    results = launch.forward(of.hopper, call, lambda _, programs, *rest: launched.append(programs), config)
+    for found, expected in zip(results, outputs(call, packed=True), strict=False):
+        assert found.stride() == expected.stride() and found.shape == expected.shape
+    tiles = 5000 // config.rows + 7  # enough for sequences that end anywhere
+    assert launched == [min(132, HEADS * tiles)]
+    assert "no element" in str(launch.refusal(of.kernels, packed("causal", 128, rows=0)[1]))

@@ -205,6 +205,21 @@ def test_nothing_waits_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("name", "dim"), [("causal", 128), ("alibi", 64), ("gpt_oss", 256)])
+def test_nothing_of_a_packed_sequence_reaches_another(name: str, dim: int) -> None:
+    attention, lengths, bindings = attn_dsl.compile(name), [300, 1, 129, 64, 0, 700], moved(TEXTS[name])
+    ends = torch.tensor([0, *lengths], device="cuda").cumsum(0)
+    query, key, value = (normal(sum(lengths), heads, dim, seed=i) for i, heads in enumerate((H, HK, HK)))
+    out, lse = attention.varlen(query, key, value, ends, longest_query=700, return_lse=True, **bindings)
+    inside = torch.zeros(sum(lengths), dtype=torch.bool, device="cuda")
+    inside[300:301] = inside[430:494] = True
+    for x in (query, key, value):
+        x[inside] = torch.nan
+    found, found_lse = attention.varlen(query, key, value, ends, longest_query=700, return_lse=True, **bindings)
+    assert torch.equal(found[~inside], out[~inside]) and torch.equal(found_lse[~inside], lse[~inside])
+
+
 @pytest.mark.parametrize(("name", "dtype", "tolerance"), [
     ("causal", torch.bfloat16, 2e-2), ("sliding_window", torch.bfloat16, 2e-2), ("alibi", torch.float32, 1e-3),
     ("gpt_oss", torch.float32, 1e-3),

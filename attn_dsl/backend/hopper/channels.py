@@ -12,6 +12,9 @@ from attn_dsl.backend.hopper.versions import async_load, reinterpret
 SWIZZLED = gl.constexpr(64)
 """Columns of 16 bits that a tile in shared memory keeps side by side."""
 
+TOGETHER = gl.constexpr(4)
+"""Pages whose numbers are found side by side."""
+
 
 @gluon.jit
 def corner(first):
@@ -29,6 +32,14 @@ def flat(tile):
         return tile.reshape([tile.shape[2], tile.shape[3]])
     else:
         return tile.reshape([tile.shape[2] * tile.shape[3], tile.shape[4]])
+
+
+@gluon.jit
+def boxes(tiles, ROWS: gl.constexpr):
+    """Tiles [n, 1, 1, ., .] as boxes [m, 1, 1, ROWS, SWIZZLED]: in a tile, so many columns of all its rows stand
+    together."""
+    count: gl.constexpr = tiles.shape[0] * tiles.shape[3] * tiles.shape[4] // (ROWS * SWIZZLED)
+    return reinterpret(tiles, tiles.dtype, [count, 1, 1, ROWS, SWIZZLED], tiles.layout)
 
 
 @aggregate
@@ -73,23 +84,19 @@ class Ring:
         count: gl.constexpr = self.tiles.shape[3] // rows
         chunks: gl.constexpr = self.tiles.shape[4] // SWIZZLED
         lane = gl.arange(0, 32, layout=pages.type.layout)
-        boxes = self.boxes(rows)
+        parts = boxes(self.tiles, rows)
         mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
         mbarrier.expect(self.full.index(place), count * chunks * descriptor.block_type.nbytes)
-        for top in range(0, self.tiles.shape[3], descriptor.shape[2]):  # not unrolled, since the step is an argument
+        some: gl.constexpr = min(count, TOGETHER)
+        for top in range(0, self.tiles.shape[3], some * descriptor.shape[2]):  # the step is an argument: no unrolling
             i = top // rows
-            page = gl.sum(gl.where(lane == i, pages, 0), 0)
-            for chunk in gl.static_range(chunks):
-                box = boxes.index((place * chunks + chunk) * count + i)
-                first = [page, head, 0, chunk * SWIZZLED]
-                async_load(descriptor, first, self.full.index(place), box)
-
-    @gluon.jit
-    def boxes(self, ROWS: gl.constexpr):
-        """All tiles as boxes [n, 1, 1, ROWS, SWIZZLED]: in a tile, so many columns of all its rows stand together."""
-        shape: gl.constexpr = self.tiles.shape
-        count: gl.constexpr = shape[0] * shape[3] * shape[4] // (ROWS * SWIZZLED)
-        return reinterpret(self.tiles, self.tiles.dtype, [count, 1, 1, ROWS, SWIZZLED], self.tiles.layout)
+            numbers = ()
+            for n in gl.static_range(some):
+                numbers = numbers + (gl.sum(gl.where(lane == i + n, pages, 0), 0),)
+            for n in gl.static_range(some):
+                for chunk in gl.static_range(chunks):
+                    box = parts.index((place * chunks + chunk) * count + i + n)
+                    async_load(descriptor, [numbers[n], head, 0, chunk * SWIZZLED], self.full.index(place), box)
 
     @gluon.jit
     def clip(self, place, left):
@@ -99,10 +106,10 @@ class Ring:
         chunks: gl.constexpr = self.tiles.shape[4] // SWIZZLED
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         line = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), 1)
-        boxes = self.boxes(rows)
+        parts = boxes(self.tiles, rows)
         for i in range(gl.maximum(left, 0) // rows, count):
             for chunk in gl.static_range(chunks):
-                box = boxes.index((place * chunks + chunk) * count + i).reshape([rows, SWIZZLED])
+                box = parts.index((place * chunks + chunk) * count + i).reshape([rows, SWIZZLED])
                 box.store(gl.where(line < left - i * rows, box.load(layout), 0.0))
         fence_async_shared()
         gl.thread_barrier()

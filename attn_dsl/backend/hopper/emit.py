@@ -40,7 +40,7 @@ from attn_dsl.ir.nodes import (
     substitute,
 )
 from attn_dsl.ir.variant import Variant
-from attn_dsl.passes.lengths import key_end
+from attn_dsl.passes.lengths import key_end, mask_of_rows
 from attn_dsl.passes.monotone import K0, Q0
 from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.schedule import Schedule
@@ -118,7 +118,7 @@ def emit_module(
     terms = separate(variant.score)
     factor, residue = _logit(terms, positive)
     plain, shift = split_shift(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
-    row, (seen, mask) = terms.dropped(Q), bounds(variant.mask)
+    row, (seen, mask) = terms.dropped(Q), bounds(mask_of_rows(variant))
     columns, mask = (None, mask) if boxes is None else column_bounds(mask, boxes.columns)
     residue, plain, shift, mask = lower(residue), lower(plain), lower(shift), lower(mask)
     low, high, head = (None if bound is None else lower(bound) for bound in (seen.low, seen.high, seen.head))

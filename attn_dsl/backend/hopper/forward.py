@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.channels import Board, Ring, board, corner, ring
+from attn_dsl.backend.hopper.channels import SWIZZLED, Board, Ring, board, boxes, corner, ring
 from attn_dsl.backend.hopper.device import (
     between,
     bits_between,
@@ -121,12 +121,13 @@ class Shape:
     FROZEN: gl.constexpr  # 16-bit floats must have the exponents of float32
     PERIOD: gl.constexpr  # columns of a box of keys, in a grid
     PAGE: gl.constexpr  # keys of a page; 0 where keys stand in one piece
+    PACKED: gl.constexpr  # sequences stand one behind the other
     LOGITS: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 FROZEN, PERIOD, PAGE):  # fmt: skip
+                 FROZEN, PERIOD, PAGE, PACKED):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -142,6 +143,7 @@ class Shape:
         self.FROZEN = gl.constexpr(FROZEN)
         self.PERIOD = gl.constexpr(PERIOD)
         self.PAGE = gl.constexpr(PAGE)
+        self.PACKED = gl.constexpr(PACKED)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _output_layout(DV[0]), 2))
 
@@ -360,6 +362,37 @@ def _place(number, tiles, sizes, section, lead):
 
 
 @gluon.jit
+def _place_packed(number, tiles, ends, sizes, ROWS: gl.constexpr):
+    """As `_place`, of packed sequences: the heads of a tile side by side, the last tile of a sequence first.
+
+    Sequence b has the tiles from ends[b] // ROWS + b on, of which the last may hold no row of it.
+    """
+    counted = tiles - 1 - number // sizes[1]
+    b = -1
+    for first in range(0, sizes[0], 32):
+        sequences = first + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+        begins = gl.load(ends[0] + sequences * ends[2][0], mask=sequences < sizes[0], other=0)
+        b += gl.sum(((sequences < sizes[0]) & (begins // ROWS + sequences <= counted)).to(gl.int32), 0)
+    return counted - (_first_row(ends, b) // ROWS + b), b, number % sizes[1]
+
+
+@gluon.jit
+def _first_row(ends, b):
+    """Where a packed sequence begins."""
+    return gl.load(ends[0] + b * ends[2][0])
+
+
+@gluon.jit
+def _rows(shape, problem, tensors, b):
+    """(the number of the first query among those of a head in memory, how many there are) of a batch entry."""
+    if shape.PACKED:
+        first = _first_row(tensors[0], b)
+        return first, _first_row(tensors[0], b + 1) - first
+    else:
+        return 0, problem.sizes[3]
+
+
+@gluon.jit
 def _visits(shape, f, tile, b, h, start, scalars, tensors):
     q0 = start + tile * (shape.GROUPS * shape.ROWS)
     q1 = q0 + (shape.GROUPS * shape.ROWS - 1)
@@ -378,6 +411,15 @@ def _at(BOX: gl.constexpr, b, h, row, scalars, tensors):
         return (b, h, row)
     else:
         return (b,) + BOX(b, h, row, scalars, tensors)
+
+
+@gluon.jit
+def _query_at(shape, f, problem, b, h, row, scalars, tensors):
+    """Where a tile of queries begins, as `_at`."""
+    if shape.PACKED:
+        return (0, h, _rows(shape, problem, tensors, b)[0] + row)
+    else:
+        return _at(f.QUERY_BOX, b, h, row, scalars, tensors)
 
 
 @gluon.jit
@@ -400,7 +442,9 @@ def _load(shape, f, ring, descriptor, at, b, hk, row, scalars, tensors):
     A page table stands first in `tensors`, and is read before the place is free.
     """
     place, round = at % shape.STAGES, at // shape.STAGES
-    if shape.PAGE == 0:
+    if shape.PACKED:
+        ring.load(place, round, descriptor, (0, hk, row))
+    elif shape.PAGE == 0:
         ring.load(place, round, descriptor, _at(f.KEY_BOX, b, hk, row, scalars, tensors))
     elif shape.PAGE < shape.KEYS:
         ring.gather(place, round, descriptor, _pages(shape, tensors[0], b, row), hk)
@@ -414,26 +458,37 @@ def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
     scalars, tensors = problem.scalars(), problem.captured()
     sizes = problem.sizes
     group = sizes[1] // sizes[2]
-    tiles = gl.cdiv(sizes[3], shape.GROUPS * shape.ROWS)
-    total = sizes[0] * sizes[1] * tiles
+    rows: gl.constexpr = shape.GROUPS * shape.ROWS
+    if shape.PACKED:
+        tiles = memory.query.shape[2] // rows + sizes[0]
+        total = sizes[1] * tiles
+    else:
+        tiles = gl.cdiv(sizes[3], rows)
+        total = sizes[0] * sizes[1] * tiles
     number = gl.program_id(0)
     passed = 0
     turn = 0
     again, tile, b, h = 0, 0, 0, 0
     while (number < total) | (again != 0):
         if again == 0:
-            tile, b, h = _place(number, tiles, sizes, problem.section, problem.lead)
+            if shape.PACKED:
+                tile, b, h = _place_packed(number, tiles, tensors[0], sizes, rows)
+            else:
+                tile, b, h = _place(number, tiles, sizes, problem.section, problem.lead)
+        first_key = 0
+        if shape.PACKED:
+            first_key = _first_row(tensors[1], b)
         memory.board.write(turn, tile, b, h, again)
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
-        row = visits.nth(0) * shape.KEYS
+        row = first_key + visits.nth(0) * shape.KEYS
         _load(shape, f, memory.keys, memory.key, passed, b, hk, row, scalars, tensors)
         for g in gl.static_range(shape.GROUPS):
-            begin = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + g) * shape.ROWS, scalars, tensors)
+            begin = _query_at(shape, f, problem, b, h, (tile * shape.GROUPS + g) * shape.ROWS, scalars, tensors)
             memory.queries.load(g, turn, memory.query, begin)
         for n in range(1, visits.tiles):
             at = passed + n
-            following = visits.nth(n) * shape.KEYS
+            following = first_key + visits.nth(n) * shape.KEYS
             _load(shape, f, memory.keys, memory.key, at, b, hk, following, scalars, tensors)
             _load(shape, f, memory.values, memory.value, at - 1, b, hk, row, scalars, tensors)
             row = following
@@ -718,7 +773,8 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
     tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
     first = (tile * shape.GROUPS + GROUP) * shape.ROWS
     local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-    inside = (local < sizes[3] - first) & keep
+    begin, length = _rows(shape, problem, tensors, b)
+    inside = (local < length - first) & keep
     lead = 0.0  # what the loop's logits lack for a row, in base 2, since their row term is counted from the row itself
     if f.SLOPE is not None:
         lead = f.SLOPE(b, h, scalars, tensors) * (local + GROUP * shape.ROWS).to(gl.float32)
@@ -742,7 +798,10 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
     empty = (l == 0.0) | (row_term == NEVER)
     inverse = gl.where(empty, 0.0, decay / gl.where(empty, 1.0, l))
     result = gl.where(empty, NEVER, (m + gl.log2(gl.where(empty, 1.0, l)) - lead) * LN2)
-    place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + first + local
+    if shape.PACKED:
+        place = (begin + first + local).to(gl.int64) * sizes[1] + h
+    else:
+        place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + first + local
     if f.ROW_TERM is not None:
         gl.store(memory.shifted + place, result, mask=inside)
         result += row_term
@@ -799,7 +858,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         inverse = _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP)
         acc, inverse = _waited(output, inverse)
         memory.values.release((passed - 1) % shape.STAGES)
-        _store(shape, f, memory, _scaled(acc, inverse), turn, keep, scalars, tensors, GROUP)
+        _store(shape, f, memory, problem, _scaled(acc, inverse), turn, keep, scalars, tensors, GROUP)
         memory.board.release(turn)
         turn += 1
         memory.board.wait(turn)
@@ -830,7 +889,7 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
 
 
 @gluon.jit
-def _store(shape, f, memory, acc, turn, keep, scalars, tensors, GROUP: gl.constexpr):
+def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: gl.constexpr):
     """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
     tile, b, h = memory.board.read(turn)
     staging = memory.staging.index(GROUP)
@@ -840,12 +899,39 @@ def _store(shape, f, memory, acc, turn, keep, scalars, tensors, GROUP: gl.conste
     for i in gl.static_range(len(acc)):
         _block(blocks, shape.DV, i).store(acc[i].to(memory.keys.tiles.dtype))
     fence_async_shared()
-    first = _at(f.QUERY_BOX, b, h, (tile * shape.GROUPS + GROUP) * shape.ROWS, scalars, tensors)
-    if keep:
+    row = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    first = _query_at(shape, f, problem, b, h, row, scalars, tensors)
+    whole = keep
+    if shape.PACKED:
+        left = _rows(shape, problem, tensors, b)[1] - row
+        whole = keep & (left >= shape.ROWS)
+    if whole:
         async_store(memory.out, corner(first), staging)
+    elif shape.PACKED and keep:  # the next sequence begins within the block
+        width, heads = memory.out.shape[3], problem.sizes[1]
+        place = (first[2].to(gl.int64) * heads + h) * width
+        _store_rows(tensors[len(tensors) - 1][0] + place, left, width, heads, memory.staging, GROUP)
     if not shape.OWN_OUTPUT:
         tma.store_wait(0)
         memory.queries.release(GROUP)
+
+
+@gluon.jit
+def _store_rows(out, left, width, heads, blocks, GROUP: gl.constexpr):
+    """Write the `left` first rows of the warpgroup's block, `width` columns of each, to `out` and what follows in rows
+    of all heads."""
+    rows: gl.constexpr = 16
+    count: gl.constexpr = blocks.shape[3] // rows
+    chunks: gl.constexpr = blocks.shape[4] // SWIZZLED
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), 1)
+    column = gl.expand_dims(gl.arange(0, SWIZZLED, layout=gl.SliceLayout(0, layout)), 0)
+    parts = boxes(blocks, rows)
+    for i in range(gl.cdiv(gl.maximum(left, 0), rows)):
+        for chunk in gl.static_range(chunks):
+            part = parts.index((GROUP * chunks + chunk) * count + i).reshape([rows, SWIZZLED]).load(layout)
+            inside = (row < left - i * rows) & (column < width - chunk * SWIZZLED)
+            gl.store(out + ((row + i * rows) * (heads * width) + (column + chunk * SWIZZLED)), part, mask=inside)
 
 
 # ---------------------------------------------------------------- kernel
@@ -863,7 +949,8 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr, CARRY_WIDE: gl.constexpr,
                       PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
                       PARTS: gl.constexpr, FROZEN: gl.constexpr, QUERY_BOX: gl.constexpr = None,
-                      KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0):  # fmt: skip
+                      KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0,
+                      PACKED: gl.constexpr = False):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
@@ -871,10 +958,12 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     pointer to [B], `section` and `lead` as in `_place`, `counter` a zero (see `Board`). Positions are 32-bit.
     QUERY_BOX, KEY_BOX: query, key, value and out are grids [., ., Y, X, .], of which a tile is a box (`_at`). LENGTH:
     how many keys a batch entry has; what lies past them is not even multiplied by 0. PAGE: key and value are pages
-    [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile.
+    [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile. PACKED: sequences stand
+    one behind the other, [1, H, ., .], and so do lse and `shifted`, [rows of all, H]; their ends stand first in
+    `tensors`, and `out` once more behind them.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  FROZEN, key.block_type.shape[3], PAGE)  # fmt: skip
+                  FROZEN, key.block_type.shape[3], PAGE, PACKED)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
                   SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)

@@ -55,6 +55,8 @@ EXPONENTS = 96
 """Weights may be as small as 2 ** -this: they and their sums are then normal numbers of float32 and bfloat16."""
 GRAPHED = 4096
 """So many launches in graphs find a counter that is zero; those beyond zero theirs in the graph, at 2 microseconds."""
+TABLE_SPILLS = 128
+"""Bytes that may be spilled beyond `check.SPILLS`, once a query tile, where tables say where keys and sequences are."""
 SMALL = 1e-12
 """A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -210,7 +212,8 @@ class Kernels:
 
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
         found = self.candidates(call)
-        return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile))
+        spills = check.SPILLS + TABLE_SPILLS * (self.portable.packed or self.portable.paged)
+        return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile), spills)
 
 
 def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
@@ -300,6 +303,8 @@ def _bounds_fit(kernels: portable.Kernels, call: Call) -> bool:
 @functools.lru_cache(maxsize=LAYOUTS)
 def _shape_refusal(*shapes: tuple[int, ...]) -> str | None:
     """`shapes`: size and strides of query, key and value."""
+    if 0 in (*shapes[0], *shapes[2]):
+        return "the bulk copy engine takes no tensor of no element"
     for dim in (shapes[0][3], shapes[4][3]):
         if dim > 256 or dim % 8:
             return f"the head dimension {dim} is not a multiple of 8 up to 256"
@@ -310,6 +315,14 @@ def _shape_refusal(*shapes: tuple[int, ...]) -> str | None:
         if 0 in outer:
             return f"the bulk copy engine does not take `{name}` with a broadcast axis"
     return None
+
+
+def by_row(shape: tuple[int, ...], packed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor [B, H, Q, ...]; of packed sequences row by row."""
+    if not packed:
+        return empty(shape, dtype, device)
+    batch, heads, rows, *rest = shape
+    return empty((batch, rows, heads, *rest), dtype, device).transpose(1, 2)
 
 
 class Block(TensorDescriptor):  # type: ignore[misc]
@@ -382,7 +395,7 @@ class _Plan:
         parts = kernels.masks_parts(call, config, functions)
         of_call = {
             "D": blocks(call.query.shape[3], 16), "DV": blocks(call.value.shape[3], 64), "PARTS": parts,
-            "PAGE": kernels.page(call), "num_warps": 4,
+            "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "num_warps": 4,
         }  # fmt: skip
         options = Options({**functions, **_options(config), **of_call})
         return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
@@ -411,12 +424,13 @@ class _Plan:
     def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
         batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
-        out = call.result("out", (*call.query.shape[:3], call.value.shape[3]), "meta")
+        shape, packed = (*call.query.shape[:3], call.value.shape[3]), self.options["PACKED"]
+        out = call.results.get("out", by_row(shape, packed, call.query.dtype, torch.device("meta")))
         width, of_queries, of_keys = call.grid or (0, 0, 0)
         keys, page = (config.keys, d, dv), self.options["PAGE"]
         if 0 < page < config.keys:
             keys = (page, SWIZZLED.value, SWIZZLED.value)
-        tiles = batch * heads * -(-q_len // config.rows)
+        tiles = heads * (shape[2] // config.rows + batch if packed else batch * -(-q_len // config.rows))
         section = heads // kv_heads
         if self.uneven:
             bytes = call.key.element_size() * (d + dv) * kv_len
@@ -454,7 +468,6 @@ class _Launch:
     plan: _Plan
     layout: _Layout
     out: tuple[int, ...]
-    rows: tuple[int, ...]
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[float, int, int]
@@ -462,14 +475,13 @@ class _Launch:
 
     @staticmethod
     def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
-        out, sizes = (*call.query.shape[:3], call.value.shape[3]), call.sizes
+        out = (*call.query.shape[:3], call.value.shape[3])
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
-        rows = (sizes[0], sizes[1], sizes[3])
         lead = kernels.portable.lead(call, "q", plan.config.rows)
         end = (float(call.scale), section or layout.section, lead)
-        return _Launch(plan, layout, out, rows, numbers, captured, end, kind)
+        return _Launch(plan, layout, out, numbers, captured, end, kind)
 
     def __call__(
         self,
@@ -483,14 +495,17 @@ class _Launch:
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = query.device
-        out = empty(self.out, query.dtype, device) if out is None else out
-        lse = empty(self.rows, torch.float32, device)
+        packed = self.plan.options["PACKED"]
+        out = by_row(self.out, packed, query.dtype, device) if out is None else out
+        lse = by_row(self.out[:3], packed, torch.float32, device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
         if self.kind is not None:
             making = launch if isinstance(run, Repeated) else run
             captured += described(self.kind.find(tensors, q_offset, device, making))
+        if packed:
+            captured += ((out, (), ()),)
         run(
             attention_forward,
             self.layout.programs,

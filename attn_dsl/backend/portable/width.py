@@ -1,6 +1,6 @@
 """Whether the integers of a call fit 32 bits: interval arithmetic over the actual sizes and parameters.
 
-Elements of captured integer tensors are taken to lie within 2 ** 30 of zero, unless their type is narrower, and
+Elements of captured integer tensors are taken to lie less than 2 ** 30 from zero, unless their type is narrower, and
 positions that a tensor of offsets gives below 2 ** 30.
 """
 
@@ -77,7 +77,7 @@ def _interval(
         case Index():
             return 0, highest
         case Load():
-            return -LOADED, LOADED
+            return 1 - LOADED, LOADED - 1
         case Cast():
             return 0, 1
         case Unary(UnaryOp.NEG, x):
