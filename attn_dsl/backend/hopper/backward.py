@@ -802,6 +802,9 @@ def _step(shape, f, memory, head, own_keys, at, i, full, dk, dv, last, totals, G
         ds = ds * head.gain
     ds = _narrow(ds, DTYPE)
     totals, parts = _add_shares(shape, f, head, i, full, weights, weighted, change, totals)
+    if f.ADD_KEY_SUMS is not None or f.ADD_PAIRS is not None:
+        # A wait that is over: ptxas moves nothing across its loop; else it would put the sums off, and spill.
+        memory.grads.wait(at)
 
     place = (at % 2) * 2 + GROUP
     memory.exchange.index(place).store(ds)
