@@ -73,6 +73,12 @@ class Source:
     def of(call: Call) -> Source:
         return Source(call.sizes, call.tensors, call.parameters, call.q_offset, call.query.device)
 
+    @functools.cached_property
+    def storages(self) -> tuple[Any, ...]:
+        """What holds the tensors, by references that do not keep it."""
+        tensors = [x for x in (*self.tensors, *self.parameters, self.q_offset) if isinstance(x, Tensor)]
+        return tuple([_weak(x.untyped_storage()) for x in tensors])
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -250,12 +256,11 @@ class Lists:
         return tuple(found), tuple([x._version for x in sources])
 
     def _keep(self, at: Place, versions: tuple[int, ...], made: Made, source: Source) -> _Kept:
-        tensors = [x for x in (*source.tensors, *source.parameters, source.q_offset) if isinstance(x, Tensor)]
         ready, stream = None, _stream(source.device)
         if source.device.type == "cuda":
             ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
-        kept = _Kept(made, versions, tuple([_weak(x.untyped_storage()) for x in tensors]), stream, ready)
+        kept = _Kept(made, versions, source.storages, stream, ready)
         self._kept.pop(at, None)
         self._kept[at] = kept
         if len(self._kept) > KEPT:
@@ -269,13 +274,13 @@ class Lists:
         made: list[Tensor] = []
         for runs in self.runs:
             index = next(i for i, tensor in enumerate(self.variant.tensors) if tensor is runs.tensor)
-            along = source.tensors[index].movedim(runs.axis, -1)
+            along = _moved(source.tensors[index], runs.axis, -1)
             rows = along.reshape(-1, along.shape[-1]).contiguous()
             count, length = rows.shape
             ends = [torch.empty_like(rows, dtype=torch.int32) for _ in range(2)]
             arguments = (*ends, rows, length, length.bit_length())
             run(find_runs, count * -(-length // _RUN_OPTIONS["BLOCK"]), arguments, _RUN_OPTIONS)
-            made += [end.view(along.shape).movedim(-1, runs.axis) for end in ends]
+            made += [_moved(end.view(along.shape), -1, runs.axis) for end in ends]
         return Ends(tuple(made))
 
     def make(self, source: Source, shape: Shape, wide: bool, run: Runner = launch) -> TileList:
@@ -425,6 +430,11 @@ class Lists:
 
 _RUN_OPTIONS = Options({"BLOCK": 256, "num_warps": 4})
 _weak: Any = StorageWeakRef  # untyped
+
+
+def _moved(x: Tensor, axis: int, to: int) -> Tensor:
+    """With an axis elsewhere; most often it is there."""
+    return x if (axis - to) % x.dim() == 0 else x.movedim(axis, to)
 
 
 def _stream(device: torch.device) -> int:
