@@ -373,8 +373,9 @@ def backward(
     plan = kernels.plan(call, ordered, fused, config)
     launched = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call)
     inputs = call.query, call.key, call.value, call.tensors, call.q_offset
-    dq, dk, dv, *shares = launched(run, *inputs, out, shifted, grad_out, grad_lse, call.results)
-    return Gradients(dq, dk, dv, dict(zip(plan.targets, shares, strict=True)))
+    shares = _copies(launched.shapes, call.query.device)
+    dq, dk, dv = launched(run, *inputs, out, shifted, grad_out, grad_lse, shares, call.results)
+    return Gradients(dq, dk, dv, _sums(plan.targets, shares))
 
 
 @dataclass(frozen=True)
@@ -428,9 +429,10 @@ class _Launch:
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+        shares: Sequence[Tensor],
         results: Mapping[str, Tensor],
-    ) -> list[Tensor]:
-        """Gradients of query, key, value and of the plan's targets."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; those of the plan's targets are added to `shares`."""
         plan, layout, device = self.plan, self.layout, query.device
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         inputs = {"dq": query, "dk": key, "dv": value}
@@ -442,7 +444,6 @@ class _Launch:
             making = launch if isinstance(run, Repeated) else run
             listed = described(self.kind.find(tensors, q_offset, device, making))
         of_call = (self.parameters, (*self.sizes, *layout.extents), captured)
-        shares = _copies(self.shapes, device)
         numbers, sums, turns, done, blocks = self.scratch.made(device)
         for first, pairs in self.sections:
             own, at = pairs * self.group, first * self.group
@@ -466,7 +467,7 @@ class _Launch:
             )  # fmt: skip
             finished = (sums, dq, layout.strides[2], self.sizes, self.scale, at)
             run(finish_queries, own * self.tiles * 2, finished, plan.finish)
-        return [dq, dk, dv, *(x.sum(0) for x in shares)]
+        return dq, dk, dv
 
 
 class Replay:
@@ -489,15 +490,16 @@ class Replay:
         launched, count = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
 
-        def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> list[Tensor]:
+        def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Sequence[Tensor]:
             out, shifted, grad_out, *others = rest
-            more = offset + others[count:]
+            behind = count + len(plan.targets)
+            more = offset + others[behind:]
             q_offset, grad_lse = more[0], more[1] if len(more) > 1 else None
-            given = (out, shifted, grad_out, grad_lse)
+            given = (out, shifted, grad_out, grad_lse, others[count:behind])
             return launched(run, query, key, value, others[:count], q_offset, *given, {})
 
         self._launches = Launches(function, recorded=launched.kind is None)
-        self._targets = plan.targets
+        self._targets, self._shapes = plan.targets, launched.shapes
 
     def run(
         self,
@@ -511,13 +513,14 @@ class Replay:
         grad_out: Tensor,
         grad_lse: Tensor | None,
     ) -> Gradients:
-        inputs = [query, key, value, out, shifted, grad_out, *tensors]
+        shares = _copies(self._shapes, query.device)
+        inputs = [query, key, value, out, shifted, grad_out, *tensors, *shares]
         if isinstance(q_offset, Tensor):
             inputs.append(q_offset)
         if grad_lse is not None:
             inputs.append(grad_lse)
-        dq, dk, dv, *shares = self._launches(inputs)
-        return Gradients(dq, dk, dv, dict(zip(self._targets, shares, strict=True)))
+        dq, dk, dv = self._launches(inputs)
+        return Gradients(dq, dk, dv, _sums(self._targets, shares))
 
 
 def _copies(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor]:
@@ -530,6 +533,10 @@ def _copies(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Ten
     largest = max(math.prod(shape) for shape in shapes)
     copies = max(1, min(COPIES, COPIED // max(largest, 1)))
     return [torch.zeros(copies, *shape, dtype=torch.float32, device=device) for shape in shapes]
+
+
+def _sums(targets: Sequence[str], shares: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {name: x.sum(0) for name, x in zip(targets, shares, strict=True)}
 
 
 def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> dict[str, Any]:
