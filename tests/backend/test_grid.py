@@ -16,7 +16,8 @@ from portable_support import program_of
 
 from attn_dsl.backend import order
 from attn_dsl.backend.execute import HOPPER, Options, Program, portable_call
-from attn_dsl.backend.hopper import check, launch, launch_backward
+from attn_dsl.backend.hopper import check, launch, launch_backward, launch_boxes
+from attn_dsl.backend.hopper.configs_backward import candidates
 from attn_dsl.backend.layouts import Grid
 from attn_dsl.ir import evaluate
 from attn_dsl.passes.order_grid import QUERY_COLUMNS, strips
@@ -113,6 +114,29 @@ def test_the_hopper_backward_kernel_reads_and_writes_boxes_alone(dim: int) -> No
     ptx = launch_backward.build(kernels, bound).asm["ptx"]
     assert "cp.async.bulk.tensor.5d.shared" in ptx and "cp.async.bulk.tensor.5d.global" in ptx
     assert "cp.async.bulk.tensor.4d" not in ptx
+
+
+def test_batch_entries_come_one_after_the_other_where_sums_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = program_of("natten2d")
+    x = torch.empty(3, 2, 8100, 64, dtype=torch.bfloat16, device="meta")
+    (given,) = strips(program.variant)
+    by = given.exchanged()
+    assert by is not None
+    call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
+    found = order._in_strips(by, program, call, Options(HOPPER), 32)
+    bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
+    kernels, lse = found.program.hopper_backward, torch.empty(3, 2, 8100, device="meta")
+
+    def programs() -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+        launch_boxes.backward(
+            kernels, bound, x, lse, x, None, candidates(64, 64)[0], run=lambda k, n, *_: seen.append((k.__name__, n))
+        )  # fmt: skip
+        return [one for one in seen if one[0] != "list_tiles"]
+
+    whole = programs()
+    monkeypatch.setattr(launch_boxes, "SUMS", 1)
+    assert programs() == [(name, count // 3) for name, count in whole] * 3
 
 
 def test_tiles_of_keys_hold_whole_rows_of_a_box() -> None:

@@ -5,7 +5,8 @@ Tensors are those of the caller, read in boxes and, dK and dV, written so; sizes
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 ROWS = 64
 """Places of a program that spreads rows."""
+SUMS = 2**29
+"""Bytes of float32 sums of dQ that are held at once; where there are more, batch entries come one after the other."""
 ACROSS, DOWN = 16, 4
 """Columns and rows of a program that gathers dQ."""
 
@@ -48,6 +51,28 @@ def backward(
 
     out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, frozenset(), config)
+    batch, heads, rows = call.sizes[0], call.sizes[1], config.queries
+    bytes = 4 * heads * -(-call.sizes[3] // rows) * rows * plan.dims[0]
+    numbered = any("b" in root.depends for root in kernels.portable.variant.roots)
+    count = batch if numbered else min(batch, max(1, SUMS // bytes))
+    dq, dk, dv = grads = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.query, call.key, call.value)
+    ]
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    if count == batch:
+        given = (call, out, shifted, grad_out, grad_lse)
+        _found(kernels, plan, call, out, grad_out)(kernels, *given, grads, run)
+        return Gradients(dq, dk, dv, {})
+    for first in range(0, batch, count):
+        part = slice(first, first + count)
+        query, key, value = call.query[part], call.key[part], call.value[part]
+        some = replace(call, query=query, key=key, value=value, dims=(query.shape[0], *call.sizes[1:6]))
+        given = (some, out[part], shifted[part], grad_out[part], None if grad_lse is None else grad_lse[part])
+        _found(kernels, plan, some, given[1], given[3])(kernels, *given, [x[part] for x in grads], run)
+    return Gradients(dq, dk, dv, {})
+
+
+def _found(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Launch:
     tensors = (call.query, call.key, call.value, out, grad_out)
     at = (plan.options, *(x.shape for x in tensors), *(x.stride() for x in tensors), call.query.device, call.sizes)
     found = kernels.boxed.get(at)
@@ -55,7 +80,8 @@ def backward(
         if len(kernels.boxed) >= LAYOUTS:
             kernels.boxed.clear()
         found = kernels.boxed[at] = _Launch.of(kernels, plan, call, out, grad_out)
-    return found(kernels, call, out, shifted, grad_out, grad_lse, run)
+    assert isinstance(found, _Launch)
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,11 +145,11 @@ class _Launch:
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+        grads: Sequence[Tensor],
         run: Runner,
-    ) -> Gradients:
-        plan, device, scale = self.plan, call.query.device, float(call.scale)
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.query, call.key, call.value))
-        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    ) -> None:
+        """Write the gradients of query, key and value to `grads`."""
+        plan, device, scale, (dq, dk, dv) = self.plan, call.query.device, float(call.scale), grads
         kind = kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True)
         captured = described(call.tensors)
         listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
@@ -148,4 +174,3 @@ class _Launch:
             plan.options,
         )  # fmt: skip
         run(gather_queries, of_queries, (sums, dq, *self.gather[0], *of_call), self.gather[1])
-        return Gradients(dq, dk, dv, {})
