@@ -105,18 +105,22 @@ def _directly(program: Program, call: Call, options: Options) -> tuple[Tensor, T
 class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, program: Program, call: Call, options: Options, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = forward(program, call, options)
-        ctx.save_for_backward(*outputs, *tensors)  # which alone is to hold large tensors
+        out, lse, shifted = forward(program, call, options)
+        kept = (shifted,) if shifted.numel() else ()
+        ctx.save_for_backward(out, lse, *kept, *tensors)  # as a repeated call does: a checkpoint may compare the two
         offset = None if isinstance(call.q_offset, Tensor) else call.q_offset
         ctx.rest = program, options, call.scale, offset, call.sizes, call.parameters, tuple(call.tensors)
+        ctx.has_shifted = bool(kept)
         ctx.set_materialize_grads(False)
-        return outputs[:2]
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         program, options, scale, offset, sizes, parameters, named = ctx.rest
-        out, lse, shifted, query, key, value, *others = ctx.saved_tensors
+        out, lse, *saved = ctx.saved_tensors
+        shifted = saved.pop(0) if ctx.has_shifted else lse.new_empty(0)
+        query, key, value, *others = saved
         given = iter(others)
         tensors = {name: next(given) for name in named}
         parameters = {name: next(given) if isinstance(x, Tensor) else x for name, x in parameters.items()}

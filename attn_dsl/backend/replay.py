@@ -215,8 +215,9 @@ class _Again(torch.autograd.Function):
             q_offset = q_offset.to(torch.int64)
         out, lse, shifted = replay.forward.outputs(query, key, value, rest, q_offset)
         own = (q_offset,) if isinstance(q_offset, Tensor) else ()
-        ctx.save_for_backward(out, shifted, query, key, value, *rest, *own)
-        ctx.replay, ctx.start = replay, None if own else q_offset
+        kept = () if shifted is lse else (shifted,)
+        ctx.save_for_backward(out, lse, *kept, query, key, value, *rest, *own)
+        ctx.replay, ctx.start, ctx.has_shifted = replay, None if own else q_offset, bool(kept)
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -229,7 +230,7 @@ class _Again(torch.autograd.Function):
         replay, q_offset, saved = ctx.replay, ctx.start, ctx.saved_tensors
         if q_offset is None:
             *saved, q_offset = saved
-        out, shifted, query, key, value, *rest = saved
+        out, shifted, query, key, value, *rest = (saved[0], *saved[1 + ctx.has_shifted :])
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[5:]

@@ -90,6 +90,25 @@ def test_tensors_that_hooks_bring_back_with_other_strides_have_the_same_gradient
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("row_term", ["", " - 0.1 * q"])
+def test_as_much_is_saved_as_by_the_first_call(row_term: str) -> None:
+    """A checkpoint compares what its first pass and its second save."""
+    attention = attn_dsl.compile(BIAS.replace(" - 0.1 * q", "").replace("/ cap)\n", f"/ cap){row_term}\n"))
+    leaves, offset = inputs(4), torch.tensor([0, 1])
+    repeated, usual = kind_of(attention, offset, *leaves)
+    saved: list[list[tuple[Any, ...]]] = [[], []]
+    for call, found in zip((lambda: usual(*leaves), lambda: run(repeated, leaves, offset)), saved, strict=True):
+
+        def note(x: Tensor, found: Any = found) -> Tensor:
+            found.append((x.shape, x.dtype, x.device))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            call()
+    assert saved[0] == saved[1] and len(saved[0]) == 8 + bool(row_term)
+
+
 def test_what_changes_a_result_makes_another_kind(bias: attn_dsl.Attention, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda _: True))
     kinds, choice = Replays(bias._executable), (None, False, "ieee")

@@ -188,6 +188,21 @@ def test_autocast_and_checkpoints(bias: attn_dsl.Attention) -> None:
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
+def test_a_checkpoint_around_the_first_call_of_a_kind() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    attention = attn_dsl.compile("alibi")
+    query, key, value, *_ = inputs(77)
+    slope = torch.rand(4, device="cuda", requires_grad=True)
+    for _ in range(3):  # what is computed again is a repeated call from the first pass on
+        out = checkpoint(lambda *x: attention(*x[:3], slope=x[3]), query, key, value, slope, use_reentrant=False)
+        found = torch.autograd.grad(out.float().square().sum(), (query, key, value, slope))
+        expected = attention(query, key, value, slope=slope, validate=True)
+        grads = torch.autograd.grad(expected.float().square().sum(), (query, key, value, slope))
+        for a, b in zip(found, grads, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
+
+
 def test_no_grad_saves_nothing(bias: attn_dsl.Attention) -> None:
     leaves = inputs(4096)
     with torch.no_grad():
