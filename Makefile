@@ -53,7 +53,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not gpu" tests/backend/test_portable.py \
 		tests/backend/test_portable_edges.py tests/backend/test_odd_variants.py tests/backend/test_lengths.py \
 		tests/backend/test_decode.py tests/backend/test_pages.py tests/backend/test_lists.py \
-		tests/backend/test_replay.py
+		tests/backend/test_replay.py tests/backend/test_boxes.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py
