@@ -230,7 +230,8 @@ class _Again(torch.autograd.Function):
         replay, q_offset, saved = ctx.replay, ctx.start, ctx.saved_tensors
         if q_offset is None:
             *saved, q_offset = saved
-        out, shifted, query, key, value, *rest = (saved[0], *saved[1 + ctx.has_shifted :])
+        out, lse, *others = saved
+        shifted, query, key, value, *rest = others if ctx.has_shifted else (lse, *others)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[5:]
