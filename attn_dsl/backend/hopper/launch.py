@@ -463,11 +463,15 @@ def forward(
 
 @dataclass(frozen=True)
 class _Launch:
-    """A launch for calls that differ in nothing but their tensors' addresses and `q_offset`."""
+    """A launch for calls that differ in nothing but their tensors' addresses and `q_offset`.
+
+    rows: batch, heads and queries; in a grid, those of strips.
+    """
 
     plan: _Plan
     layout: _Layout
     out: tuple[int, ...]
+    rows: tuple[int, ...]
     numbers: tuple[Any, ...]
     captured: tuple[tuple[Any, ...], ...]
     end: tuple[float, int, int]
@@ -476,12 +480,13 @@ class _Launch:
     @staticmethod
     def of(kernels: Kernels, plan: _Plan, layout: _Layout, call: Call, section: int | None = None) -> _Launch:
         out = (*call.query.shape[:3], call.value.shape[3])
+        rows = out[:3] if call.grid is None else (call.sizes[0], call.sizes[1], call.sizes[3])
         captured = tuple(rest for _, *rest in described(call.tensors))
         numbers = (tuple(map(number, call.parameters)), *layout.sizes, layout.extents)
         kind = kernels.portable.kind_of_list(call, plan.config.rows, plan.config.keys)
         lead = kernels.portable.lead(call, "q", plan.config.rows)
         end = (float(call.scale), section or layout.section, lead)
-        return _Launch(plan, layout, out, numbers, captured, end, kind)
+        return _Launch(plan, layout, out, rows, numbers, captured, end, kind)
 
     def __call__(
         self,
@@ -497,7 +502,7 @@ class _Launch:
         device = query.device
         packed = self.plan.options["PACKED"]
         out = by_row(self.out, packed, query.dtype, device) if out is None else out
-        lse = by_row(self.out[:3], packed, torch.float32, device)
+        lse = by_row(self.rows, packed, torch.float32, device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
