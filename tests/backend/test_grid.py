@@ -90,6 +90,8 @@ def test_the_hopper_kernel_reads_and_writes_boxes_alone(dim: int) -> None:
     assert launch.refusal(found.program.kernels, bound) is None
     choice = found.program.hopper.choice(bound, launch.compile_ahead)
     assert choice.build is not None and choice.build.spilled <= check.SPILLS and not choice.build.notes
+    _, lse, _ = launch.forward(found.program.hopper, bound, lambda *_: None, choice.config)
+    assert lse.shape == (2, 6 * 4, 90 * QUERY_COLUMNS)
     ptx = launch.build(found.program.hopper, bound).asm["ptx"]
     assert "cp.async.bulk.tensor.5d.shared" in ptx and "cp.async.bulk.tensor.5d.global" in ptx
     assert "cp.async.bulk.tensor.4d" not in ptx
