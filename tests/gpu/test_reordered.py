@@ -62,16 +62,25 @@ def test_hash_buckets(length: int) -> None:
     agrees(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}))
 
 
+@pytest.mark.parametrize("by_strips", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "height", "radius", "dim"),
     [(2, 2, 48, 40, 6, 128), (4, 2, 41, 33, 3, 64), (2, 2, 70, 40, 9, 128), (2, 1, 90, 35, 5, 128)],
 )
 def test_a_neighborhood_in_boxes_of_a_grid(
-    heads: int, kv_heads: int, width: int, height: int, radius: int, dim: int, monkeypatch: pytest.MonkeyPatch
+    heads: int,
+    kv_heads: int,
+    width: int,
+    height: int,
+    radius: int,
+    dim: int,
+    by_strips: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
     monkeypatch.setattr(order, "GAIN", 100.0)
+    monkeypatch.setattr(order, "BY_STRIPS_OF_KEYS", by_strips)
     if heads != kv_heads:  # the backward pass takes batch entries one after the other
         monkeypatch.setattr(launch_boxes, "SUMS", 1)
     query, key, value = (rows(2, h, width * height, dim=dim) for h in (heads, kv_heads, kv_heads))
@@ -79,7 +88,7 @@ def test_a_neighborhood_in_boxes_of_a_grid(
     program = program_of("natten2d")
     agrees(Problem(program, query, key, value, bindings))
     call = program.binder.bind(query, key, value, None, 0, bindings)
-    assert order.strips_of_keys(program, call, Options("gpu")) is not None  # the backward pass went by them
+    assert (order.strips_of_keys(program, call, Options("gpu")) is not None) is by_strips
 
 
 def test_a_bucket_that_changes_is_sorted_anew() -> None:
