@@ -10,6 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install
 READY  := $(VENV)/.ready
+NEWEST := $(VENV)/newest
 
 CUDA   ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 ifeq ($(CUDA),yes)
@@ -54,6 +55,10 @@ test: $(READY)
 		tests/backend/test_portable_edges.py tests/backend/test_odd_variants.py tests/backend/test_lengths.py \
 		tests/backend/test_decode.py tests/backend/test_pages.py tests/backend/test_lists.py \
 		tests/backend/test_replay.py tests/backend/test_boxes.py
+	@echo "== Kernels, ahead of time with the newest Triton"
+	test "$$(uname -s)" != Linux || test -d $(NEWEST) || $(PIP) --no-deps --target $(NEWEST) triton
+	OMP_NUM_THREADS=1 PYTHONPATH=$(NEWEST) $(BIN)/pytest -n 2 tests/backend/test_portable_aot.py \
+		tests/backend/test_decode_aot.py
 
 docs: $(READY)
 	$(BIN)/python docs/generate.py

@@ -44,7 +44,7 @@ from attn_dsl.backend.hopper.device import (
     warp_sums,
 )
 from attn_dsl.backend.hopper.forward import NEVER, Problem, _at
-from attn_dsl.backend.hopper.versions import async_add, async_load, async_store, reinterpret
+from attn_dsl.backend.hopper.versions import async_add, async_load, async_store, reinterpret, thread_barrier
 from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
@@ -505,7 +505,7 @@ def _tell(memory, last):
     """
     gl.inline_asm_elementwise(
         "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
-    gl.thread_barrier()
+    thread_barrier()
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p st.relaxed.gpu.global.u32 [$1], $3; mov.u32 $0, 0; }",
         "=r,l,r,r", [(memory.done + last[0]).to(gl.int64), last[0], last[1] + 1], dtype=gl.int32, is_pure=False,

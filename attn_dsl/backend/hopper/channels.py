@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.versions import async_load, reinterpret
+from attn_dsl.backend.hopper.versions import async_load, reinterpret, thread_barrier
 
 SWIZZLED = gl.constexpr(64)
 """Columns of 16 bits that a tile in shared memory keeps side by side."""
@@ -112,7 +112,7 @@ class Ring:
                 box = parts.index((place * chunks + chunk) * count + i).reshape([rows, SWIZZLED])
                 box.store(gl.where(line < left - i * rows, box.load(layout), 0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
 
 
 @gluon.jit
