@@ -250,7 +250,7 @@ def explain(program: Program, call: Call) -> str:
         strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))
         bound = execute.portable_call(of, call, Options(GPU))
         if strips is not None:
-            ordered = order._in_strips(strips.order, of, call, Options(GPU), strips.count, strips.lead)
+            ordered = order.in_strips(strips.order, of, call, Options(GPU), strips.count, strips.lead)
             of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())
     lines.append(describe_backward(of, bound, back, capability))

@@ -197,7 +197,7 @@ def ordered(program: Program, call: Call, options: Options) -> Ordered | None:
             return _in_classes(order, program, call, options, found.count)
         case Strips() as order:
             assert found is not None
-            return _in_strips(order, program, call, options, found.count, found.lead)
+            return in_strips(order, program, call, options, found.count, found.lead)
         case Sorted() as order:
             return _by_data(order, program, call, options)
         case None:
@@ -274,7 +274,7 @@ def _strips(program: Program, call: Call, options: Options, most: float | None) 
         strips = -(-width // QUERY_COLUMNS)
         what = f"{strips} strips of the grid of {infix(order.width)} columns, keys in boxes of {columns} columns"
         for lead in LEADS[: BLOCK[1] // columns]:
-            laid = _in_strips(order, program, call, options, columns, lead)
+            laid = in_strips(order, program, call, options, columns, lead)
             known = {**laid.call.parameters, order.name("H"): 1}  # strips differ, and heads do not
             pairs = _visited(laid.program, {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}, known, 0)
             if pairs is not None:
@@ -282,7 +282,7 @@ def _strips(program: Program, call: Call, options: Options, most: float | None) 
         pairs, best = min(found, key=lambda pair: pair[0], default=(None, None))
         if pairs is None or best is None or (most is not None and pairs >= most):
             continue
-        laid = _in_strips(order, program, call, options, columns, best.lead)
+        laid = in_strips(order, program, call, options, columns, best.lead)
         if takes_grids(laid.program, portable_call(laid.program, laid.call, options)):  # it may compile
             yield best, pairs
 
@@ -340,7 +340,7 @@ def _strips_of_keys(program: Program, call: Call, options: Options) -> StripsOfK
         strips = -(-width // QUERY_COLUMNS)
         found = []
         for lead in LEADS[: QUERIES // columns]:
-            laid = _in_strips(order, program, call, options, columns, lead)
+            laid = in_strips(order, program, call, options, columns, lead)
             sizes = {**laid.call.sizes, "B": 1, "H": strips, "HK": strips}
             sizes |= {"Q": sizes["KV"], "KV": sizes["Q"]}
             known = {**laid.call.parameters, order.name("H"): 1, order.name("HK"): 1}
@@ -470,7 +470,7 @@ def _program(program: Program, order: Residues, place: Place, ragged: bool) -> P
 # ---------------------------------------------------------------- strips of a grid
 
 
-def _in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int, lead: int = 0) -> Ordered:
+def in_strips(order: Strips, program: Program, call: Call, options: Options, columns: int, lead: int = 0) -> Ordered:
     key = (order.width, columns, order.of_keys)
     if key not in program.reordered:
         inner = program.reordered[key] = program_for(order.reordered(columns, ragged=False))

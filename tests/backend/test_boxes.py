@@ -32,7 +32,7 @@ def test_rows_reach_their_places_in_boxes_and_come_back(dim: int, rows: int, lea
     x = torch.empty(BATCH, HEADS, WIDTH * HEIGHT, dim, dtype=torch.bfloat16)
     bindings = {"width": WIDTH, "height": HEIGHT, "r": 2}
     call = program.binder.bind(x, x, x, None, 0, bindings)
-    found = order._in_strips(by, program, call, Options(HOPPER), COLUMNS, lead)
+    found = order.in_strips(by, program, call, Options(HOPPER), COLUMNS, lead)
     bound = portable_call(found.program, found.call, Options(HOPPER))
     box = found.program.hopper_backward.emitted(False)[1].query_box
     starts = by.starts(WIDTH, COLUMNS, bindings)
