@@ -32,7 +32,7 @@ mask = abs(q // width - k // width) <= r and abs(q % width - k % width) <= r
 def in_strips(program: Program, query: Tensor, key: Tensor, value: Tensor, **bindings: object) -> order.Ordered:
     (found,) = strips(program.variant)
     call = program.binder.bind(query, key, value, None, 0, bindings)
-    return order._in_strips(found, program, call, Options(HOPPER), 32)
+    return order.in_strips(found, program, call, Options(HOPPER), 32)
 
 
 def boxed(x: Tensor, rows: int, width: int, starts: list[int], columns: int) -> Tensor:
@@ -105,7 +105,7 @@ def test_the_hopper_backward_kernel_reads_and_writes_boxes_alone(dim: int) -> No
     by = given.exchanged()
     assert by is not None
     call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
-    found = order._in_strips(by, program, call, Options(HOPPER), 32)
+    found = order.in_strips(by, program, call, Options(HOPPER), 32)
     bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
     assert bound.grid == (90, 32, QUERY_COLUMNS)
     kernels = found.program.hopper_backward
@@ -125,7 +125,7 @@ def test_batch_entries_come_one_after_the_other_where_sums_are_large(monkeypatch
     by = given.exchanged()
     assert by is not None
     call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
-    found = order._in_strips(by, program, call, Options(HOPPER), 32)
+    found = order.in_strips(by, program, call, Options(HOPPER), 32)
     bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
     kernels, lse = found.program.hopper_backward, torch.empty(3, 2, 8100, device="meta")
 
@@ -147,7 +147,7 @@ def test_tiles_of_keys_hold_whole_rows_of_a_box() -> None:
         x = torch.empty(2, 4, 8100, dim, dtype=torch.bfloat16, device="meta")
         (grid,) = strips(program.variant)
         call = program.binder.bind(x, x, x, None, 0, {"width": 90, "height": 90})
-        found = order._in_strips(grid, program, call, Options(HOPPER), columns)
+        found = order.in_strips(grid, program, call, Options(HOPPER), columns)
         bound = replace(portable_call(found.program, found.call, found.options), capability=(9, 0))
         assert (launch.refusal(found.program.kernels, bound) is None) is fits
         assert all(config.keys >= columns for config in launch._candidates(bound))
