@@ -248,8 +248,9 @@ def explain(program: Program, call: Call) -> str:
     if ordered and not ordered.layout.both_passes:
         of = execute.program_for(program.variant, program.proof)
         strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))
-        bound = execute.portable_call(of, call, Options(GPU))
-        if strips is not None:
+        if strips is None:
+            bound = execute.portable_call(of, call, Options(GPU))
+        else:
             ordered = order.in_strips(strips.order, of, call, Options(GPU), strips.count, strips.lead)
             of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
     back = backward_route(of, bound, wanted, torch.are_deterministic_algorithms_enabled())

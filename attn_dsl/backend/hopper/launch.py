@@ -37,7 +37,7 @@ from attn_dsl.backend.portable.host import described, empty, multiprocessors, nu
 from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Compiler, Options, Repeated, Runner, inputs_of, launch, variant_of
+from attn_dsl.backend.portable.run import Compiler, Options, Runner, inputs_of, launch, variant_of
 from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
@@ -507,8 +507,7 @@ class _Launch:
         q, k, v, o = self.layout.shapes
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
         if self.kind is not None:
-            making = launch if isinstance(run, Repeated) else run
-            captured += described(self.kind.find(tensors, q_offset, device, making))
+            captured += described(self.kind.find(tensors, q_offset, device, run))
         if packed:
             captured += ((out, (), ()),)
         run(

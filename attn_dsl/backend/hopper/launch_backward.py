@@ -40,7 +40,7 @@ from attn_dsl.backend.portable.host import described, empty, empty_like, multipr
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
 from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
+from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.ir.nodes import FALSE, Index, Load, Node, Var, post_order
 from attn_dsl.passes.order_grid import Boxes
@@ -439,10 +439,7 @@ class _Launch:
         dq, dk, dv = (empty_like(x, results.get(name)) for name, x in inputs.items())
         (of_q, of_k, of_v, of_grad), (of_dk, of_dv) = layout.inputs, layout.outputs
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
-        listed: tuple[Any, ...] = ()
-        if self.kind is not None:
-            making = launch if isinstance(run, Repeated) else run
-            listed = described(self.kind.find(tensors, q_offset, device, making))
+        listed = () if self.kind is None else described(self.kind.find(tensors, q_offset, device, run))
         of_call = (self.parameters, (*self.sizes, *layout.extents), captured)
         numbers, sums, turns, done, blocks = self.scratch.made(device)
         for first, pairs in self.sections:

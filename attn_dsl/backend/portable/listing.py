@@ -28,7 +28,7 @@ from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
 from attn_dsl.backend.portable.host import Call, Scalar, described, number
 from attn_dsl.backend.portable.load import load
-from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Const, Load, Node, Param, post_order, substitute
@@ -93,9 +93,9 @@ class Kind:
     def find(
         self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device, run: Runner = launch
     ) -> tuple[Tensor, ...]:
-        """As `Lists.find`."""
+        """As `Lists.find`; who repeats the kernels of one call makes no lists, since these change with the tensors."""
         source = Source(self.sizes, tensors, self.parameters, q_offset, device)
-        return self.lists.find(source, self.shape, self.wide, run)
+        return self.lists.find(source, self.shape, self.wide, launch if isinstance(run, Repeated) else run)
 
     def described(self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device) -> str:
         """How many tiles the list for these tensors holds, for people; waits for the GPU."""
