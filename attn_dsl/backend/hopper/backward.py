@@ -43,7 +43,7 @@ from attn_dsl.backend.hopper.device import (
     thread_sums,
     warp_sums,
 )
-from attn_dsl.backend.hopper.forward import NEVER, Problem, _at
+from attn_dsl.backend.hopper.forward import NEVER, Problem, _at, in_sections
 from attn_dsl.backend.hopper.versions import async_add, async_load, async_store, reinterpret, thread_barrier
 from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
@@ -333,22 +333,13 @@ class Head:
 def _place(shape, memory, problem):
     """(key tile, batch, key head, number of the first query head within the launch) of this program.
 
-    The `lead` first tiles of all pairs of batch and head come before all others. Those run in sections, in which the
-    first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the last, which then is the
-    first to reach each tile of queries; a program waits only for those of lower numbers, and the machine starts
+    The first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the last, which then is
+    the first to reach each tile of queries; a program waits only for those of lower numbers, and the machine starts
     programs in the order of their numbers.
     """
-    sizes, section, lead = problem.sizes, problem.section, problem.lead
-    tiles = gl.cdiv(sizes[4], 2 * KEYS)
-    pairs, number = gl.num_programs(0) // tiles, gl.program_id(0)
-    if number < lead * pairs:
-        tile, pair = number // pairs, number % pairs
-    else:
-        number -= lead * pairs
-        first = number // (section * (tiles - lead)) * section
-        width = gl.minimum(section, pairs - first)
-        rest = number - first * (tiles - lead)
-        tile, pair = lead + rest // width, first + rest % width
+    sizes, tiles = problem.sizes, gl.cdiv(problem.sizes[4], 2 * KEYS)
+    pairs = gl.num_programs(0) // tiles
+    tile, pair = in_sections(gl.program_id(0), tiles, pairs, problem.section, problem.lead, LAST_FIRST=False)
     if shape.ORDERED:
         tile = tiles - 1 - tile
     own = pair * (sizes[1] // sizes[2])

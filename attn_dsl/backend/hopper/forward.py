@@ -342,14 +342,12 @@ class Visits:
 
 
 @gluon.jit
-def _place(number, tiles, sizes, section, lead):
-    """(tile, batch, head) of a number, `tiles` being those of a head.
+def in_sections(number, tiles, pairs, section, lead, LAST_FIRST: gl.constexpr):
+    """(tile, pair) of a number, for so many pairs of batch and head with so many tiles each.
 
-    The `lead` first tiles of all pairs of batch and head come before all others. Those run in sections of pairs whose
-    keys and values fit the cache together; within a section the last tiles come first, since under a causal mask they
-    are the longest.
+    The `lead` first tiles of all pairs come before all others. Those run in sections of pairs whose keys and values fit
+    the cache together; within a section the first tiles come first or, if LAST_FIRST, the last.
     """
-    pairs = sizes[0] * sizes[1]
     if number < lead * pairs:
         tile, pair = number // pairs, number % pairs
     else:
@@ -357,7 +355,14 @@ def _place(number, tiles, sizes, section, lead):
         first = number // (section * (tiles - lead)) * section
         width = gl.minimum(section, pairs - first)
         rest = number - first * (tiles - lead)
-        tile, pair = tiles - 1 - rest // width, first + rest % width
+        tile, pair = tiles - 1 - rest // width if LAST_FIRST else lead + rest // width, first + rest % width
+    return tile, pair
+
+
+@gluon.jit
+def _place(number, tiles, sizes, section, lead):
+    """(tile, batch, head) of a number: the last tiles of a section are the longest under a causal mask."""
+    tile, pair = in_sections(number, tiles, sizes[0] * sizes[1], section, lead, LAST_FIRST=True)
     return tile, pair // sizes[1], pair % sizes[1]
 
 
