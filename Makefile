@@ -51,10 +51,7 @@ test: $(READY)
 	@echo "== Tests"
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu"
 	@echo "== Kernels, interpreted"
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2 -m "not gpu" tests/backend/test_portable.py \
-		tests/backend/test_portable_edges.py tests/backend/test_odd_variants.py tests/backend/test_lengths.py \
-		tests/backend/test_decode.py tests/backend/test_pages.py tests/backend/test_lists.py \
-		tests/backend/test_replay.py tests/backend/test_boxes.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/pytest -n 2
 	@echo "== Kernels, ahead of time with the newest Triton"
 	test "$$(uname -s)" != Linux || test -d $(NEWEST) || $(PIP) --no-deps --target $(NEWEST) triton
 	OMP_NUM_THREADS=1 PYTHONPATH=$(NEWEST) $(BIN)/pytest -n 2 tests/backend/test_portable_aot.py \

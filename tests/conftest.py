@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,19 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+OF_INTERPRETER = Path(__file__).parent / "interpreted"
+
+if INTERPRETING:
     from interpreter_support import replace_once_for_each_launch
 
     replace_once_for_each_launch()
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """A process has Triton's interpreter or its compiler: one takes the tests in `interpreted`, the other the rest."""
+    inside = OF_INTERPRETER in (collection_path, *collection_path.parents)
+    return ((inside or collection_path.is_file()) and inside != INTERPRETING) or None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

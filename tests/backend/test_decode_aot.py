@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
 from fake_gpu import ask, compilations, fake_gpu
 from portable_support import compiled as compile_variant
 from portable_support import program_of

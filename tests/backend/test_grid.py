@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
 from portable_support import program_of
+from torch import Tensor
 
 from attn_dsl.backend import order
 from attn_dsl.backend.execute import HOPPER, Options, Program, portable_call

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter has no Gluon", allow_module_level=True)
-
 from hopper_support import GOOD, HOPPER, compiler, fresh, tensor
 from portable_support import program_of
+from torch import Tensor
 
 from attn_dsl.backend import gpu
 from attn_dsl.backend.execute import Program

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
 from hopper_support import GOOD, HOPPER, compiler, tensor
 from portable_support import compiled
 from test_hopper_build import loops

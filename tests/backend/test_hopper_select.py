@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,13 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter has no Gluon", allow_module_level=True)
-
 from hopper_support import GOOD, HOPPER, compiler, fresh, tensor
 from portable_support import program_of
+from torch import Tensor
 
 from attn_dsl.backend import gpu, operators
 from attn_dsl.backend.execute import GPU, Options, Program

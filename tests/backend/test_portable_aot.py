@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -10,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
 from portable_support import program_of
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from portable_support import Problem, assert_close, program_of
+from torch import Tensor
 
 from attn_dsl.backend import execute, order
 from attn_dsl.backend.binding import Call

@@ -1,19 +1,14 @@
-"""The portable kernels where numbers are not, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/backend`."""
+"""The portable kernels where numbers are not."""
 
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from portable_support import Problem, assert_close, program_of
+from torch import Tensor
 
 FLOAT32 = 3e-5
 

@@ -1,17 +1,11 @@
-"""Packed sequences in the portable kernels, both passes, beside the CPU's loop over them:
-`TRITON_INTERPRET=1 pytest tests/backend`."""
+"""Packed sequences in the portable kernels, both passes, beside the CPU's loop over them."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from portable_support import Problem, Result, assert_close, compiled, differentiated, program_of
 from torch import Tensor
 

@@ -1,21 +1,16 @@
-"""Random variants that nobody would write, on the CPU and, in Triton's interpreter, by the portable kernels."""
+"""Random variants that nobody would write, on the CPU and by the portable kernels."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from odd_variants import OddText, odd_call
+from portable_support import Problem, Result, differentiated, program_of
 
 from attn_dsl.backend import operators
 from attn_dsl.backend.execute import Options
 from attn_dsl.errors import BindingError, CompileError
 
-pytest.importorskip("triton")
-from portable_support import Problem, Result, differentiated, program_of
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 STORED = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """What a gradient loses that is stored so."""
 
@@ -72,7 +67,6 @@ def test_the_cpu_agrees_with_the_evaluator(seed: int) -> None:
     agree(found, truth, rough, 3e-5 if dtype is torch.float32 else 1e-6, text)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("seed", range(100, 115))
 def test_the_portable_kernels_agree_with_the_evaluator(seed: int) -> None:
     dtype, tolerance = (torch.bfloat16, 0.04) if seed % 5 == 0 else (torch.float32, 3e-5)

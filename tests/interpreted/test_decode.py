@@ -1,16 +1,11 @@
-"""The decode kernel against the evaluator, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/backend`."""
+"""The decode kernel against the evaluator."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from portable_support import Problem, Result, assert_close, compiled, program_of
 from torch import Tensor
 from variant_cases import Case, Sizes, cases

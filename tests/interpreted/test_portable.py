@@ -1,21 +1,16 @@
-"""The portable kernels against the evaluator, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/backend`."""
+"""The portable kernels against the evaluator."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
+import strategies
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
-import strategies
 from portable_support import Problem, assert_close, compiled, program_of
+from torch import Tensor
 from variant_cases import Case, Sizes, cases
 
 FLOAT32 = 3e-5

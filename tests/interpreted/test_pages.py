@@ -1,17 +1,12 @@
-"""Caches in pages and in 8 bits in the decode and the portable kernels: `TRITON_INTERPRET=1 pytest tests/backend`."""
+"""Caches in pages and in 8 bits in the decode and the portable kernels."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from portable_support import Problem, Result, assert_close, compiled, program_of
 from torch import Tensor
 from variant_cases import Case, Sizes

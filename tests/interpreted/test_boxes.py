@@ -1,16 +1,10 @@
-"""What stands around the backward kernel over strips of a grid, in Triton's interpreter: rows spread to their places in
-boxes, and sums of these, as the tensor cores leave them, gathered again."""
+"""What stands around the backward kernel over strips of a grid: rows spread to their places in boxes, and
+sums of these, as the tensor cores leave them, gathered again."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("runs in the interpreter", allow_module_level=True)
-
 from portable_support import program_of
 
 from attn_dsl.backend import order

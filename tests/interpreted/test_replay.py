@@ -1,4 +1,4 @@
-"""Calls of a kind that was seen, in Triton's interpreter: what is remembered is what holds for all of the kind."""
+"""Calls of a kind that was seen: what is remembered is what holds for all of the kind."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import attn_dsl
 from attn_dsl.backend import operators
 from attn_dsl.backend.execute import Options, portable_call
 from attn_dsl.backend.portable import launch
-from attn_dsl.backend.portable.host import interpreted
 from attn_dsl.backend.replay import Differentiable, Replays
 
 BIAS = """attention bias(reach: int = 3, cap: float = 5.0)
@@ -56,7 +55,6 @@ def run(repeated: Differentiable, leaves: list[Tensor], q_offset: int | Tensor) 
     return repeated.run(query, key, value, rest, q_offset)
 
 
-@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("by_batch", [False, True])
 def test_gradients_of_repeated_calls_are_those_of_the_first(bias: attn_dsl.Attention, by_batch: bool) -> None:
     q_offset = torch.tensor([2, 5], dtype=torch.int32) if by_batch else 3
@@ -74,7 +72,6 @@ def test_gradients_of_repeated_calls_are_those_of_the_first(bias: attn_dsl.Atten
                 torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 def test_tensors_that_hooks_bring_back_with_other_strides_have_the_same_gradients(bias: attn_dsl.Attention) -> None:
     leaves = inputs(3)
     leaves[0] = leaves[0].detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
@@ -90,7 +87,6 @@ def test_tensors_that_hooks_bring_back_with_other_strides_have_the_same_gradient
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("row_term", ["", " - 0.1 * q"])
 def test_as_much_is_saved_as_by_the_first_call(row_term: str) -> None:
     """A checkpoint compares what its first pass and its second save."""

@@ -1,21 +1,16 @@
-"""Lists of tiles, made by the kernels in Triton's interpreter, beside the same claims in torch and every pair."""
+"""Lists of tiles, made by the kernels, beside the same claims in torch and every pair."""
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
-
 from list_support import Listed, listed, reference, uniform
 from portable_support import compiled
+from torch import Tensor
 from variant_cases import Case, Sizes
 
 from tests.passes.test_summaries import EXTENT, RandomReads, tensors
