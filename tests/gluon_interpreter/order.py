@@ -1,0 +1,138 @@
+"""Which accesses of shared memory come before which: vector clocks of agents, and what a piece of memory remembers.
+
+An agent is a partition of warps that executes the kernel's text in order. What the copy engine or the tensor cores do
+for it, a task, is ordered after what the agent did before it was issued; it comes before what an agent does that has
+waited for it, or has heard of it from one that has.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from gluon_interpreter.faults import Race, Site, site, text
+
+
+@dataclass
+class Clock:
+    """What is known to be over: of each agent all up to a number of its own, and a set of tasks, as bits."""
+
+    agents: dict[int, int] = field(default_factory=dict)
+    tasks: int = 0
+
+    def copy(self) -> Clock:
+        return Clock(dict(self.agents), self.tasks)
+
+    def join(self, other: Clock) -> None:
+        for agent, time in other.agents.items():
+            if time > self.agents.get(agent, -1):
+                self.agents[agent] = time
+        self.tasks |= other.tasks
+
+
+class Region:
+    """Elements of one piece of shared memory: the addresses of their first bytes within it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, places: np.ndarray[Any, Any], size: int, bytes: int) -> None:
+        self.number = next(Region._numbers)
+        self.low, self.high = int(places.min()), int(places.max()) + size
+        self.whole = self.high - self.low == places.size * size
+        self._places, self._size, self._bytes = places, size, bytes
+        self._mask: np.ndarray[Any, Any] | None = None
+
+    @property
+    def mask(self) -> np.ndarray[Any, Any]:
+        """Which pairs of bytes of the piece are in the region."""
+        if self._mask is None:
+            self._mask = np.zeros(-(-self._bytes // 2), np.bool_)
+            for i in range(0, self._size, 2):
+                self._mask[(self._places + i) // 2] = True
+        return self._mask
+
+
+_overlaps: dict[tuple[int, int], tuple[bool, bool]] = {}
+
+
+def overlap(a: Region, b: Region) -> tuple[bool, bool]:
+    """(whether two regions of one piece meet, whether a lies in b)."""
+    if a is b:
+        return True, True
+    if a.low >= b.high or b.low >= a.high:
+        return False, False
+    if b.whole and a.low >= b.low and a.high <= b.high:
+        return True, True
+    found = _overlaps.get((a.number, b.number))
+    if found is None:
+        meet = bool((a.mask & b.mask).any())
+        found = _overlaps[a.number, b.number] = meet, meet and not bool((a.mask & ~b.mask).any())
+    return found
+
+
+@dataclass
+class Access:
+    """A read or a write of a region. `task` is negative for what an agent does itself, the generic proxy; such a write
+    is seen by the copy engine and the tensor cores once its agent has `fenced`."""
+
+    what: str
+    region: Region
+    agent: int
+    time: int
+    task: int
+    at: Site
+    fenced: bool = False
+
+    def before(self, clock: Clock) -> bool:
+        if self.task >= 0:
+            return bool(clock.tasks >> self.task & 1)
+        return clock.agents.get(self.agent, -1) >= self.time
+
+
+class Remembered:
+    """The last writes of a piece of shared memory, and the reads since."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.writes: list[Access] = []
+        self.reads: dict[tuple[int, int, int], Access] = {}
+
+    def read(self, access: Access, clock: Clock, asynchronous: bool) -> None:
+        for write in self.writes:
+            if overlap(write.region, access.region)[0]:
+                self._check(write, access, clock)
+                if asynchronous and write.task < 0 and not write.fenced:
+                    raise Race(
+                        f"{self.name}: {access.what} at {text(access.at)} reads what was written at {text(write.at)} by"
+                        " a warp that has not called fence_async_shared since"
+                    )
+        self.reads[access.region.number, access.agent, access.task] = access
+
+    def write(self, access: Access, clock: Clock) -> None:
+        for other in [*self.writes, *self.reads.values()]:
+            if overlap(other.region, access.region)[0]:
+                self._check(other, access, clock)
+        self.writes = [x for x in self.writes if not overlap(x.region, access.region)[1]]
+        self.reads = {key: x for key, x in self.reads.items() if not overlap(x.region, access.region)[1]}
+        self.writes.append(access)
+
+    def settle(self, task: int, agent: int, time: int) -> None:
+        """The reads of a task that its agent has waited for count as the agent's own."""
+        for key in [key for key in self.reads if key[2] == task]:
+            access = self.reads.pop(key)
+            own = self.reads.get((key[0], agent, -1))
+            if own is None or own.time < time:
+                access.agent, access.time, access.task = agent, time, -1
+                self.reads[key[0], agent, -1] = access
+
+    def _check(self, first: Access, second: Access, clock: Clock) -> None:
+        if not first.before(clock):
+            raise Race(
+                f"{self.name}: {second.what} at {text(second.at)} is not ordered after {first.what} at {text(first.at)}"
+            )
+
+
+def access(what: str, region: Region, agent: int, time: int, task: int = -1, at: Site | None = None) -> Access:
+    return Access(what, region, agent, time, task, at or site())

@@ -1,0 +1,31 @@
+"""The Hopper kernels, and those around them, on tensors of the CPU: launches go to the interpreter of Gluon."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gluon_interpreter import Machine
+from triton.runtime.jit import JITFunction
+
+MULTIPROCESSORS = 3
+"""So few that programs take several tiles, and take them from each other."""
+
+
+def take_over(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    """Let calls that ask for the backend `hopper` or `portable` run on a machine, with first configurations."""
+    from attn_dsl.backend import gpu
+    from attn_dsl.backend.hopper import check, launch, launch_backward
+
+    def run(kernel: JITFunction[Any], *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        if warmup:
+            return SimpleNamespace(hash="", asm={"ptx": ""})
+        return machine.run(kernel, grid[0], arguments, options)
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(check, "inspected", lambda name, kernel: check.Build(0, (), ()))
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
+        monkeypatch.setattr(module, "compile_here", lambda *given: None)
