@@ -17,6 +17,7 @@ def take_over(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """Let calls that ask for the backend `hopper` or `portable` run on a machine, with first configurations."""
     from attn_dsl.backend import gpu
     from attn_dsl.backend.hopper import check, launch, launch_backward
+    from attn_dsl.backend.portable import launch as portable
 
     def run(kernel: JITFunction[Any], *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
         if warmup:
@@ -26,6 +27,7 @@ def take_over(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(check, "inspected", lambda name, kernel: check.Build(0, (), ()))
+    monkeypatch.setattr(portable, "capability_of", lambda device: (9, 0))
     for module in (launch, launch_backward):
         monkeypatch.setattr(module, "multiprocessors", lambda device: MULTIPROCESSORS)
         monkeypatch.setattr(module, "compile_here", lambda *given: None)

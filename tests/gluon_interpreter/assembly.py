@@ -117,4 +117,3 @@ _TEXTS: dict[str, Callable[[list[Any], Any], Any]] = {
     "{ .reg .pred p; .reg .u32 v; AGAIN: ld.relaxed.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2;"
     " @p bra AGAIN; mov.u32 $0, 0; }": _spin,
 }  # fmt: skip
-

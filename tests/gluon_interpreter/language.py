@@ -9,15 +9,13 @@ import numpy as np
 import triton.language as tl
 from triton.experimental.gluon import language as gluon
 
-from gluon_interpreter import machine
+from gluon_interpreter import machine, values
 from gluon_interpreter.assembly import assembly
 from gluon_interpreter.faults import Fault
 from gluon_interpreter.machine import Agent, Pending, Task
 from gluon_interpreter.shared import Barrier, Memory, Piece, places
 from gluon_interpreter.tensors import Descriptor
-from gluon_interpreter.values import Array, Value, common, elementwise, erf, size_of, valued
-
-# ruff: noqa: A001 (the language's own names)
+from gluon_interpreter.values import Array, Value, common, elementwise, size_of, valued
 
 NVMMASharedLayout, SwizzledSharedLayout = gluon.NVMMASharedLayout, gluon.SwizzledSharedLayout
 
@@ -185,7 +183,7 @@ def _function(function: Callable[..., Array]) -> Callable[[Any], Value]:
 
 abs, sqrt, floor, ceil = map(_function, (np.abs, np.sqrt, np.floor, np.ceil))
 exp, exp2, log, log2 = map(_function, (np.exp, np.exp2, np.log, np.log2))
-sin, cos, tanh, erf = map(_function, (np.sin, np.cos, np.tanh, erf))
+sin, cos, tanh, erf = map(_function, (np.sin, np.cos, np.tanh, values.erf))
 rsqrt = _function(lambda x: 1 / np.sqrt(x))
 sigmoid = _function(lambda x: 1 / (1 + np.exp(-x)))
 
@@ -391,5 +389,3 @@ def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
 
 def reinterpret(memory: Memory, dtype: tl.dtype, shape: Any, layout: Any) -> Memory:
     return memory.reinterpret(dtype, shape, layout)
-
-

@@ -79,8 +79,11 @@ class Pending:
         self.task = task
         self.value: Any = None
 
-    def __getattr__(self, name: str) -> Any:
+    def _refuse(self, *_: Any) -> Any:
         raise Race(f"the result of {self.task.what} at {text(self.task.at)} is used before it was waited for")
+
+    __getattr__ = __getitem__ = __neg__ = __lt__ = __gt__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
+    __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
 
 
 class Program:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from gluon_interpreter.faults import Race, Site, site, text
 
 

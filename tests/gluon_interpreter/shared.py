@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.experimental.gluon.language import NVMMASharedLayout, SwizzledSharedLayout
+
 from gluon_interpreter import machine
 from gluon_interpreter.faults import Fault
 from gluon_interpreter.order import Clock, Region, Remembered
 from gluon_interpreter.values import RAW, Array, Value, decoded, encoded, size_of
-from triton.experimental.gluon.language import NVMMASharedLayout, SwizzledSharedLayout
 
 POISON = 0xFF
 """Bytes of memory that nobody has written: not a number, as floats."""

@@ -95,5 +95,3 @@ def handed(x: Any, tensors: Tensors) -> Any:
     if isinstance(x, float):
         return Value(x, tl.float32)
     return meaning(x)
-
-

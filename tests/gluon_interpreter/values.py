@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +13,9 @@ from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
+
+from gluon_interpreter.faults import Fault
 
 STORED: dict[tl.dtype, type] = {
     tl.int1: np.bool_, tl.int8: np.int8, tl.int16: np.int16, tl.int32: np.int32, tl.int64: np.int64,
@@ -38,7 +42,8 @@ def encoded(x: Array, dtype: tl.dtype) -> Array:
         rounded = ((bits + (_ROUND + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
         return np.where(np.isnan(x), np.uint16(0x7FC0), rounded)
     if dtype == tl.float16:
-        return x.astype(np.float16).view(np.uint16)
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint16)
     stored = np.uint8 if dtype == tl.int1 else STORED[dtype]
     return np.ascontiguousarray(x).astype(stored).view(RAW[size_of(dtype)])
 
@@ -198,45 +203,46 @@ def _of_literal(x: Number) -> tl.dtype:
     if isinstance(x, bool):
         return tl.int1
     if isinstance(x, int):
-        return next(
-            t for t in (tl.int32, tl.uint32, tl.int64, tl.uint64) if np.can_cast(np.min_scalar_type(x), STORED[t])
-        )
+        return next(t for t in (tl.int32, tl.uint32, tl.int64, tl.uint64) if _holds(t, x))
     return tl.float32
 
 
-def _kind(dtype: tl.dtype) -> int:
-    return 2 if dtype.is_floating() else 0 if dtype == tl.int1 else 1
+_semantic = object.__new__(TritonSemantic)
+"""Triton's own rules; those for types ask for no builder."""
+
+
+@functools.cache
+def _common(x: tl.dtype, x_literal: bool, y: tl.dtype, y_literal: bool, quotient: bool) -> tl.dtype:
+    return _semantic.computation_type_impl(x, x_literal, y, y_literal, quotient)
 
 
 def common(x: Value | Number, y: Value | Number, quotient: bool = False) -> tl.dtype:
     """The type in which an operation of two is done: a literal takes the type of a tensor whose kind is not less."""
-    a, b = valued(x).dtype, valued(y).dtype
-    if isinstance(x, Value) != isinstance(y, Value):
-        literal, tensor = (b, a) if isinstance(x, Value) else (a, b)
-        if _kind(literal) <= _kind(tensor):
-            return tl.float32 if quotient and tensor in (tl.float16, tl.bfloat16) else tensor
-    floats = [t for t in (a, b) if t.is_floating()]
-    if floats:
-        if len(floats) == 2 and a == b and not quotient:
-            return a
-        widest = max(floats, key=lambda t: int(t.primitive_bitwidth))
-        mixed = len(floats) == 2 and a != b and int(widest.primitive_bitwidth) == 16
-        return tl.float32 if mixed or (quotient and int(widest.primitive_bitwidth) == 16) else widest
-    signed = a.is_int_signed() == b.is_int_signed()
-    if signed or a.primitive_bitwidth != b.primitive_bitwidth:
-        return a if a.primitive_bitwidth >= b.primitive_bitwidth else b
-    return b if a.is_int_signed() else a
+    return _common(valued(x).dtype, not isinstance(x, Value), valued(y).dtype, not isinstance(y, Value), quotient)
 
 
 def _operands(x: Value | Number, y: Value | Number, dtype: tl.dtype) -> tuple[Array, Array]:
+    for literal in (x, y):
+        if isinstance(literal, int) and not dtype.is_floating() and not _fits(literal, dtype):
+            raise Fault(f"{literal} is no {dtype}")
     stored = STORED[dtype]
     return np.asarray(_data(x)).astype(stored), np.asarray(_data(y)).astype(stored)
 
 
+def _fits(literal: int, dtype: tl.dtype) -> bool:
+    """A negative one fits an unsigned type of its width, as its bits."""
+    return dtype == tl.int1 or _holds(dtype, literal) or -(2 ** (int(dtype.primitive_bitwidth) - 1)) <= literal < 0
+
+
+def _holds(dtype: tl.dtype, x: int) -> bool:
+    limits = np.iinfo(STORED[dtype])
+    return int(limits.min) <= x <= int(limits.max)
+
+
 def _binary(function: Callable[..., Array], x: Any, y: Any, quotient: bool = False) -> Value:
+    if quotient and not any(valued(z).dtype.is_floating() for z in (x, y)):
+        x, y = (valued(z).to(tl.float32) for z in (x, y))
     dtype = common(x, y, quotient)
-    if quotient and not dtype.is_floating():
-        dtype = tl.float32
     with np.errstate(all="ignore"):
         return Value(function(*_operands(x, y, dtype)), dtype)
 
