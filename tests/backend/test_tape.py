@@ -66,6 +66,11 @@ def test_only_addresses_change() -> None:
     assert again >= numbers + 2 * 3 * 8 * 4 and again % 4 == 0 and tape.scratch >= again - numbers + 160
 
 
+def on_meta_and_more(run: Any, query: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    torch.zeros(3, device=query.device)
+    return on_meta(run, query, table)
+
+
 def test_what_a_function_does_beside_launches_keeps_it_from_being_recorded() -> None:
     given = (torch.ones(4, 8), torch.ones(4))
     for more in (lambda x: x.zero_(), lambda x: x + 1, lambda x: torch.zeros(3, device=x.device)):
@@ -85,11 +90,23 @@ def test_a_function_is_called_until_its_kernels_are_known(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 2, raising=False)
     for wanted in (True, False):
         rows, blocks = kernels()
-        launches = Launches(on_meta, recorded=wanted)
+        launches = Launches(on_meta if wanted else on_meta_and_more)
         launches.runner.index, launches.runner.found = 2, found(rows, blocks)
         given = (torch.ones(4, 8), torch.ones(4))
         for _ in range(3):
             launches(given)
             assert len(rows.got) == len(blocks.got)
-        assert len(rows.got) == 3 and (launches.tape is not None) == wanted
+        assert len(rows.got) == 3 and (launches.tapes[()] is not None) == wanted
         assert isinstance(rows.got[-1][18], int) == wanted
+
+
+def test_tensors_of_other_shapes_have_a_tape_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 2, raising=False)
+    rows, blocks = kernels()
+    launches = Launches(on_meta)
+    launches.runner.index, launches.runner.found = 2, found(rows, blocks)
+    for length in (4, 6, 4, 6):
+        table = torch.ones(length)
+        launches((torch.ones(4, 8),), (table,))
+    assert len(launches.tapes) == 2 and None not in launches.tapes.values()
+    assert rows.got[-1][22][0][0] == table.data_ptr()

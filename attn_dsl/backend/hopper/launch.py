@@ -114,6 +114,15 @@ class Kernels:
         self.uneven = listed or any(node in (Var("q0"), Var("q1")) for node in post_order(*ends))
         """Whether the rows of a query tile decide how many key tiles it visits."""
 
+    def section(self, call: Call) -> int:
+        """So many heads run side by side."""
+        batch, heads, kv_heads, _, kv_len = call.sizes[:5]
+        found = heads // kv_heads
+        if self.uneven:
+            dims = padded(call.query.shape[3]) + padded(call.value.shape[3])
+            found *= max(1, CACHE // (call.key.element_size() * dims * kv_len))
+        return min(found, batch * heads)
+
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
         key = (_positive(self.portable, call), not call.precise, self._is_bounded(call))
@@ -382,7 +391,7 @@ class _Plan:
     """What launches of one kernel have in common; `dims` are the head dimensions of the tiles."""
 
     config: Config
-    uneven: bool
+    kernels: Kernels
     dims: tuple[int, int]
     has_row_term: bool
     options: Options
@@ -398,7 +407,7 @@ class _Plan:
             "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "num_warps": 4,
         }  # fmt: skip
         options = Options({**functions, **_options(config), **of_call})
-        return _Plan(config, kernels.uneven, (d, dv), functions["ROW_TERM"] is not None, options, {})
+        return _Plan(config, kernels, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
     def layout(self, call: Call) -> _Layout:
         query, key, value = call.query, call.key, call.value
@@ -423,7 +432,7 @@ class _Plan:
 
     def _layout(self, call: Call) -> _Layout:
         (d, dv), config = self.dims, self.config
-        batch, heads, kv_heads, q_len, kv_len = call.sizes[:5]
+        batch, heads, _, q_len = call.sizes[:4]
         shape, packed = (*call.query.shape[:3], call.value.shape[3]), self.options["PACKED"]
         out = call.results.get("out", by_row(shape, packed, call.query.dtype, torch.device("meta")))
         width, of_queries, of_keys = call.grid or (0, 0, 0)
@@ -431,17 +440,13 @@ class _Plan:
         if 0 < page < config.keys:
             keys = (page, SWIZZLED.value, SWIZZLED.value)
         tiles = heads * (shape[2] // config.rows + batch if packed else batch * -(-q_len // config.rows))
-        section = heads // kv_heads
-        if self.uneven:
-            bytes = call.key.element_size() * (d + dv) * kv_len
-            section *= max(1, CACHE // bytes)
         return _Layout(
             min(tiles, multiprocessors(call.query.device)),
             (BlockShape.of(call.query, ROWS, d, width, of_queries),
              BlockShape.of(call.key, keys[0], keys[1], width, of_keys),
              BlockShape.of(call.value, keys[0], keys[2], width, of_keys),
              BlockShape.of(out, ROWS, dv, width, of_queries)),
-            call.sizes[:6], tuple(map(plain, call.sizes[6:])), min(section, batch * heads),
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), self.kernels.section(call),
         )  # fmt: skip
 
 
@@ -457,8 +462,9 @@ def forward(
     assert config is not None, "no configuration fits: ask `Kernels.choice` first"
     plan = kernels.plan(call, config)
     launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
-    inputs = call.query, call.key, call.value, call.tensors, call.q_offset
-    return launched(run, *inputs, _counter(call.query.device), call.results.get("out"))
+    inputs, kind = (call.query, call.key, call.value, call.tensors, call.q_offset), launched.kind
+    listed = () if kind is None else kind.find(call.tensors, call.q_offset, call.query.device, run)
+    return launched(run, *inputs, _counter(call.query.device), listed, call.results.get("out"))
 
 
 @dataclass(frozen=True)
@@ -497,17 +503,17 @@ class _Launch:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         counter: Tensor,
+        listed: Sequence[Tensor],
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """`listed`: what `kind` finds."""
         device = query.device
         packed = self.plan.options["PACKED"]
         out = by_row(self.out, packed, query.dtype, device) if out is None else out
         lse = by_row(self.rows, packed, torch.float32, device)
         shifted = torch.empty_like(lse) if self.plan.has_row_term else lse
         q, k, v, o = self.layout.shapes
-        captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
-        if self.kind is not None:
-            captured += described(self.kind.find(tensors, q_offset, device, run))
+        captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)]) + described(listed)
         if packed:
             captured += ((out, (), ()),)
         run(
@@ -542,10 +548,12 @@ class Replay:
         def function(
             run: Runner, query: Tensor, key: Tensor, value: Tensor, counter: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
-            q_offset, *out = offset + list(rest[count:])
-            return launched(run, query, key, value, rest[:count], q_offset, counter, *out)
+            behind = len(rest) - lists
+            q_offset, *out = offset + list(rest[count:behind])
+            return launched(run, query, key, value, rest[:count], q_offset, counter, rest[behind:], *out)
 
-        self._launches = Launches(function, recorded=launched.kind is None)
+        self._kind, lists = launched.kind, 0 if launched.kind is None else launched.kind.count
+        self._launches = Launches(function)
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
@@ -565,10 +573,12 @@ class Replay:
         """As `forward`; `out`, where given, has the strides of the one that the call was known by."""
         inputs = [query, key, value, _counter(query.device), *tensors]
         if isinstance(q_offset, Tensor):
-            inputs.append(q_offset.to(torch.int64))
+            q_offset = q_offset.to(torch.int64)
+            inputs.append(q_offset)
         if out is not None:
             inputs.append(out)
-        out, lse, shifted = self._launches(inputs)
+        listed = () if self._kind is None else self._kind.find(tensors, q_offset, query.device)
+        out, lse, shifted = self._launches(inputs, listed)
         return out, lse, shifted
 
 

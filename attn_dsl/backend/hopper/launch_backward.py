@@ -374,7 +374,9 @@ def backward(
     launched = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call)
     inputs = call.query, call.key, call.value, call.tensors, call.q_offset
     shares = _copies(launched.shapes, call.query.device)
-    dq, dk, dv = launched(run, *inputs, out, shifted, grad_out, grad_lse, shares, call.results)
+    kind, rows = launched.kind, (out, shifted, grad_out, grad_lse)
+    listed = () if kind is None else kind.find(call.tensors, call.q_offset, call.query.device, run)
+    dq, dk, dv = launched(run, *inputs, *rows, shares, listed, call.results)
     return Gradients(dq, dk, dv, _sums(plan.targets, shares))
 
 
@@ -430,17 +432,18 @@ class _Launch:
         grad_out: Tensor,
         grad_lse: Tensor | None,
         shares: Sequence[Tensor],
+        listed: Sequence[Tensor],
         results: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; those of the plan's targets are added to `shares`."""
+        """Gradients of query, key and value; those of the plan's targets are added to `shares`. `listed` is what `kind`
+        finds."""
         plan, layout, device = self.plan, self.layout, query.device
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         inputs = {"dq": query, "dk": key, "dv": value}
         dq, dk, dv = (empty_like(x, results.get(name)) for name, x in inputs.items())
         (of_q, of_k, of_v, of_grad), (of_dk, of_dv) = layout.inputs, layout.outputs
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
-        listed = () if self.kind is None else described(self.kind.find(tensors, q_offset, device, run))
-        of_call = (self.parameters, (*self.sizes, *layout.extents), captured)
+        of_call, with_lists = (self.parameters, (*self.sizes, *layout.extents), captured), captured + described(listed)
         numbers, sums, turns, done, blocks = self.scratch.made(device)
         for first, pairs in self.sections:
             own, at = pairs * self.group, first * self.group
@@ -458,7 +461,7 @@ class _Launch:
             run(
                 attention_backward, pairs * self.key_tiles,
                 (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-                 q_offset, self.parameters, *layout.sizes, layout.extents, captured + listed, described(shares),
+                 q_offset, self.parameters, *layout.sizes, layout.extents, with_lists, described(shares),
                  self.scale, layout.section, self.lead, first),
                 plan.options,
             )  # fmt: skip
@@ -486,16 +489,22 @@ class Replay:
         plan = kernels.plan(call, ordered, fused, config)
         launched, count = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
+        self._kind, lists = launched.kind, 0 if launched.kind is None else launched.kind.count
+        names = tuple(call.results)
 
         def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Sequence[Tensor]:
             out, shifted, grad_out, *others = rest
+            others, listed = others[: len(others) - lists], others[len(others) - lists :]
+            others, given = others[: len(others) - len(names)], others[len(others) - len(names) :]
             behind = count + len(plan.targets)
             more = offset + others[behind:]
             q_offset, grad_lse = more[0], more[1] if len(more) > 1 else None
-            given = (out, shifted, grad_out, grad_lse, others[count:behind])
-            return launched(run, query, key, value, others[:count], q_offset, *given, {})
+            rows, results = (out, shifted, grad_out, grad_lse), dict(zip(names, given, strict=True))
+            return launched(
+                run, query, key, value, others[:count], q_offset, *rows, others[count:behind], listed, results
+            )
 
-        self._launches = Launches(function, recorded=launched.kind is None)
+        self._launches = Launches(function)
         self._targets, self._shapes = plan.targets, launched.shapes
 
     def run(
@@ -509,14 +518,18 @@ class Replay:
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+        results: Sequence[Tensor] = (),
     ) -> Gradients:
+        """`results`: in the order of those that the call was known by, with their strides."""
         shares = _copies(self._shapes, query.device)
         inputs = [query, key, value, out, shifted, grad_out, *tensors, *shares]
         if isinstance(q_offset, Tensor):
             inputs.append(q_offset)
         if grad_lse is not None:
             inputs.append(grad_lse)
-        dq, dk, dv = self._launches(inputs)
+        inputs += results
+        listed = () if self._kind is None else self._kind.find(tensors, q_offset, query.device)
+        dq, dk, dv = self._launches(inputs, listed)
         return Gradients(dq, dk, dv, _sums(self._targets, shares))
 
 

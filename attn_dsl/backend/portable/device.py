@@ -413,7 +413,7 @@ def nth(segments, n):
         if len(segments[i]) == 4:
             at = n - passed
             held = (at >= 0) & (at < segments[i][3])
-            entry = tl.load(segments[i][0] + (segments[i][1] + at * segments[i][2]), mask=held, other=0)
+            entry = tl.load(segments[i][0] + (segments[i][1] + at * segments[i][2]), mask=held, other=0).to(tl.int32)
             tile = entry if i == 0 else tl.where(held, entry, tile)
             passed += segments[i][3]
         else:

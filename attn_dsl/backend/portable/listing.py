@@ -90,6 +90,11 @@ class Kind:
     sizes: tuple[int, ...]
     parameters: Sequence[Scalar | Tensor]
 
+    @property
+    def count(self) -> int:
+        """How many tensors `find` gives."""
+        return 2 * len(self.lists.runs) + 2
+
     def find(
         self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device, run: Runner = launch
     ) -> tuple[Tensor, ...]:

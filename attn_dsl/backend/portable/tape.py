@@ -21,6 +21,8 @@ from attn_dsl.backend.portable.start import Ready, taken, watched
 
 Launching = Callable[..., Sequence[Tensor]]
 """From a runner and tensors, which it launches kernels for, to results: those tensors, or new ones."""
+TAPES = 64
+"""So many of one function are kept."""
 ALIGNED = 512
 """Bytes that memory begins at a multiple of."""
 
@@ -28,21 +30,24 @@ ALIGNED = 512
 class Launches:
     """What repeats a function for tensors of the kinds of the first: by its tape, or by calling it.
 
-    recorded: whether there may be a tape: not where the function reads what its tensors hold.
+    Tensors that are `varying` come behind the others, and there is a tape for each of their shapes.
     """
 
-    def __init__(self, function: Launching, recorded: bool) -> None:
+    def __init__(self, function: Launching) -> None:
         self.function, self.runner = function, Repeated()
-        self.tape: Tape | None = None
-        self.tried = not recorded
+        self.tapes: dict[tuple[Any, ...], Tape | None] = {}
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        index = self.runner.index
-        if self.tape is not None and index == torch._C._cuda_getDevice() and not watched():
-            return self.tape(inputs, index)
+    def __call__(self, inputs: Sequence[Tensor], varying: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        index, kind = self.runner.index, tuple([(x.shape, x.stride()) for x in varying])
+        inputs = (*inputs, *varying)
+        tape = self.tapes.get(kind)
+        if tape is not None and index == torch._C._cuda_getDevice() and not watched():
+            return tape(inputs, index)
         results = self.function(self.runner, *inputs)
-        if not self.tried and self.runner.found:
-            self.tried, self.tape = True, recorded(self.function, inputs, self.runner.found)
+        if kind not in self.tapes and self.runner.found:
+            if len(self.tapes) >= TAPES:
+                self.tapes.clear()
+            self.tapes[kind] = recorded(self.function, inputs, self.runner.found)
         return results
 
 
