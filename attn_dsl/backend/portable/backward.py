@@ -302,22 +302,16 @@ def attention_keys_backward(
         if len(partial) > 0:
             for n in range(count(partial)):
                 i = nth(partial, n)
-                if SKIP is None:
+                q0 = start + i.to(tl.int64) * BM
+                if SKIP is None or SKIP(
+                    b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide
+                ) == 0:  # fmt: skip
                     state = _visit_queries(
                         i, state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
                         query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
                         scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV, DV0,
                         DV1, BM, PRECISION
                     )  # fmt: skip
-                else:
-                    q0 = start + i.to(tl.int64) * BM
-                    if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide) == 0:
-                        state = _visit_queries(
-                            i, state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
-                            query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
-                            scalars, tensors, SCORE, MASK, QUERY_MASK, KEY_GRAD, True, CONTIGUOUS, D, D0, D1, DV,
-                            DV0, DV1, BM, PRECISION
-                        )  # fmt: skip
         if len(full) > 0:
             for n in range(count(full)):
                 state = _visit_queries(
@@ -463,22 +457,14 @@ def attention_queries_backward(
     if len(partial) > 0:
         for n in range(count(partial)):
             j = nth(partial, n)
-            if SKIP is None:
+            k0 = j.to(tl.int64) * BN
+            if SKIP is None or SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                 state = _visit_keys(
                     j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len, factor,
                     slope, b, h, q[:, None], q0, inside, scalars, tensors, grads, peaks, factors, SCORE, MASK,
                     KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                     PRECISION
                 )  # fmt: skip
-            else:
-                k0 = j.to(tl.int64) * BN
-                if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
-                    state = _visit_keys(
-                        j, state, queries, outs, key, value, l, row_delta, key_strides, value_strides, kv_len,
-                        factor, slope, b, h, q[:, None], q0, inside, scalars, tensors, grads, peaks, factors, SCORE,
-                        MASK, KEY_MASK, QUERY_GRAD, SCATTER_PAIRS, MODE, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1,
-                        BN, PRECISION
-                    )  # fmt: skip
     if len(full) > 0:
         for n in range(count(full)):
             state = _visit_keys(

@@ -171,20 +171,13 @@ def attention_forward(
         for n in range(count(partial)):
             j = nth(partial, n)
             following = slab(nth(partial, n + 1), b, hk, wide, BN, PAGE, SCALED)
-            if SKIP is None:
+            k0 = j.to(tl.int64) * BN
+            if SKIP is None or SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
                 state = _visit(
                     j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q, q0,
                     scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
                     PRECISION, PAGE
                 )  # fmt: skip
-            else:
-                k0 = j.to(tl.int64) * BN
-                if SKIP(b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BN, scalars_64, wide) == 0:
-                    state = _visit(
-                        j, at, state, block, key, value, key_strides, value_strides, kv_len, factor, slope, b, h, q,
-                        q0, scalars, tensors, SCORE, MASK, KEY_MASK, True, CONTIGUOUS, D, D0, D1, DV, DV0, DV1, BN,
-                        PRECISION, PAGE
-                    )  # fmt: skip
             at = following
     if len(full) > 0:
         at = slab(nth(full, 0), b, hk, wide, BN, PAGE, SCALED)
