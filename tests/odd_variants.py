@@ -1,7 +1,7 @@
 """Random variants that nobody would write, and calls of them: what a compiler meets once it is used.
 
 `OddText(seed)` writes a `.attn` text, from all operations and kinds of look-ups of the language; `odd_call` draws sizes
-and what the text needs. Equal seeds give equal results.
+and what the text needs; `drawn` is both, and `agree` says whether an answer is right. Equal seeds give equal results.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from portable_support import Problem, Result, program_of
 from torch import Tensor
 
+from attn_dsl.errors import BindingError, CompileError
 from attn_dsl.ir.variant import Variant
 
 HEAD = "attention odd(n: int, w: int = 3, c: float = 0.7, g: float, flag: bool, const m: int = 2)"
@@ -190,8 +193,10 @@ class OddCall:
     q_offset: int | Tensor
 
 
-def odd_call(variant: Variant, seed: int, dtype: torch.dtype, lengths: tuple[int, ...]) -> OddCall:
-    """Random arguments of a variant of `OddText`, its lengths among those given."""
+def odd_call(
+    variant: Variant, seed: int, dtype: torch.dtype, lengths: tuple[int, ...], dims: tuple[int, ...] = (1, 3, 16)
+) -> OddCall:
+    """Random arguments of a variant of `OddText`, its lengths and head dimensions among those given."""
     draw, make = random.Random(seed), torch.Generator().manual_seed(seed)
     kv_heads = draw.choice([1, 1, 2])
     sizes = {"B": draw.choice([1, 2]), "HK": kv_heads, "H": kv_heads * draw.choice([1, 2]), "N": draw.choice([1, 4])}
@@ -207,7 +212,7 @@ def odd_call(variant: Variant, seed: int, dtype: torch.dtype, lengths: tuple[int
             return torch.randint(0 if kind == "uint8" else -4, 6, shape, generator=make).to(getattr(torch, kind))
         return normal(*shape).to(getattr(torch, kind))
 
-    dim, value_dim = draw.choice([1, 3, 16]), draw.choice([1, 2, 16])
+    dim, value_dim = draw.choice(dims), draw.choice((1, 2, 16) if 1 in dims else dims)
     inputs = [
         normal(sizes["B"], sizes[heads], sizes[length], width).to(dtype)
         for heads, length, width in (("H", "Q", dim), ("HK", "KV", dim), ("HK", "KV", value_dim))
@@ -223,3 +228,45 @@ def odd_call(variant: Variant, seed: int, dtype: torch.dtype, lengths: tuple[int
     if sizes["B"] == 2 and draw.random() < 0.3:
         behind = torch.tensor([0, 4])
     return OddCall(*inputs, bindings, 0 if names & OF_POSITIONS else behind)
+
+
+STORED = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""What a gradient loses that is stored so."""
+
+
+def agree(found: Result, truth: Result, rough: Result, tolerance: float, text: str) -> None:
+    """Each output and gradient within `tolerance`, and within what `rough`, plain float32 arithmetic, loses thirtyfold.
+
+    Gradients that are not finite in truth are not looked at.
+    """
+    named = {"out": (found.out, truth.out, rough.out), "lse": (found.lse, truth.lse, rough.lse)}
+    named |= {f"grad of {n}": (grad, truth.grads[n], rough.grads[n]) for n, grad in found.grads.items()}
+    for name, (mine, exact, plain) in named.items():
+        infinite = exact.isinf()
+        if name.startswith("grad") and not exact.isfinite().all():
+            continue
+        assert torch.equal(mine.isinf(), infinite), f"{name}: infinities differ\n{text}"
+        error, loss = (torch.where(infinite, 0.0, x.double() - exact.double()).abs().max() for x in (mine, plain))
+        largest = torch.where(infinite, 0.0, exact).abs().max().clamp(min=1.0)
+        allowed = max(tolerance, STORED.get(mine.dtype, 0.0)) * largest + 30 * loss
+        assert error <= allowed, f"{name}: error {error:.3g} of {largest:.3g}\n{text}"
+
+
+def drawn(
+    seed: int, dtype: torch.dtype, lengths: tuple[int, ...], dims: tuple[int, ...] = (1, 3, 16)
+) -> tuple[Problem, str]:
+    """A problem and its text; skips what the compiler refuses, and what has no number for an answer."""
+    text = OddText(seed).text
+    try:
+        program = program_of(text)
+        call = odd_call(program.variant, seed, dtype, lengths, dims)
+        names = {p.name for p in program.variant.parameters} | {t.name for t in program.variant.tensors}
+        bindings = {name: value for name, value in call.bindings.items() if name in names}
+        problem = Problem(program, call.query, call.key, call.value, bindings, call.q_offset)
+        program.binder.bind(call.query, call.key, call.value, None, call.q_offset, problem.all_bindings)
+    except (CompileError, BindingError) as refusal:
+        pytest.skip(str(refusal).splitlines()[0])
+    lse = problem.truth().lse
+    if lse.isnan().any() or (lse == torch.inf).any() or lse[lse.isfinite()].abs().gt(1e3).any():
+        pytest.skip("the answer is no number")
+    return problem, text

@@ -188,23 +188,23 @@ rsqrt = _function(lambda x: 1 / np.sqrt(x))
 sigmoid = _function(lambda x: 1 / (1 + np.exp(-x)))
 
 
-def _reduced(function: Callable[..., Array], x: Value, axis: int | None) -> Value:
+def _reduced(function: Callable[..., Array], x: Value, axis: int | None, **ways: Any) -> Value:
     dtype = x.dtype
     if not dtype.is_floating() and int(dtype.primitive_bitwidth) < 32:
         dtype = tl.int32
-    return Value(function(x.to(dtype).data, axis=axis), dtype)
+    return Value(function(x.to(dtype).data, axis=axis, **ways), dtype)
 
 
-def sum(x: Value, axis: int | None = None) -> Value:
-    return _reduced(np.sum, x, axis)
+def sum(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
+    return _reduced(np.add.reduce, x, axis, keepdims=keep_dims)
 
 
-def max(x: Value, axis: int | None = None) -> Value:
-    return _reduced(np.fmax.reduce if axis is not None else np.nanmax, x, axis)
+def max(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
+    return _reduced(np.fmax.reduce, x, axis, keepdims=keep_dims)
 
 
-def min(x: Value, axis: int | None = None) -> Value:
-    return _reduced(np.fmin.reduce if axis is not None else np.nanmin, x, axis)
+def min(x: Value, axis: int | None = None, keep_dims: bool = False) -> Value:
+    return _reduced(np.fmin.reduce, x, axis, keepdims=keep_dims)
 
 
 def cumsum(x: Value, axis: int = 0) -> Value:
@@ -364,8 +364,9 @@ def warpgroup_mma(
                 task.reads(operand)
         x = a.numbers() if isinstance(a, Memory) else a.data
         before: Any = acc.value if isinstance(acc, Pending) else acc
-        product = np.matmul(x, b.numbers(), dtype=np.float32)
-        pending.value = Value(product + before.data if add else product, tl.float32)
+        with np.errstate(all="ignore"):
+            product = np.matmul(x, b.numbers(), dtype=np.float32)
+            pending.value = Value(product + before.data if add else product, tl.float32)
 
     if own.threads != 128:
         raise Fault(f"a product by {own.threads} threads")

@@ -89,7 +89,7 @@ def handed(x: Any, tensors: Tensors) -> Any:
     if isinstance(x, tuple):
         return tuple(handed(item, tensors) for item in x)
     if isinstance(x, bool):
-        return x
+        return Value(x, tl.int1)
     if isinstance(x, int):
         return Value(x, tl.int32 if -(2**31) <= x < 2**31 else tl.int64)
     if isinstance(x, float):

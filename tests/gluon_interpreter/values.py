@@ -88,7 +88,7 @@ class Value:
         return bool(self.data)
 
     def __index__(self) -> int:
-        return int(self.data)
+        return int(self.data.item())
 
     def __getitem__(self, at: Any) -> Value:
         return Value(self.data[at], self.dtype)

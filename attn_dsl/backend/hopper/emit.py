@@ -28,6 +28,8 @@ from attn_dsl.ir.nodes import (
     TRUE,
     Binary,
     BinaryOp,
+    Compare,
+    CompareOp,
     Const,
     K,
     Load,
@@ -91,6 +93,13 @@ class Module:
         self.texts.append(text)
 
 
+def of_pairs(node: Node) -> Node:
+    """The node as a number for each pair of a tile, even if it is the same for a row, a column or all of them."""
+    if node.depends >= {"q", "k"} or "score" in node.depends:
+        return node
+    return Select(Compare(CompareOp.EQ, SCORE, SCORE), node, node)
+
+
 def needs_64_bits(results: Results) -> bool:
     """Whether bounds of a schedule hold a number that 32 bits do not."""
     if not isinstance(results, Node):
@@ -136,9 +145,9 @@ def emit_module(
     if rows:
         module.add("rows", ROWS, tuple(rows))
     if residue is not SCORE:
-        module.add("residue", ("s", *PAIR, "q0", "k0"), residue)
+        module.add("residue", ("s", *PAIR, "q0", "k0"), of_pairs(residue))
     if plain is not SCORE:
-        module.add("plain", ("s", *PAIR, "q0", "k0"), plain)
+        module.add("plain", ("s", *PAIR, "q0", "k0"), of_pairs(plain))
     if shift is not ZERO:
         module.add("shift", TILE, shift)
     if bounded and (span := reach(variant, positive)) is not None:

@@ -23,6 +23,7 @@ from attn_dsl.backend.hopper.emit import (
     Module,
     is_uniform,
     needs_64_bits,
+    of_pairs,
     outermost,
     split_shift,
 )
@@ -132,12 +133,13 @@ def emit_module(
         module.add("columns", COLUMNS, tuple(columns))
     one = derivative is ONE
     if residue is not SCORE or not one or kept:
-        module.add("score", ("s", *PAIR, "q0", "k0"), _results(residue, [*([] if one else [derivative]), *kept]))
+        others = [*([] if one else [derivative]), *kept]
+        module.add("score", ("s", *PAIR, "q0", "k0"), _results(of_pairs(residue), others))
     if saturations:
         match plain:  # a multiple of the bare product that is the same for a head is no work of the pairs
             case Binary(BinaryOp.MUL, lead, rest) if rest is SCORE and is_free(lead):
                 front, plain = times(front, lead), SCORE
-        module.add("plain", ("s", *PAIR, "q0", "k0"), _results(plain, settled[one:]))
+        module.add("plain", ("s", *PAIR, "q0", "k0"), _results(of_pairs(plain), settled[one:]))
         module.add("plain_factor", PROGRAM, times(LOG2E, front))
         if shift is not ZERO:
             module.add("shift", CORNER, shift)

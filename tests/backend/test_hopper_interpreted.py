@@ -1,0 +1,189 @@
+"""The Hopper kernels in the interpreter of Gluon: results, races, deadlocks and bounds, on a machine without a GPU.
+
+Each test runs in an order of warps and copies of its own; `-k` and another SEED try others.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from gluon_interpreter import Machine
+from gpu_support import larger, within_budget
+from hopper_on_cpu import take_over
+from odd_variants import agree as close
+from odd_variants import drawn
+from portable_support import Problem, Result, differentiated, program_of
+from torch import Tensor
+from variant_cases import SHIPPED, Case
+
+from attn_dsl.backend import gpu, operators
+from attn_dsl.backend.execute import HOPPER, Options, Program, portable_call
+from attn_dsl.backend.hopper import launch, launch_backward
+from attn_dsl.backend.hopper.configs import FROZEN, TABLE, Config
+from attn_dsl.errors import BindingError
+
+INPUTS = ("query", "key", "value")
+SMALL: dict[str, int] = {"B": 1, "H": 2, "HK": 1, "Q": 200, "KV": 200}
+
+
+@pytest.fixture(autouse=True)
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine(zlib.crc32(request.node.name.encode()) + int(os.environ.get("SEED", "0")))
+    take_over(monkeypatch, found)
+    return found
+
+
+def fresh(program: Program) -> Program:
+    """For which no kernel was chosen yet."""
+    return Program(program.variant, program._proof)
+
+
+def called(problem: Problem, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
+    """By the Hopper kernels, with gradients of everything that can have one if there is `upstream`."""
+    leaves, bindings = problem.leaves() if upstream is not None else ({}, problem.all_bindings)
+    inputs = [leaves.get(name, getattr(problem, name)) for name in INPUTS]
+    call = problem.program.binder.bind(*inputs, problem.scale, problem.q_offset, bindings)
+    out, lse = operators.attention(problem.program, call, Options(HOPPER, **options))
+    return differentiated(out, lse, leaves, upstream)
+
+
+def agree(problem: Problem, *, gradients: bool = True, logits: float = 8.0, **options: Any) -> None:
+    upstream = problem.upstream() if gradients else None
+    truth, eager = problem.truth(upstream), problem.truth(upstream, problem.query.dtype)
+    within_budget(called(problem, upstream, **options), truth, eager, 1.1, logits)
+
+
+def problem_of(name: str, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> Problem:
+    return Problem.of(larger(name, **SMALL | sizes), dtype)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_variant_stays_within_the_error_budget(name: str, dim: int) -> None:
+    agree(problem_of(name, D=dim, DV=dim))
+
+
+@pytest.mark.parametrize("name", ["causal", "alibi", "softcap", "document"])
+def test_everything_at_a_size_of_many_tiles(name: str) -> None:
+    agree(problem_of(name, B=2, H=4, HK=2, Q=600, KV=600))
+
+
+@pytest.mark.parametrize(
+    "dims", [(80, 80), (96, 96), (128, 64), (64, 128), (192, 128), (192, 192), (256, 256)], ids=str
+)
+@pytest.mark.parametrize("name", ["causal", "alibi"])
+def test_head_dimensions(name: str, dims: tuple[int, int]) -> None:
+    agree(problem_of(name, D=dims[0], DV=dims[1]), gradients=max(dims) <= 128)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300, 299), (65, 127), (129, 500, 371), (300, 90), (384, 384)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "noop", "softcap"])
+def test_lengths_and_offsets(name: str, dim: int, lengths: tuple[int, ...]) -> None:
+    q_len, kv_len, *start = lengths
+    agree(problem_of(name, Q=q_len, KV=kv_len, q_offset=start[0] if start else 0, D=dim, DV=dim))
+
+
+@pytest.mark.parametrize("dim", TABLE)
+@pytest.mark.parametrize("name", ["causal", "alibi", "noop"])
+def test_every_forward_configuration(name: str, dim: int) -> None:
+    problem = problem_of(name, D=dim, DV=dim, Q=400, KV=400)
+    call = problem.program.binder.bind(*(getattr(problem, x) for x in INPUTS), None, 0, problem.all_bindings)
+    call = portable_call(problem.program, call, Options(HOPPER))
+    truth, eager = problem.truth(None), problem.truth(None, torch.bfloat16)
+    configs: list[Config] = [*TABLE[dim], FROZEN[dim]]
+    for config in dict.fromkeys(configs):
+        out, lse, _ = launch.forward(problem.program.hopper, call, config=config)
+        within_budget(Result(out, lse), truth, eager, 1.1)
+
+
+def test_groups_offsets_by_batch_and_half_precision() -> None:
+    problem = problem_of("causal", torch.float16, B=2, H=8, HK=1, Q=200, KV=400, D=128, DV=128)
+    agree(replace(problem, q_offset=torch.tensor([200, 3])))
+
+
+@pytest.mark.parametrize("seed", range(200, 230))
+def test_variants_that_nobody_would_write(seed: int) -> None:
+    problem, text = drawn(seed, torch.bfloat16, (1, 33, 70, 150), (16, 64, 80))
+    upstream = problem.upstream()
+    try:
+        found = called(problem, upstream, deterministic=seed % 3 == 0)
+    except BindingError as refusal:
+        pytest.skip(str(refusal))
+    truth, rough = problem.truth(upstream), problem.truth(upstream, torch.float32)
+    close(found, truth, rough, 0.04, text)
+
+
+def test_logits_that_leave_the_first_tiles_far_behind(machine: Machine) -> None:
+    """Query tiles whose maximum may not stay come again: for one warpgroup, for all, for none."""
+    problem = problem_of("causal", H=3, HK=3, Q=600, KV=600, D=128, DV=128)
+    query, key = problem.query, problem.key
+    leap = torch.where(torch.arange(600).view(-1, 1) < 200, 1.0, 60.0)
+    one = key.clone()
+    one[:, 1, 5] = 50 * query[:, 1, 500]  # seen by all, in a full tile; the rest of the heads stays as it is
+    for keys in (key * torch.arange(600).view(-1, 1) / 64, key * leap, one):
+        hard = replace(problem, key=keys.to(query.dtype))
+        truth, eager = hard.truth(None), hard.truth(None, query.dtype)
+        found, again = called(hard), called(hard)
+        assert torch.equal(found.out, again.out) and torch.equal(found.lse, again.lse)
+        error, allowed = ((x.out.double() - truth.out).norm() for x in (found, eager))
+        assert error <= 1.1 * allowed + 1e-3 * truth.out.norm(), f"{error:.3g}, eager {allowed:.3g}"
+
+
+@pytest.mark.parametrize("name", ["causal", "noop", "sliding_window", "prefix_lm", "gpt_oss"])
+def test_deterministic_gradients_are_the_same_bits_in_every_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(name, H=2, HK=1, Q=500, KV=500, D=64, DV=64)
+    upstream = problem.upstream()
+    first = called(problem, upstream, deterministic=True)
+    usual = called(problem, upstream)
+    for seed in range(4):
+        take_over(monkeypatch, Machine(seed, resident=1 + seed))
+        found = called(problem, upstream, deterministic=True)
+        assert all(torch.equal(found.grads[x], first.grads[x]) for x in INPUTS)
+        assert all((found.grads[x] - usual.grads[x]).abs().max() < 2e-2 for x in INPUTS)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["alibi", "packed_causal"])
+def test_sections_of_heads_give_what_one_launch_gives(
+    name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for long sequences; a section may end within a batch entry."""
+    problem = problem_of(name, B=3, H=4, HK=2, D=64, DV=64)
+    upstream = problem.upstream()
+    whole = called(replace(problem, program=fresh(problem.program)), upstream, deterministic=deterministic)
+    monkeypatch.setattr(launch_backward, "_pairs_at_once", lambda *_: 4)
+    found = called(replace(problem, program=fresh(problem.program)), upstream, deterministic=deterministic)
+    assert torch.equal(found.grads["key"], whole.grads["key"])
+    assert torch.equal(found.grads["value"], whole.grads["value"])
+    assert (found.grads["query"] - whole.grads["query"]).abs().max() < (1e-30 if deterministic else 1e-2)
+
+
+LISTED: dict[str, dict[str, Any]] = {
+    "bigbird": {"block": 64, "reach": 1, "globals": 1, "random": 2},
+    "tree": {}, "shared_prefix": {"prefix": 150}, "hash_buckets": {}, "document": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_lists_of_tiles(name: str) -> None:
+    sizes = replace(larger(name, **SMALL).sizes, B=2, Q=600, KV=600)
+    const = frozenset({"random"} & LISTED[name].keys())
+    agree(Problem.of(Case(name, LISTED[name], sizes, const), torch.bfloat16))
+
+
+def test_what_the_kernels_refuse_is_not_computed() -> None:
+    problem = problem_of("causal", torch.float32)
+    with pytest.raises(BindingError, match="float32"):
+        called(problem)
+
+
+def test_a_variant_without_a_gpu_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert gpu.unavailable(gpu._capability(torch.device("cpu"))) is not None
+    assert program_of("causal") is not None
