@@ -60,6 +60,12 @@ def runs_of(variant: Variant) -> tuple[Runs, ...]:
 _ENDS = ("first", "last")
 
 
+def is_confined(variant: Variant) -> bool:
+    """Whether the mask keeps no pair of positions of two runs, so that a tile sees its surroundings alone."""
+    parts = (part for part in conjuncts(variant.mask) if isinstance(part, Compare) and part.op is CompareOp.EQ)
+    return any(_equality(variant, part) is not None for part in parts)
+
+
 def by_runs(variant: Variant, runs: tuple[Runs, ...], position: Index) -> Variant:
     """The variant whose mask compares the other position with the ends of the run of `position`.
 
@@ -83,18 +89,24 @@ def by_runs(variant: Variant, runs: tuple[Runs, ...], position: Index) -> Varian
 
 
 def _equalities(variant: Variant) -> Iterator[tuple[tuple[Load, Load], int]]:
-    """Each `t[.., q, ..] == t[.., k, ..]` or `!=` of a tensor in order along the axis where the two differ."""
+    """Each equality of a tensor in order, or inequality, and the axis where its sides differ."""
     for node in post_order(variant.mask):
-        match node:
-            case Compare(CompareOp.EQ | CompareOp.NE, Load(a, at) as x, Load(b, there) as y) if a == b:
-                axes = [axis for axis, (i, j) in enumerate(zip(at, there, strict=True)) if i is not j]
-                promised = {p.axis for p in variant.tensor(a).promises if isinstance(p, Nondecreasing)}
-                if x.type is Type.INT and len(axes) == 1 and axes[0] in promised:
-                    rest = [index for axis, index in enumerate(at) if axis != axes[0]]
-                    if {at[axes[0]], there[axes[0]]} == {Q, K} and not any(i.depends & {"q", "k"} for i in rest):
-                        yield (x, y), axes[0]
-            case _:
-                pass
+        found = _equality(variant, node)
+        if found is not None:
+            yield found
+
+
+def _equality(variant: Variant, node: Node) -> tuple[tuple[Load, Load], int] | None:
+    """`t[.., q, ..] == t[.., k, ..]` or `!=` of a tensor in order along the axis where the two differ, or None."""
+    match node:
+        case Compare(CompareOp.EQ | CompareOp.NE, Load(a, at) as x, Load(b, there) as y) if a == b:
+            axes = [axis for axis, (i, j) in enumerate(zip(at, there, strict=True)) if i is not j]
+            promised = {p.axis for p in variant.tensor(a).promises if isinstance(p, Nondecreasing)}
+            if x.type is Type.INT and len(axes) == 1 and axes[0] in promised:
+                rest = [index for axis, index in enumerate(at) if axis != axes[0]]
+                if {at[axes[0]], there[axes[0]]} == {Q, K} and not any(i.depends & {"q", "k"} for i in rest):
+                    return (x, y), axes[0]
+    return None
 
 
 def _without_idle_bounds(mask: Node, ends: frozenset[str]) -> Node:

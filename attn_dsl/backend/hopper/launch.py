@@ -44,6 +44,7 @@ from attn_dsl.backend.printer import SIZES
 from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.order_grid import Boxes
+from attn_dsl.passes.runs import is_confined
 from attn_dsl.passes.schedule import derive_schedule
 from attn_dsl.passes.specialize import saturations
 
@@ -114,14 +115,21 @@ class Kernels:
         self.uneven = listed or any(node in (Var("q0"), Var("q1")) for node in post_order(*ends))
         """Whether the rows of a query tile decide how many key tiles it visits."""
 
+    @functools.cached_property
+    def confined(self) -> bool:
+        """Whether a query tile sees its surroundings alone, of which many heads fit the cache."""
+        return is_confined(self.portable.variant)
+
     def section(self, call: Call) -> int:
         """So many heads run side by side."""
         batch, heads, kv_heads, _, kv_len = call.sizes[:5]
-        found = heads // kv_heads
-        if self.uneven:
-            dims = padded(call.query.shape[3]) + padded(call.value.shape[3])
-            found *= max(1, CACHE // (call.key.element_size() * dims * kv_len))
-        return min(found, batch * heads)
+        group, pairs = heads // kv_heads, batch * kv_heads
+        if not self.uneven:
+            return group
+        if self.confined:
+            return group * pairs
+        dims = padded(call.query.shape[3]) + padded(call.value.shape[3])
+        return group * whole_sections(pairs, CACHE // (call.key.element_size() * dims * kv_len))
 
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
@@ -275,6 +283,15 @@ def blocks(dim: int, least: int) -> tuple[int, ...]:
         return (64,)
     first, second = whole // 2, max(least, 1 << math.ceil(math.log2(dim - whole // 2)))
     return (whole,) if second == first else (first, second)
+
+
+def whole_sections(pairs: int, most: int) -> int:
+    """How many pairs of batch and head run side by side: at most `most`, and so that the last section lacks few.
+
+    The machine waits for the last section, whose tiles must be many, lest the longest of them end alone.
+    """
+    most = min(max(most, 1), pairs)
+    return min(range((most + 1) // 2, most + 1), key=lambda section: (-pairs % section, -section))
 
 
 def refusal(kernels: portable.Kernels, call: Call) -> str | None:

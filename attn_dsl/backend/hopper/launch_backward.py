@@ -31,6 +31,7 @@ from attn_dsl.backend.hopper.launch import (
     compile_here,
     padded,
     settle,
+    whole_sections,
 )
 from attn_dsl.backend.hopper.launch import refusal as forward_refusal
 from attn_dsl.backend.portable import launch as portable
@@ -45,6 +46,7 @@ from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.ir.nodes import FALSE, Index, Load, Node, Var, post_order
 from attn_dsl.passes.order_grid import Boxes
 from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
+from attn_dsl.passes.runs import is_confined
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, saturations
 
@@ -70,6 +72,9 @@ SUMS = 2**28
 section after the other, and their sums take the same memory, a quarter of this where such sections fill the machine."""
 FILLS = 6
 """So many programs a multiprocessor fill the machine: what waits for the last of them is little beside the whole."""
+ROUNDS, LOCAL_ROUNDS = 2, 8
+"""Of the machine, where tiles are uneven: programs whose longest come first. More where a tile of keys sees its
+surroundings alone, of which many heads fit the cache."""
 BOX_COLUMNS = 64
 """Columns of a box of queries, whose tiles have no more rows."""
 _NUMBERS = gl.NVMMASharedLayout(0, 32, rank=2)
@@ -103,6 +108,16 @@ class Kernels:
         """Whether the keys of a tile decide how many query tiles visit it."""
         bounds = [bound for s in self.schedule.q.segments for bound in (s.begin, s.end)]
         return self.portable.lists is not None or any(node in (Var("k0"), Var("k1")) for node in post_order(*bounds))
+
+    def section(self, pairs: int, tiles: int, machine: int) -> int:
+        """How many of so many pairs of batch and key head run side by side, with so many tiles of keys each.
+
+        Even: one, for the cache. Uneven: those of some rounds, so that the longest tiles of these come first.
+        """
+        if not self.uneven:
+            return 1
+        rounds = LOCAL_ROUNDS if is_confined(self.portable.variant) else ROUNDS
+        return whole_sections(pairs, -(-rounds * machine // tiles))
 
     @functools.cached_property
     def full(self) -> tuple[Node, tuple[Saturation, ...]]:
@@ -271,7 +286,7 @@ class _Plan:
     """What launches of one kernel have in common; `dims` are the head dimensions of the tiles."""
 
     config: Config
-    uneven: bool
+    kernels: Kernels
     dims: tuple[int, int]
     targets: tuple[str, ...]
     turns: Options | None
@@ -306,7 +321,7 @@ class _Plan:
         turns = {"Q_RANGES": functions["q_ranges"], "KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH,
                  "WIDE": text.wide, "num_warps": 1}  # fmt: skip
         targets = kernels.portable.emitted(fused, not call.precise)[0].targets
-        return _Plan(config, kernels.uneven, (d, dv), targets, Options(turns) if ordered else None, Options(prepare),
+        return _Plan(config, kernels, (d, dv), targets, Options(turns) if ordered else None, Options(prepare),
                      Options(options), Options(finish), {})  # fmt: skip
 
     def layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
@@ -331,15 +346,15 @@ class _Plan:
         dq, dk, dv_out = (call.result(name, x.shape, "meta") for name, x in results.items())
         (batch, heads, q_len, _), (_, kv_heads, kv_len, _) = call.query.shape, call.key.shape
         tiles, machine = -(-kv_len // KEYS), multiprocessors(call.query.device)
-        # Uneven: so many heads together that the longest tiles of some rounds come first. Even: one, for the cache.
-        section = -(-2 * machine // tiles) if self.uneven else 1
+        bytes = heads // kv_heads * -(-q_len // rows) * rows * d * 4
+        pairs = _pairs_at_once(batch * kv_heads, tiles, bytes, machine)
         return _Layout(
-            _pairs_at_once(batch * kv_heads, tiles, heads // kv_heads * -(-q_len // rows) * rows * d * 4, machine),
+            pairs,
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out, dq)),
-            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), self.kernels.section(pairs, tiles, machine),
         )  # fmt: skip
 
 

@@ -1,0 +1,111 @@
+"""Which tiles are visited, and when the last is done, as counted without a kernel."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+from portable_support import program_of
+
+from attn_dsl.backend import work
+from attn_dsl.backend.hopper.launch import whole_sections
+from attn_dsl.backend.tile_kinds import Axis
+from attn_dsl.ir.evaluate import Environment, evaluate
+from attn_dsl.passes.runs import is_confined
+from attn_dsl.passes.schedule import derive_schedule
+from attn_dsl.passes.summaries import derive_claims
+
+LENGTH = 200
+
+
+def environment(parameters: dict[str, int], **tensors: torch.Tensor) -> Environment:
+    one = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    sizes = {"B": 1, "H": 1, "HK": 1, "Q": LENGTH, "KV": LENGTH, "D": 64}
+    return Environment({"b": one, "h": one, "hk": one}, {"q_offset": torch.tensor(0)}, parameters, sizes, tensors)
+
+
+def by_pairs(mask: torch.Tensor, rows: int, keys: int, *, transposed: bool) -> tuple[list[int], list[int]]:
+    """(masked, full) tiles by looking at each pair; one that sticks out over the visited axis is masked."""
+    own, other, length = (keys, rows, LENGTH) if transposed else (rows, keys, LENGTH)
+    lines = mask.T if transposed else mask
+    found = []
+    for first in range(0, length, own):
+        tiles = [lines[first : first + own, at : at + other] for at in range(0, length, other)]
+        full = sum(bool(tile.all()) and tile.shape[1] == other for tile in tiles)
+        found.append((sum(bool(tile.any()) for tile in tiles) - full, full))
+    return [masked for masked, _ in found], [full for _, full in found]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("causal", {}), ("sliding_window", {"window": 40}), ("natten1d", {"r": 20}), ("prefix_lm", {"prefix": 70})],
+)
+@pytest.mark.parametrize("tile", [(32, 16), (16, 48)])
+def test_ranges_say_what_each_pair_says(
+    name: str, parameters: dict[str, int], tile: tuple[int, int], transposed: bool
+) -> None:
+    variant = program_of(name).variant
+    parameters = {p.name: parameters.get(p.name, p.default) for p in variant.parameters}
+    env, (rows, columns) = environment(parameters), (Axis(0, LENGTH, n) for n in tile)
+    schedule = derive_schedule(variant, padded=True)
+    found = work.in_ranges(schedule.q if transposed else schedule.kv, env, rows, columns, transposed=transposed)
+    place = torch.arange(LENGTH)
+    pairs = Environment({"q": place[:, None], "k": place}, {}, parameters, env.sizes)
+    expected = by_pairs(evaluate(variant.mask, pairs), *tile, transposed=transposed)
+    for counted, looked in zip((found.masked, found.full), expected, strict=True):
+        assert counted[0, 0, :-1].tolist() == looked[:-1]
+    assert found.total[0, 0, -1] == expected[0][-1] + expected[1][-1]  # its own axis counts as whole
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_claims_about_tensors_say_what_each_pair_says(transposed: bool) -> None:
+    variant, doc = program_of("packed_causal").variant, torch.arange(LENGTH)[None] // 45
+    env, rows, columns = environment({}, doc=doc), Axis(0, LENGTH, 32), Axis(0, LENGTH, 16)
+    found = work.in_lists(derive_claims(variant), variant.mask, env, rows, columns, transposed=transposed)
+    place = torch.arange(LENGTH)
+    mask = (place[:, None] >= place) & (doc[0][:, None] == doc[0])
+    masked, full = by_pairs(mask, 32, 16, transposed=transposed)
+    assert found.total[0, 0].tolist() == [x + y for x, y in zip(masked, full, strict=True)]
+
+
+def test_a_tile_that_visits_nothing_takes_the_time_of_a_masked_one() -> None:
+    visits = work.Visits(torch.tensor([[[0, 2]]]), torch.tensor([[[0, 3]]]))
+    assert work.Rate(10.0, 3.0, 2.0).times(visits).flatten().tolist() == [13.0, 22.0]
+
+
+def test_tiles_are_taken_by_who_is_free_first() -> None:
+    assert work.makespan([3.0, 1.0, 1.0, 4.0], 2) == 6.0 and work.longest_first([3.0, 1.0, 1.0, 4.0], 2) == 5.0
+    times = [5.0, 4.0, 3.0, 3.0, 3.0]
+    best = min(work.makespan(order, 2) for order in permutations(times))
+    assert best == 9.0 and work.longest_first(times, 2) <= 4 / 3 * best
+
+
+def test_sections_come_in_the_order_of_the_kernels() -> None:
+    assert list(work.in_sections(3, 3, 2)) == [0, 3, 1, 4, 2, 5, 6, 7, 8]
+    assert list(work.in_sections(3, 3, 2, last_first=True)) == [2, 5, 1, 4, 0, 3, 8, 7, 6]
+    assert list(work.in_sections(3, 2, 1, 1)) == [0, 3, 1, 2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "most", "found"), [(32, 5, 4), (32, 9, 8), (32, 40, 32), (7, 3, 2), (1, 5, 1), (64, 1, 1)]
+)
+def test_the_last_section_lacks_few(pairs: int, most: int, found: int) -> None:
+    assert whole_sections(pairs, most) == found
+
+
+def test_the_last_section_of_a_causal_backward_pass_does_not_end_alone() -> None:
+    """128 keys a program: 2 heads alone, of 32 in sections of 5, leave the longest programs to the end."""
+    times = [float(tile) for _ in range(32) for tile in range(64, 0, -1)]
+
+    def span(section: int) -> float:
+        return work.makespan((times[place] for place in work.in_sections(64, 32, section)), 132)
+
+    assert span(whole_sections(32, 5)) < 1.01 * sum(times) / 132 < 0.97 * span(5)
+
+
+def test_masks_that_keep_pairs_of_one_run_alone_are_known() -> None:
+    either = "attention either\ntensor t: int32[B, Q] nondecreasing over Q\nmask = t[b, q] == t[b, k] or q >= k\n"
+    named = {"document": True, "packed_causal": True, "causal": False, "hash_buckets": False, either: False}
+    assert {name: is_confined(program_of(name).variant) for name in named} == named
