@@ -28,6 +28,7 @@ from typing_extensions import assert_never
 
 from attn_dsl.errors import BindingError
 from attn_dsl.ir import nodes as ir
+from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import BinaryOp, CompareOp, Node, ReduceOp, UnaryOp
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Variant
@@ -321,18 +322,23 @@ class _Evaluation:
                     wrong = ((values[index] < 0) | (values[index] >= size)) & used[node]
                     if wrong.any():
                         found = int(values[index].expand(wrong.shape)[wrong][0])
-                        place = ", ".join(
-                            f"{name}={int(at.expand(wrong.shape)[wrong][0])}"
-                            for name, at in self.env.indices.items()
-                            if name in node.depends
-                        )
-                        where = f" at {place}" if place else ""
+                        where = self._place(node, wrong)
                         raise IndexError(
                             f"index {found} is out of range for axis {axis} of `{tensor}` (size {size}){where}"
                         )
             case ir.Binary(BinaryOp.FLOORDIV | BinaryOp.MOD, _, y) if node.type is Type.INT:
-                if ((values[y] == 0) & used[node]).any():
-                    raise ZeroDivisionError("integer division or modulo by zero")
+                wrong = (values[y] == 0) & used[node]
+                if wrong.any():
+                    raise ZeroDivisionError(f"`//` or `%` divides by `{infix(y)}`, which is 0{self._place(y, wrong)}")
+
+    def _place(self, node: Node, wrong: Tensor) -> str:
+        """The first pair of those that are wrong, by the indices that the node depends on."""
+        place = ", ".join(
+            f"{name}={int(at.expand(wrong.shape)[wrong][0])}"
+            for name, at in self.env.indices.items()
+            if name in node.depends
+        )
+        return f" at {place}" if place else ""
 
     def _dtype(self, kind: Type) -> torch.dtype:
         match kind:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from attn_dsl.errors import ProofError
+from attn_dsl.errors import BindingError, ProofError
 from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import Index, K, Load, Node, Param, Q, Reduce, Size, Unary, Var, post_order
 from attn_dsl.ir.types import Type
@@ -30,7 +30,7 @@ from attn_dsl.passes.monotone import K0, K1, Q0, Q1
 from attn_dsl.passes.polynomial import Monomial, Poly
 from attn_dsl.passes.symbolic import Form, Space
 
-SAMPLES = 6
+SAMPLES, TRIES = 6, 120
 Values = dict[Node, int]
 Powers = dict[Monomial, int]
 
@@ -63,17 +63,30 @@ class Checker:
         nodes = list(post_order(self.mask, *clauses, *terms, *factors))
         atoms = set(post_order(*clauses))
         leaves = [node for node in nodes if _is_leaf(node, atoms)]
-        for seed in range(SAMPLES):
-            values = evaluate_in_order(nodes, self.sample(random.Random(seed), leaves))
+        for values in self.points(nodes, leaves):
             powers = {m: prod(values[factor] for factor in found) for m, found in monomials.items()}
             at = self.check_steps(order, values, powers)
             self.check_clauses(values, at)
 
     # -- points -------------------------------------------------------------------------------------------------------
 
-    def sample(self, rng: random.Random, leaves: Iterable[Node]) -> Values:
+    def points(self, nodes: Sequence[Node], leaves: Iterable[Node]) -> Iterator[Values]:
+        """`SAMPLES` points at which the divisors that a call checks are positive, as it does; larger and larger ones
+        are tried until they are. Raises BindingError where none are found."""
+        found = 0
+        for seed in range(TRIES):
+            values = evaluate_in_order(nodes, self.sample(random.Random(seed), leaves, 1 << seed // SAMPLES))
+            if all(values.get(divisor, 1) >= 1 for divisor in self.space.positive):
+                yield values
+                found += 1
+            if found == SAMPLES:
+                return
+        names = ", ".join(sorted(f"`{infix(divisor)}`" for divisor in self.space.positive))
+        raise BindingError(f"a divisor of `//` or `%` must be positive; no numbers were found that make it so: {names}")
+
+    def sample(self, rng: random.Random, leaves: Iterable[Node], scale: int) -> Values:
         """Values for the leaves: a tile, a pair in it, lengths and parameters of about its size."""
-        scale = rng.choice((4, 12, 60))
+        scale *= rng.choice((4, 12, 60))
         values: Values = {}
         for first, position, last in ((Q0, Q, Q1), (K0, K, K1)):
             values[first] = rng.randrange(scale)

@@ -1,6 +1,7 @@
 """Integer and boolean expressions on plain Python numbers.
 
-Certificates are checked, and tiles are counted, with this evaluator; the rules that find a proof never use it.
+Certificates are checked, and tiles are counted, with this evaluator; the rules that find a proof never use it. What
+is divided by 0 is 0: the language gives it no value, and a branch that is not taken may ask for it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _BINARY: dict[BinaryOp, Callable[[int, int], int]] = {
     BinaryOp.ADD: lambda x, y: x + y,
     BinaryOp.SUB: lambda x, y: x - y,
     BinaryOp.MUL: lambda x, y: x * y,
-    BinaryOp.FLOORDIV: lambda x, y: x // y,
-    BinaryOp.MOD: lambda x, y: x % y,
+    BinaryOp.FLOORDIV: lambda x, y: x // y if y else 0,
+    BinaryOp.MOD: lambda x, y: x % y if y else 0,
     BinaryOp.POW: lambda x, y: cast(int, x**y),
     BinaryOp.MIN: min,
     BinaryOp.MAX: max,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 
+from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
 from attn_dsl.passes.monotone import direction
 from attn_dsl.passes.prove import prove
@@ -86,6 +88,31 @@ def check_grid(grid: Grid, name: str, *, affine: bool = False) -> None:
 def test_a_factor_of_a_position_may_be_zero(mask: str, n: int) -> None:
     variant = load(f"attention zero(n: int)\nmask = {mask}\n")
     check_grid(Grid(variant, 9, 13, 4, 2, parameters={"n": n}), mask)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "q >= k and (q - k) % every[h] == 0",
+        "q // every[h] == k // every[h]",
+        "q == 0 or k % q == 0",
+        "k // (q + 1) < n",
+        "h > 0 and (q - k) % h == 0 or q == k",
+        "q // (n - w) == k // (n - w)",
+        "(q - k) % (KV // 5) == 0 and q >= k",
+        "q // (n - 9000 + 9000) >= k // n",
+    ],
+)
+def test_divisors_are_anything_that_is_positive_where_it_counts(mask: str) -> None:
+    variant = load(f"attention divided(n: int, w: int)\ntensor every: int32[H]\nmask = {mask}\n")
+    for every in (1, 4):
+        tensors = {"every": torch.tensor([every], dtype=torch.int32)}
+        check_grid(Grid(variant, 9, 13, 4, 2, parameters={"n": 7, "w": 3}, tensors=tensors), mask)
+
+
+def test_a_divisor_that_no_numbers_make_positive_is_refused() -> None:
+    with pytest.raises(BindingError, match=r"must be positive; no numbers were found.*: `0 - n \* n`"):
+        prove(load("attention never(n: int)\nmask = q // (0 - n * n) == k // (0 - n * n)\n"))
 
 
 @pytest.mark.parametrize(
