@@ -186,14 +186,14 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, q_len, _ = call.query.shape
     rows = (batch, q_len, heads) if program.binder.packed else (batch, heads, q_len)
     out = call.query.new_empty((*rows, call.value.shape[3]))
-    lse = call.query.new_empty(rows, dtype=lse_dtype(call.query.dtype, options))
+    lse = call.query.new_empty(rows, dtype=_lse_dtype(call.query.dtype))
     if program.binder.packed:
         out, lse = out.transpose(1, 2), lse.transpose(1, 2)
     keeps = options.backend != CPU and program.has_row_term
     return out, lse, torch.empty_like(lse) if keeps else lse.new_empty(0)
 
 
-def lse_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
+def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 

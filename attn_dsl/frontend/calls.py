@@ -120,11 +120,11 @@ def _inline(e: Expressions, tree: syntax.Call, function: Function, span: Span) -
     values = [nodes[bound[name]] for name in names]
     key = (definition.start, tuple(values), e.level, e.trips)
     if key not in e.inlined:
-        e.inlined[key] = _body(e, definition, values, tree, span)
+        e.inlined[key] = _body(e, definition, values, tree)
     return e.inlined[key]
 
 
-def _body(e: Expressions, definition: syntax.Def, values: list[Node], tree: syntax.Call, span: Span) -> Node | None:
+def _body(e: Expressions, definition: syntax.Def, values: list[Node], tree: syntax.Call) -> Node | None:
     problems: list[Diagnostic] = []
     pairs = zip(definition.parameters, values, strict=True)
     names = {name.text: Value(node, "argument", e.file.span(name)) for name, node in pairs}

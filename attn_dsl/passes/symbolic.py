@@ -259,10 +259,6 @@ class Space:
         """A polynomial as an INT node, positive terms first, numbers last."""
         return _sum(self.terms(poly))
 
-    def form_node(self, form: Form) -> Node:
-        """An affine form as an INT node over its unknowns and symbols."""
-        return _sum(self._form_terms(form))
-
     def holds(self, form: Form) -> Node:
         """`form >= 0` as a comparison, with what is subtracted on the other side."""
         more, less, rest = self._split(form)

@@ -21,13 +21,11 @@ ROOM = 128
 
 @dataclass
 class Cache:
-    """A cache in pages, shuffled, and the same keys and values one behind the other."""
+    """A cache in pages, shuffled."""
 
     key: Tensor
     value: Tensor
     table: Tensor
-    dense_key: Tensor
-    dense_value: Tensor
 
     @staticmethod
     def of(key: Tensor, value: Tensor, page: int) -> Cache:
@@ -42,7 +40,7 @@ class Cache:
             pool[table.long()] = x.unflatten(2, (-1, page)).transpose(1, 2)
             return pool
 
-        return Cache(paged(key), paged(value), table, key, value)
+        return Cache(paged(key), paged(value), table)
 
 
 def problem(name: str, tokens: int, **bindings: Any) -> Problem:

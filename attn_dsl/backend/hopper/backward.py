@@ -389,7 +389,7 @@ def _load_keys(f, memory, part, tensor, buffers, b, hk, first, scalars, tensors)
 
 
 @gluon.jit
-def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
+def _produce(shape, f, memory, problem):
     """Load what the consumers will want, in the order in which they want it."""
     tile, b, hk, own = _place(shape, memory, problem)
     start = problem.start(b)
@@ -955,5 +955,5 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     gl.warp_specialize([
         (_consume, (shape, f, memory, problem, 0)),
         (_consume, (shape, f, memory, problem, 1)),
-        (_produce, (shape, f, memory, problem, 0)),
+        (_produce, (shape, f, memory, problem)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -218,7 +218,7 @@ def ramp(slope, first, ROWS: gl.constexpr, KEYS: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def wait_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+def wait_turn(GROUP: gl.constexpr):
     """Ping-pong: wait until the warpgroup before this one has issued its products."""
     if GROUP == 0:
         gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -230,6 +230,7 @@ def wait_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
 
 @gluon.jit
 def pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
+    """The converse: let the next of GROUPS warpgroups issue its products."""
     if (GROUP + 1) % GROUPS == 0:
         gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     elif (GROUP + 1) % GROUPS == 1:

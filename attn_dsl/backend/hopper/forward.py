@@ -458,7 +458,7 @@ def _load(shape, f, ring, descriptor, at, b, hk, row, scalars, tensors):
 
 
 @gluon.jit
-def _produce(shape, f, memory, problem, GROUP: gl.constexpr):
+def _produce(shape, f, memory, problem):
     """Load what the consumers will want, in the order in which they want it: S(i) comes before O += P(i-1) V(i-1)."""
     scalars, tensors = problem.scalars(), problem.captured()
     sizes = problem.sizes
@@ -686,7 +686,7 @@ def _waited(output, x):
 
 
 @gluon.jit
-def _clip(shape, f, memory, tile, at, j):
+def _clip(shape, memory, tile, at, j):
     """Let values past the end of the batch entry's keys be 0: times a weight of 0, what is there may be something else.
 
     All warpgroups do so, each before its own products read them.
@@ -703,7 +703,7 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
     decays: gl.constexpr = f.PEAK is None and (MASKED or not shape.FROZEN)
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
     if shape.PING_PONG:
-        wait_turn(GROUP, shape.GROUPS)
+        wait_turn(GROUP)
     if MASKED:
         logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, GROUP)
     else:
@@ -723,7 +723,7 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
     if not shape.RESCALE_LATE and decays:
         acc = _scaled(acc, decay)
     if MASKED and f.LENGTH is not None:
-        _clip(shape, f, memory, tile, at, j)
+        _clip(shape, memory, tile, at, j)
     return p, acc, m, l, decay if shape.RESCALE_LATE and decays else late
 
 
@@ -742,7 +742,7 @@ def _attend(shape, f, memory, tile, visits, careful, passed, turn, GROUP: gl.con
     j = visits.nth(0)
     memory.queries.wait(GROUP, turn)
     if shape.PING_PONG:
-        wait_turn(GROUP, shape.GROUPS)
+        wait_turn(GROUP)
     logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, passed, j, GROUP)
     if shape.PING_PONG:
         pass_turn(GROUP, shape.GROUPS)
@@ -752,7 +752,7 @@ def _attend(shape, f, memory, tile, visits, careful, passed, turn, GROUP: gl.con
     late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
     p = _carried(shape, p, dtype)
     if f.LENGTH is not None:
-        _clip(shape, f, memory, tile, passed, j)
+        _clip(shape, memory, tile, passed, j)
     if len(visits.masked) > 0 or shape.FROZEN:
         for n in range(1, careful):
             j = visits.nth(n)
@@ -870,7 +870,7 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         tile, b, h = memory.board.read(turn)
     tma.store_wait(0)
     if shape.PING_PONG and GROUP == 0:
-        wait_turn(GROUP, shape.GROUPS)  # leave the barrier as it was found
+        wait_turn(GROUP)  # leave the barrier as it was found
 
 
 @gluon.jit
@@ -991,12 +991,12 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
         gl.warp_specialize([
             (_consume, (shape, f, memory, problem, 0)),
             (_consume, (shape, f, memory, problem, 1)),
-            (_produce, (shape, f, memory, problem, 0)),
+            (_produce, (shape, f, memory, problem)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (shape, f, memory, problem, 0)),
             (_consume, (shape, f, memory, problem, 1)),
             (_consume, (shape, f, memory, problem, 2)),
-            (_produce, (shape, f, memory, problem, 0)),
+            (_produce, (shape, f, memory, problem)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

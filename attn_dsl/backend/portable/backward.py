@@ -330,8 +330,8 @@ def attention_keys_backward(
     dk, dv, _ = state
     dk_out += b64 * dk_strides[0] + hk64 * dk_strides[1] + k0 * dk_strides[2]
     dv_out += b64 * dv_strides[0] + hk64 * dv_strides[1] + k0 * dv_strides[2]
-    store_rows(dk_out, columns, dk_strides, inside, scale_rows(dk, scale), True, D, D0, D1)
-    store_rows(dv_out, columns, dv_strides, inside, dv, True, DV, DV0, DV1)
+    store_rows(dk_out, columns, dk_strides, inside, scale_rows(dk, scale), D, D0, D1)
+    store_rows(dv_out, columns, dv_strides, inside, dv, DV, DV0, DV1)
 
 
 # ---------------------------------------------------------------- dQ
@@ -481,4 +481,4 @@ def attention_queries_backward(
             grads, peaks, factors, MODE
         )  # fmt: skip
     dq_out += b64 * dq_strides[0] + h64 * dq_strides[1] + first * dq_strides[2]
-    store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), True, D, D0, D1)
+    store_rows(dq_out, lines, dq_strides, inside, scale_rows(dq, scale), D, D0, D1)

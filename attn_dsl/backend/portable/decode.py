@@ -210,7 +210,7 @@ def attention_decode(
     rows = batch.to(tl.int64) * heads * q_len  # of one split
     out += split * rows * DV + b64 * out_strides[0]
     place = h_row64 * out_strides[1] + token64 * out_strides[2]
-    store_rows(out, place, (0, 0, 1, out_strides[3]), inside, acc, True, DV, DV0, DV1)
+    store_rows(out, place, (0, 0, 1, out_strides[3]), inside, acc, DV, DV0, DV1)
     place = split * rows + (b64 * heads + h_row64) * q_len + token64
     if ROW is not None:
         tl.store(shifted + place, result, mask=inside)

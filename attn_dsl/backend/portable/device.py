@@ -307,15 +307,9 @@ def load_rows(
 
 
 @triton.jit
-def _store_block(
-        base, rows, strides, keep, block, CONTIGUOUS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-        D: tl.constexpr
-):  # fmt: skip
+def _store_block(base, rows, strides, keep, block, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     columns = FIRST + tl.arange(0, WIDTH)
-    if CONTIGUOUS:
-        pointers = base + rows[:, None] * strides[2] + columns[None, :]
-    else:
-        pointers = base + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+    pointers = base + rows[:, None] * strides[2] + columns[None, :]
     inside = keep[:, None]
     if FIRST + WIDTH > D:
         inside = inside & (columns[None, :] < D)
@@ -323,14 +317,11 @@ def _store_block(
 
 
 @triton.jit
-def store_rows(
-        base, rows, strides, keep, tile, CONTIGUOUS: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-        D1: tl.constexpr
-):  # fmt: skip
-    """The converse of `load_rows`, in the storage type."""
-    _store_block(base, rows, strides, keep, tile[0], CONTIGUOUS, 0, D0, D)
+def store_rows(base, rows, strides, keep, tile, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The converse of `load_rows`, in the storage type; columns stand one behind the other."""
+    _store_block(base, rows, strides, keep, tile[0], 0, D0, D)
     if D1 > 0:
-        _store_block(base, rows, strides, keep, tile[1], CONTIGUOUS, D0, D1, D)
+        _store_block(base, rows, strides, keep, tile[1], D0, D1, D)
 
 
 @triton.jit

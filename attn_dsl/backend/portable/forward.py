@@ -196,7 +196,7 @@ def attention_forward(
     result = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, l)) - lead) * LN2)
     out += b64 * out_strides[0] + h64 * out_strides[1]
     out += (tile * BM).to(tl.int64) * out_strides[2]
-    store_rows(out, rows, out_strides, inside, acc, True, DV, DV0, DV1)
+    store_rows(out, rows, out_strides, inside, acc, DV, DV0, DV1)
     if PACKED:
         place = (first_row + tile * BM + rows) * heads + h
     else:
