@@ -14,9 +14,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from attn_dsl.backend.printer import PythonDialect, Signature, emit
+from attn_dsl.backend.printer import Signature, emit
+from attn_dsl.backend.python_dialect import PythonDialect
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Binary, BinaryOp, Const, Load, Node, Param, Size, post_order
 from attn_dsl.ir.types import Type
@@ -329,12 +331,19 @@ def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int |
             raise _error("q_offset", expected, f"shape {list(q_offset.shape)}")
         if q_offset.device != device:
             raise _error("q_offset", f"device {device}, that of `query`", q_offset.device)
-        if device.type == "cpu" and not isinstance(q_offset, FakeTensor) and int(q_offset.min()) < 0:
+        if readable(q_offset) and int(q_offset.min()) < 0:
             raise _error("q_offset", expected, f"{int(q_offset.min())}")
         return q_offset.to(torch.int64)
     if isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt) or not 0 <= q_offset < 2**62:
         raise _error("q_offset", expected, repr(q_offset))
     return q_offset
+
+
+def readable(x: Tensor) -> bool:
+    """Whether values can be looked at: no GPU need be waited for, and they are there."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+        return False
+    return not is_functorch_wrapped_tensor(x)
 
 
 def page_table(table: Tensor, query: Tensor) -> Tensor:
@@ -386,7 +395,7 @@ def lengths(kv_len: int | Tensor, query: Tensor, key: Tensor, table: Tensor | No
         raise _error("kv_len", expected, f"shape {list(kv_len.shape)}")
     if kv_len.device != device:
         raise _error("kv_len", f"device {device}, that of `query`", kv_len.device)
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(kv_len, FakeTensor):
+    if readable(kv_len):
         for length in kv_len.tolist():
             if not 0 <= length <= room:
                 raise _error("kv_len", expected, length)

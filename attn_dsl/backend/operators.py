@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
+from attn_dsl.backend import transforms
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.execute import CPU, Options, Program, backward, forward, program_of
+from attn_dsl.backend.execute import CPU, Gradients, Options, Outputs, Program, backward, forward, program_of
 from attn_dsl.ir.types import Type
 
 _LIBRARY: Any = torch.library.Library("attn_dsl", "DEF")  # type: ignore[no-untyped-call]
@@ -38,9 +38,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def attention(program: Program, call: Call, options: Options) -> tuple[Tensor, Tensor]:
     """`(out [B, H, Q, DV], lse [B, H, Q])` of a checked call, differentiable once."""
-    query, key, value = call.query, call.key, call.value
-    if not torch.compiler.is_compiling() and _unwatched(call):
+    if torch.compiler.is_compiling():
+        out, lse, _ = torch.ops.attn_dsl.attention(*_arguments(program, call, options))
+        return out, lse
+    transforms.refuse_tangents(_tensors(call))
+    if _unwatched(call):
         return _directly(program, call, options)
+    operator = transforms.attention if transforms.transformed() else torch.ops.attn_dsl.attention
+    out, lse, _ = operator(*_arguments(program, call, options))
+    return out, lse
+
+
+def _arguments(program: Program, call: Call, options: Options) -> tuple[Any, ...]:
+    """The call as the operators take it."""
     offsets, start = (call.q_offset, 0) if isinstance(call.q_offset, Tensor) else (None, call.q_offset)
     integers: list[int] = [start]  # int() would pin a symbolic number
     scalars, floats, given = [], [call.scale], ""
@@ -58,11 +68,9 @@ def attention(program: Program, call: Call, options: Options) -> tuple[Tensor, T
         else:
             integers.append(x if declared.type is Type.INT else int(x))  # type: ignore[arg-type]
             given += "i" if declared.type is Type.INT else "b"
-    out, lse, _ = torch.ops.attn_dsl.attention(
-        query, key, value, list(call.tensors.values()), scalars, integers, floats, offsets, given, program.text,
-        options.text,
-    )  # fmt: skip
-    return out, lse
+    tensors = list(call.tensors.values())
+    whole = (call.query, call.key, call.value, tensors, scalars, integers, floats, offsets, given)
+    return (*whole, program.text, options.text)
 
 
 def autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,7 +90,7 @@ def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unwatched(call: Call) -> bool:
     """Whether no mode, transform or subclass wants to see the operator."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._len_torch_dispatch_stack() or transforms.transformed():
         return False
     return all(type(x) in _PLAIN for x in _tensors(call))
 
@@ -115,7 +123,6 @@ class _Direct(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         program, options, scale, offset, sizes, parameters, named = ctx.rest
         out, lse, *saved = ctx.saved_tensors
@@ -129,11 +136,33 @@ class _Direct(torch.autograd.Function):
         names = [*tensors, *(name for name, x in parameters.items() if isinstance(x, Tensor))]
         needed = dict(zip(names, ctx.needs_input_grad[6:], strict=False))
         wanted = frozenset(name for name, needs in needed.items() if needs)
+        transforms.refuse_batches(grad_out, grad_lse)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        found = backward(program, call, options, (out, lse, shifted), grad_out, grad_lse, wanted)
+        found = differentiate(program, call, options, (out, lse, shifted), grad_out, grad_lse, wanted)
         captured = [found.captured.get(name) for name in names]
         last = [None] if offset is None else []
         return (None, None, None, found.query, found.key, found.value, *captured, *last)
+
+
+def differentiate(
+    program: Program,
+    call: Call,
+    options: Options,
+    outputs: Outputs,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    wanted: frozenset[str],
+) -> Gradients:
+    """`execute.backward` in a backward pass of autograd. Where that records (`create_graph`) or is mapped, the gradients
+    are those of an operator, which refuses a second derivative and knows `vmap`."""
+    if not (torch.is_grad_enabled() or transforms.transformed()):
+        return backward(program, call, options, outputs, grad_out, grad_lse, wanted)
+    names = [*call.tensors, *(name for name, x in call.parameters.items() if isinstance(x, Tensor))]
+    asked = [name in wanted for name in names]
+    arguments = _arguments(program, call, options)
+    query, key, value, found = transforms.attention_backward(grad_out, grad_lse, *outputs, asked, *arguments)
+    captured = dict(zip([name for name in names if name in wanted], found, strict=True))
+    return Gradients(query, key, value, captured)
 
 
 # ---------------------------------------------------------------- implementations
@@ -262,7 +291,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _
 
 
 def _refuse(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-    raise RuntimeError("attention is differentiable once; a second derivative was asked for")
+    raise RuntimeError(transforms.NO_SECOND)
 
 
 _LIBRARY.impl("attention", _forward, "CompositeExplicitAutograd")

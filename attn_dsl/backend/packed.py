@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from attn_dsl.backend.binding import Call
+from attn_dsl.backend.binding import Call, readable
 from attn_dsl.backend.cpu import attention as cpu
 from attn_dsl.backend.cpu.problem import Problem
 from attn_dsl.backend.execute import Gradients, Outputs, Program, program_for
@@ -40,7 +39,7 @@ def checked_ends(name: str, packed: Tensor, ends: Tensor, longest: int | None) -
     if not fits or ends.dim() != 1 or ends.shape[0] < 2:
         got = f"{ends.dtype} {list(ends.shape)} on {ends.device}" if isinstance(ends, Tensor) else type(ends).__name__
         raise BindingError(f"the ends of `{name}`: expected {what}, got {got}")
-    if _readable(ends):
+    if readable(ends):
         found = ends.tolist()
         if found[0] != 0 or found[-1] != total or sorted(found) != found:
             raise BindingError(f"the ends of `{name}`: expected {what}, got {found}")
@@ -48,14 +47,9 @@ def checked_ends(name: str, packed: Tensor, ends: Tensor, longest: int | None) -
         longest = int(ends.diff().max())
     if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt) or longest < 1:
         raise BindingError(f"the longest sequence of `{name}`: expected an int of at least 1, got {longest!r}")
-    if _readable(ends) and int(ends.diff().max()) > longest:
+    if readable(ends) and int(ends.diff().max()) > longest:
         raise BindingError(f"the longest sequence of `{name}`: expected {int(ends.diff().max())}, got {longest}")
     return ends.to(torch.int32), longest
-
-
-def _readable(x: Tensor) -> bool:
-    """Whether values can be looked at without waiting for a GPU."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 # ---------------------------------------------------------------- the loop over the sequences
