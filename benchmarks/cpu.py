@@ -33,7 +33,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import attn_dsl
 from attn_dsl.backend.cpu.elementary import clip, nonzero
-from attn_dsl.backend.printer import Signature, TorchDialect, emit
+from attn_dsl.backend.printer import Signature, emit
+from attn_dsl.backend.torch_dialect import TorchDialect
 from attn_dsl.ir.nodes import SCORE, TRUE, Node
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attn_dsl.backend.cpu.elementary import nonzero
-from attn_dsl.backend.printer import Level, PythonDialect, Signature, Text, TorchDialect, emit, identifier
+from attn_dsl.backend.printer import Level, Signature, Text, emit, identifier
+from attn_dsl.backend.python_dialect import PythonDialect
+from attn_dsl.backend.torch_dialect import TorchDialect
 from attn_dsl.errors import Source, Span
 from attn_dsl.frontend import load
 from attn_dsl.ir.nodes import (

@@ -12,7 +12,9 @@ import torch
 
 from attn_dsl.backend.cpu.margin import Sides, margin, sides
 from attn_dsl.backend.cpu.relative import PAIR, RELATIVE, ByDistance, parts
-from attn_dsl.backend.printer import Dialect, Results, Signature, TorchDialect, TotalDialect, emit, lower
+from attn_dsl.backend.printer import Dialect, Results, Signature, emit, lower
+from attn_dsl.backend.python_dialect import TotalDialect
+from attn_dsl.backend.torch_dialect import TorchDialect
 from attn_dsl.errors import Span
 from attn_dsl.ir.nodes import (
     FALSE,

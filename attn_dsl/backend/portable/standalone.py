@@ -21,7 +21,8 @@ import attn_dsl
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.portable import alone, backward, device, forward, host, tiles, width
 from attn_dsl.backend.portable.emit import Emitted
-from attn_dsl.backend.printer import PythonDialect, emit
+from attn_dsl.backend.printer import emit
+from attn_dsl.backend.python_dialect import PythonDialect
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Size
 from attn_dsl.ir.types import Type
