@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from attn_dsl.backend.binding import checked, checked_block
 from attn_dsl.backend.counts import Call, NotCounted, TileCounts, count_kept, count_tiles
 from attn_dsl.errors import BindingError, Span
 from attn_dsl.ir.nodes import Const
@@ -147,22 +148,16 @@ def report(
     `block` is the tile shape, (queries, keys). `parameters` are needed where they have no default, `tensors` and
     `sizes` (`B H HK D`) for counts of a mask that looks at them. Raises BindingError where an argument is wrong.
     """
-    for name, value, least in (
-        ("q_len", q_len, 1),
-        ("kv_len", kv_len, 1),
-        ("q_offset", q_offset, 0),
-        ("block", min(block), 1),
-    ):
-        if value < least:
-            raise BindingError(f"`{name}` is {value}, expected at least {least}")
-    if unknown := [name for name in tensors or () if name not in {t.name for t in variant.tensors}]:
-        raise BindingError(f"`{variant.name}` has no tensor `{unknown[0]}`")
+    q_len, kv_len, block = checked("q_len", q_len, 1), checked("kv_len", kv_len, 1), checked_block(block)
+    q_offset = checked("q_offset", q_offset, 0)
+    _check_tensors(variant, tensors or {})
     program = pipeline.run(variant, parameters, stop_after="schedule")
     assert program.proof is not None and program.schedule is not None
     values = _values(variant, program.variant, parameters)
     known = {name: tensor.detach().cpu() for name, tensor in (tensors or {}).items()}
     call = Call(program.variant, q_len, kv_len, q_offset, block, values, sizes or {}, known, batch, head)
     _check_divisors(call)
+    _check_extents(call)
     return _counted(call, program.proof, program.schedule)
 
 
@@ -201,7 +196,7 @@ def _orders(call: Call, tiles: TileCounts | None) -> Iterator[str]:
     for grid in strips(call.variant):
         yield f"strips of `{expression(grid.width)}` columns{_in_strips(call, grid, tiles)}"
     for by_data in sorts(call.variant):
-        yield f"positions sorted by `{by_data.tensor.name}`: in it, {expression(by_data.reordered().mask)}"
+        yield f"positions sorted by `{by_data.tensor.name}`: in it, {expression(by_data.shown)}"
 
 
 def _in_strips(call: Call, grid: Strips, tiles: TileCounts | None) -> str:
@@ -254,6 +249,35 @@ def _values(variant: Variant, baked: Variant, given: Mapping[str, object]) -> di
         names = ", ".join(f"`{name}`" for name in missing)
         raise BindingError(f"`{variant.name}` needs a value for {names}")
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_tensors(variant: Variant, tensors: Mapping[str, Tensor]) -> None:
+    dtypes = {tensor.name: tensor.dtype.value for tensor in variant.tensors}
+    for name, tensor in tensors.items():
+        if name not in dtypes:
+            raise BindingError(f"`{variant.name}` has no tensor `{name}`")
+        if not hasattr(tensor, "dtype"):
+            raise BindingError(f"`{name}`: expected a {dtypes[name]} tensor, got {type(tensor).__name__}")
+        if str(tensor.dtype) != f"torch.{dtypes[name]}":
+            raise BindingError(f"`{name}`: expected dtype {dtypes[name]}, got {str(tensor.dtype)[6:]}")
+
+
+def _check_extents(call: Call) -> None:
+    """Where the lengths and parameters of the call say what they are."""
+    for declared in call.variant.tensors:
+        if declared.name not in call.tensors:
+            continue
+        shape = list(call.tensors[declared.name].shape)
+        if len(shape) != len(declared.extents):
+            raise BindingError(f"`{declared.name}`: expected {len(declared.extents)} axes, got {len(shape)}, shape {shape}")
+        for axis, (extent, size) in enumerate(zip(declared.extents, shape, strict=True)):
+            try:
+                expected = call.bind(extent)
+            except NotCounted:
+                continue
+            if isinstance(expected, Const) and expected.value != size:
+                what = f"{expected.value} elements ({expression(extent)}) on axis {axis}"
+                raise BindingError(f"`{declared.name}`: expected {what}, got shape {shape}")
 
 
 def _check_divisors(call: Call) -> None:

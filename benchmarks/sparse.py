@@ -32,10 +32,10 @@ import triton
 from torch import Tensor
 
 import attn_dsl
-from attn_dsl.backend import order
+from attn_dsl.backend import sorting
 from attn_dsl.backend.execute import Options, portable_call, reordered
-from attn_dsl.backend.portable.listing import Ends, Holder, Shape, Source, TileList
-from attn_dsl.passes.order_by_data import Sorted
+from attn_dsl.backend.kept import Holder
+from attn_dsl.backend.portable.listing import Ends, Shape, Source, TileList
 
 Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -195,23 +195,21 @@ class Case:
         where positions are sorted."""
         program, options = self.attention._executable, Options("gpu")
         call = self.attention._binder.bind(*self.inputs, None, 0, self.bindings)
-        found, sorts = reordered(program, call, options), []
+        found, holder = reordered(program, call, options), Holder()
+        makes: list[Callable[[], Any]] = []
+        with torch.no_grad(), holder.active():
+            self.forward()
         if found is not None:
-            chosen = order.choice(program, call, options)
-            if chosen is not None and isinstance(chosen.order, Sorted):
-                sorts.append(functools.partial(order._sorted, chosen.order, call.tensors[chosen.order.tensor.name]))
+            if found.by is not None:
+                tensor, names = call.tensors[found.by.tensor.name], found.program.tensor_names
+                makes.append(functools.partial(sorting.made, found.by, tensor, names))
             program, call = found.program, found.call
-        lists, holder = program.kernels.lists, Holder()
-        kept = sum(x.nbytes for sort in sorts for x in (sort().elements, sort().order))
-        makes: list[Callable[[], Any]] = list(sorts)
+        lists = program.kernels.lists
         if lists is not None:
-            with torch.no_grad(), holder.active():
-                self.forward()
-            shape = next(shape for _, shape in holder.lists if shape is not None)
+            shape = next(made.shape for made in holder.held.values() if isinstance(made, TileList))
             source = Source.of(portable_call(program, call, options))
             makes.append(lambda: (lists.make_ends(source), lists.make(source, shape, False)))
-            kept += sum(made.bytes for made in holder.lists.values())
-        return (replayed(lambda: [make() for make in makes]) if makes else 0.0), kept / 1024
+        return (replayed(lambda: [make() for make in makes]) if makes else 0.0), holder.bytes / 1024
 
 
 def replayed(run: Callable[[], Any], times: int = 20) -> float:

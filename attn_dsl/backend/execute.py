@@ -72,6 +72,7 @@ class Program:
         # One line, since PyTorch shows arguments of graphs in comments of generated code; nothing else has a bar.
         self.text = print_ir(replace(variant, doc=""), locations=False).replace("\n", "|")
         self.binder = Binder(variant)
+        self.tensor_names = tuple(tensor.name for tensor in variant.tensors)
         self.reordered: dict[tuple[Any, ...], Program] = {}
         """This program in other orders of positions, by what tells them apart."""
         self.strips: tuple[Strips, int] | None = None

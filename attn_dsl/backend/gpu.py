@@ -95,16 +95,19 @@ def route(
     return Route(PORTABLE if choice.config is None else HOPPER, choice.reason, choice)
 
 
+def has_grids(device: torch.device) -> bool:
+    """Whether there are kernels that read boxes of a grid."""
+    return unavailable(_capability(device)) is None
+
+
 def takes_grids(program: execute.Program, call: portable.Call) -> bool:
     """Whether the Hopper forward kernel takes a call over strips of a grid."""
-    if unavailable(_capability(call.query.device)) is not None:
-        return False
-    return route(program, call, decodes=False).backend == HOPPER
+    return has_grids(call.query.device) and route(program, call, decodes=False).backend == HOPPER
 
 
 def backward_config_of_grid(program: execute.Program, call: portable.Call, options: Options) -> BackwardConfig | None:
     """How the Hopper backward kernel takes a call over strips of a grid; None where it does not."""
-    if unavailable(_capability(call.query.device)) is not None:
+    if not has_grids(call.query.device):
         return None
     choice = backward_route(program, call, deterministic=options.deterministic).choice
     return None if choice is None else choice.config
@@ -245,6 +248,9 @@ def explain(program: Program, call: Call) -> str:
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
     capability = _capability(call.query.device)
     lines.append(describe(of, bound, route(of, bound, decodes=ordered is None), capability))
+    if ordered and ordered.by is not None:
+        of, inner = ordered.in_backward
+        bound = execute.portable_call(of, inner, Options(GPU))
     if ordered and not ordered.layout.both_passes:
         of = execute.program_for(program.variant, program.proof)
         strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))

@@ -124,7 +124,8 @@ class Classes:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Row i is the row `queries[b, h, i]` of the caller's, and likewise for keys; int64 [B, H, S], broadcast or not."""
+    """Row i is the row `queries[b, h, i]` of the caller's, and likewise for keys: integers [B, H, S], broadcast or
+    not."""
 
     queries: Tensor
     keys: Tensor
@@ -137,7 +138,7 @@ class Permutation:
         return _permuted(x, self.keys if keys else self.queries, scatter=False)
 
     def split_line(self, x: Tensor, filler: float) -> Tensor:
-        return x.gather(2, self.queries.expand(x.shape))
+        return x.gather(2, self.queries.expand(x.shape).long())
 
     def target(self, shape: Sequence[int], like: Tensor) -> None:
         return None
@@ -146,7 +147,7 @@ class Permutation:
         index = self.keys if keys else self.queries
         if x.dim() == 4:
             return _permuted(x, index, scatter=True)
-        return torch.empty_like(x).scatter_(2, index.expand(x.shape), x)
+        return torch.empty_like(x).scatter_(2, index.expand(x.shape).long(), x)
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,12 @@ class Grid:
 
 
 def _permuted(x: Tensor, index: Tensor, *, scatter: bool) -> Tensor:
-    """As `portable.permute.permuted`, on any device."""
+    """As `launch_permute.permuted`, on any device."""
     if x.is_cuda:
         from attn_dsl.backend.portable.launch_permute import permuted
 
-        return permuted(x, index, scatter=scatter)
-    made, index = torch.empty(x.shape, dtype=x.dtype, device=x.device), index.expand(x.shape[:3])
+        return permuted((x,), (index,), scatter=scatter)[0]
+    made, index = torch.empty(x.shape, dtype=x.dtype, device=x.device), index.expand(x.shape[:3]).long()
     for source, target, rows in zip(x.flatten(0, 1), made.flatten(0, 1), index.flatten(0, 1), strict=True):
         if scatter:
             target.index_copy_(0, rows, source)

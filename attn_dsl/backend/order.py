@@ -6,17 +6,14 @@ lays out the tensors. Here an order is chosen, by the pairs that are visited in 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from attn_dsl.backend import execute
+from attn_dsl.backend import execute, sorting
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cost import visited_tiles
 from attn_dsl.backend.cpu.functions import schedule_functions
@@ -32,8 +29,10 @@ from attn_dsl.backend.execute import (
     portable_call,
     program_for,
 )
-from attn_dsl.backend.layouts import Classes, Grid, Layout, Permutation
+from attn_dsl.backend.layouts import Classes, Grid, Layout
+from attn_dsl.backend.sorting import Sort
 from attn_dsl.ir.infix import infix
+from attn_dsl.ir.nodes import Index, K, Q
 from attn_dsl.passes.order import Place, Residues, number
 from attn_dsl.passes.order_by_data import Sorted
 from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips, exchanged
@@ -56,13 +55,12 @@ BY_STRIPS_OF_KEYS = False
 agree with brute force; it stays off until its gradients have been compared with the evaluator's on a GPU."""
 KEPT = 4096
 """So many choices are remembered."""
-SORTS = 64
-"""So many sorts are remembered, of tensors that somebody holds."""
 
 
 @dataclass(frozen=True)
 class Ordered:
-    """A call in another order: the program over positions in that order, and its call."""
+    """A call in another order: the program over positions in that order, and its call; where positions are sorted, by
+    what, and the sort."""
 
     layout: Layout
     program: Program
@@ -70,6 +68,8 @@ class Ordered:
     given: Call
     outer: Program
     options: Options
+    by: Sorted | None = None
+    sort: Sort | None = None
 
     @property
     def laid_out(self) -> str:
@@ -83,14 +83,30 @@ class Ordered:
         if self.options.backend == CPU:
             out, lse, none = execute.run_forward(self.program, self.call, self.options)
             return layout.join(out, rows), layout.join(lse, rows), none
-        target = self._target(self.given.query)
+        target = self.target(self.given.query)
         results = {} if target is None else {"out": target[1]}
         out, lse, shifted = execute.run_forward(self.program, self.call, self.options, results)
         out = layout.join(out, rows) if target is None else target[0][:, :, :rows]
         return out, layout.join(lse, rows), layout.join(shifted, rows) if shifted.numel() else shifted
 
-    def _target(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+    def target(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`Layout.target` for the output."""
         return self.layout.target((*self.given.query.shape[:3], self.given.value.shape[3]), like)
+
+    @property
+    def backward_program(self) -> Program:
+        """That of the backward pass: by the runs of keys where positions are sorted."""
+        return self.program if self.by is None else sorted_program(self.outer, self.by, K)
+
+    @property
+    def in_backward(self) -> tuple[Program, Call]:
+        """Those of the backward pass."""
+        if self.by is None or self.sort is None:
+            return self.program, self.call
+        inner, given = self.backward_program, self.given.tensors
+        found = sorting.read(self.by, given[self.by.tensor.name], self.sort, inner.tensor_names)
+        tensors = {**given, **found}
+        return inner, replace(self.call, tensors={name: tensors[name] for name in inner.tensor_names})
 
     def backward(
         self, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None, wanted: frozenset[str]
@@ -108,8 +124,9 @@ class Ordered:
         targets = {} if self.options.backend == CPU else {n: layout.target(x.shape, x) for n, x in inputs.items()}
         results = {name: target[1] for name, target in targets.items() if target is not None}
         saved = (layout.split(out), lines[0], lines[1])
+        program, call = self.in_backward
         found = execute.run_backward(
-            self.program, self.call, self.options, saved, layout.split(grad_out), grad_lse, wanted, results
+            program, call, self.options, saved, layout.split(grad_out), grad_lse, wanted, results
         )
 
         def joined(name: str, grad: Tensor, inner: Tensor) -> Tensor:
@@ -121,54 +138,6 @@ class Ordered:
         dq = joined("dq", found.query, self.call.query)
         dk, dv = joined("dk", found.key, self.call.key), joined("dv", found.value, self.call.value)
         return Gradients(dq, dk, dv, found.captured)
-
-    def replay(self, made: Callable[[Program, PortableCall, Options], Inner]) -> Replay | None:
-        """What runs the forward pass of calls of this kind, by what `made` makes of the inner call.
-
-        None where the order depends on what tensors hold.
-        """
-        target = self._target(torch.empty(0, dtype=self.given.query.dtype, device="meta"))
-        if target is None:
-            return None
-        assert isinstance(self.call.q_offset, int)
-        bound = replace(portable_call(self.program, self.call, self.options), results={"out": target[1]})
-        shape = tuple(target[0].shape)
-        return Replay(self.layout, made(self.program, bound, self.options), shape, self.call.q_offset)
-
-
-class Inner(Protocol):
-    def outputs(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tensors: Sequence[Tensor],
-        q_offset: int | Tensor,
-        out: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, lse, shifted), as `portable.launch.forward`; `out`, where given, has the strides of the one that the
-        call was known by."""
-
-
-@dataclass(frozen=True)
-class Replay:
-    """The forward pass of one kind of call; `out` is the shape of its output with the rows that fill it up."""
-
-    layout: Layout
-    inner: Inner
-    out: tuple[int, ...]
-    start: int
-
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), not differentiable."""
-        layout, rows = self.layout, query.shape[2]
-        target = layout.target(self.out, query)
-        assert target is not None
-        inputs = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
-        _, lse, _ = self.inner.outputs(*inputs, tensors, self.start, target[1])
-        return target[0][:, :, :rows], layout.join(lse, rows)
 
 
 # ---------------------------------------------------------------- which order
@@ -258,10 +227,12 @@ def _classes(program: Program, call: Call) -> Iterator[tuple[Choice, int | None]
 
 def _strips(program: Program, call: Call, options: Options, most: float | None) -> Iterator[tuple[Choice, int | None]]:
     """Choices of strips of a grid, for the Hopper forward kernel, and the pairs that each visits, fewer than `most`."""
-    if options.backend not in (GPU, HOPPER) or call.q_offset or not call.query.is_cuda:
+    if options.backend not in (GPU, HOPPER) or call.q_offset:
         return
-    from attn_dsl.backend.gpu import takes_grids
+    from attn_dsl.backend.gpu import has_grids, takes_grids
 
+    if not has_grids(call.query.device):
+        return
     sizes = call.sizes
     for order in program.orders:
         width = number(order.width, call.parameters) if isinstance(order, Strips) else None
@@ -290,7 +261,8 @@ def _strips(program: Program, call: Call, options: Options, most: float | None) 
 @dataclass(frozen=True)
 class StripsOfKeys:
     """How the Hopper backward kernel takes calls of one kind by strips of keys: `bound` is one of them without its
-    tensors, `config` the kernel's configuration. count, lead: as those of `Choice`, of boxes of queries."""
+    tensors, `config` the kernel's configuration. count, lead: as those of `Choice`, of boxes of queries. ordered:
+    whether sums of dQ have an order."""
 
     order: Strips
     count: int
@@ -298,15 +270,15 @@ class StripsOfKeys:
     program: Program
     bound: PortableCall
     config: Any
+    ordered: bool
 
     def backward(self, given: Call, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         from attn_dsl.backend.hopper.launch_boxes import backward
 
         tensors = tuple(given.tensors[tensor.name] for tensor in self.program.variant.tensors)
         bound = replace(self.bound, query=given.query, key=given.key, value=given.value, tensors=tensors)
-        found = backward(
-            self.program.hopper_backward, bound, outputs[0], outputs[1], grad_out, grad_lse, self.config
-        )  # fmt: skip
+        rows = outputs[0], outputs[1], grad_out, grad_lse
+        found = backward(self.program.hopper_backward, bound, *rows, self.config, ordered=self.ordered)
         return Gradients(found.query, found.key, found.value, found.captured)
 
 
@@ -355,7 +327,7 @@ def _strips_of_keys(program: Program, call: Call, options: Options) -> StripsOfK
         if config is not None:
             none = torch.empty(0, device="meta")
             bound = replace(bound, query=none, key=none, value=none, tensors=())
-            return StripsOfKeys(order, columns, lead, laid.program, bound, config)
+            return StripsOfKeys(order, columns, lead, laid.program, bound, config, options.deterministic)
     return None
 
 
@@ -395,7 +367,7 @@ def programs(program: Program) -> Iterator[Program]:
             case Residues():
                 inner = [_program(program, order, place, ragged) for place in Place for ragged in (False, True)]
             case Sorted():
-                inner = [_sorted_program(program, order)]
+                inner = [sorted_program(program, order, side) for side in (Q, K)]
             case Strips():
                 inner = []
         made |= {found.text: found for found in inner}
@@ -494,77 +466,18 @@ def in_strips(order: Strips, program: Program, call: Call, options: Options, col
 
 
 def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> Ordered:
-    inner = _sorted_program(program, order)
-    found = _sort(order, call.tensors[order.tensor.name])
-    heads, kv_heads = call.query.shape[1], call.key.shape[1]
-    layout = Permutation(_spread(order, found.order, kv_heads, heads), _spread(order, found.order, kv_heads, kv_heads))
-    tensors = {**call.tensors, order.sorted_name: found.elements}
-    if order.order_name in inner.binder.names:
-        tensors[order.order_name] = found.places
-    return _laid_out(layout, inner, program, call, options, call.parameters, tensors, 0)
+    inner = sorted_program(program, order, Q)
+    tensor, names = call.tensors[order.tensor.name], inner.tensor_names
+    found = sorting.sort(order, tensor, names)
+    layout = found.layout(call.query.shape[1], call.key.shape[1])
+    tensors = {**call.tensors, **sorting.read(order, tensor, found, names)}
+    made = _laid_out(layout, inner, program, call, options, call.parameters, tensors, 0)
+    return replace(made, by=order, sort=found)
 
 
-def _sorted_program(program: Program, order: Sorted) -> Program:
-    key = (order.tensor.name,)
+def sorted_program(program: Program, order: Sorted, side: Index) -> Program:
+    """The program over sorted positions, by the runs of queries or of keys."""
+    key = (order.tensor.name, side.name)
     if key not in program.reordered:
-        program.reordered[key] = program_for(order.reordered())
+        program.reordered[key] = program_for(order.reordered(side))
     return program.reordered[key]
-
-
-def _spread(order: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
-    """The places [B or 1, H or 1, S] in the order, for so many heads."""
-    index = index.movedim(order.axis, -1)
-    beside = [name for axis, name in enumerate(order.indices) if axis != order.axis]
-    if beside in (["h", "b"], ["hk", "b"]):
-        index = index.transpose(0, 1)
-    if "b" not in beside:
-        index = index.unsqueeze(0)
-    if not {"h", "hk"} & set(beside):
-        return index.unsqueeze(1)
-    return index.repeat_interleave(heads // kv_heads, 1) if "hk" in beside and heads != kv_heads else index
-
-
-@dataclass
-class _Sort:
-    """A tensor in its order: elements, and where they were."""
-
-    elements: Tensor
-    order: Tensor
-
-    @cached_property
-    def places(self) -> Tensor:
-        """Where they were, int32, as a variant reads it."""
-        return self.order.to(torch.int32)
-
-
-_sorts_made: OrderedDict[tuple[Any, ...], tuple[Any, _Sort]] = OrderedDict()
-
-
-def _sort(order: Sorted, tensor: Tensor) -> _Sort:
-    """Sorted along the axis of positions, equal elements in the order given; found again while the tensor is as it was.
-
-    A CUDA graph that is captured sorts for itself, in each replay.
-    """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _sorted(order, tensor)
-    storage = tensor.untyped_storage()
-    known: Any = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-    key = (
-        storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device,
-        tensor._version, order.axis,
-    )  # fmt: skip
-    found = _sorts_made.get(key)
-    if found is not None and found[0] == known:
-        _sorts_made.move_to_end(key)
-        return found[1]
-    for expired in [at for at, (held, _) in _sorts_made.items() if held.expired()]:
-        del _sorts_made[expired]
-    made = _sorted(order, tensor)
-    _sorts_made[key] = known, made
-    while len(_sorts_made) > SORTS:
-        _sorts_made.popitem(last=False)
-    return made
-
-
-def _sorted(order: Sorted, tensor: Tensor) -> _Sort:
-    return _Sort(*torch.sort(tensor, dim=order.axis, stable=True))

@@ -7,15 +7,17 @@ first of its kind holds for all; the host then only allocates and launches, forw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
-from attn_dsl.backend.execute import PORTABLE, Options, Program, fitted, portable_call, reordered
+from attn_dsl.backend.execute import PORTABLE, Gradients, Options, Program, fitted, portable_call, reordered
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Replay as HopperForward
@@ -91,6 +93,13 @@ class Replay(Protocol):
         """(out, lse) of a call of the kind."""
 
 
+class Saved(Protocol):
+    def outputs(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, lse, shifted) of a call of the kind, in the order of the call."""
+
+
 def _forward(program: Program, call: Call, options: Options) -> Replay | None:
     """What repeats the forward pass."""
     from attn_dsl.backend.gpu import route
@@ -98,7 +107,9 @@ def _forward(program: Program, call: Call, options: Options) -> Replay | None:
 
     ordered = reordered(program, call, options)
     if ordered is not None:
-        return ordered.replay(_of_rows)
+        from attn_dsl.backend.replay_order import Forward
+
+        return Forward(ordered, _of_rows)
     bound = portable_call(program, call, options)
     layout = None if options.backend == PORTABLE else route(program, bound).layout
     if layout is not None:
@@ -121,7 +132,8 @@ def _of_rows(program: Program, bound: PortableCall, options: Options) -> Portabl
 
 def _watched() -> bool:
     """Whether a mode or transform wants to see operators."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None)
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(modes or forward_ad._current_level >= 0)
 
 
 def _lowers(*inputs: Tensor) -> bool:
@@ -133,62 +145,64 @@ def _lowers(*inputs: Tensor) -> bool:
 # ---------------------------------------------------------------- with gradients
 
 
-class Differentiable:
-    """Calls of one kind whose gradients are wanted; what a backward pass takes is found on the first of its kind."""
+class Backward:
+    """The backward pass of calls of one kind; what runs it is found on the first with tensors of such strides.
 
-    def __init__(
-        self, program: Program, call: Call, options: Options, forward: PortableForward | HopperForward
-    ) -> None:
-        self.program, self.options, self.forward = program, options, forward
+    chosen: whether the order of positions is chosen, too; else it is that of the call.
+    """
+
+    def __init__(self, program: Program, call: Call, options: Options, *, chosen: bool = True) -> None:
+        self.program, self.options, self.chosen = program, options, chosen
         self.scale, self.sizes, self.parameters = call.scale, call.sizes, call.parameters
-        self.names = tuple(call.tensors)
-        self.backwards: dict[Key, HopperBackward | None] = {}
+        self.known: dict[Key, HopperBackward | None] = {}
 
-    @staticmethod
-    def of(program: Program, call: Call, options: Options, forward: Replay | None) -> Differentiable | None:
-        """None where the kernels run in another order, or few queries have one of their own."""
-        from attn_dsl.backend.hopper import launch as hopper
-        from attn_dsl.backend.portable import launch
-
-        broadcast = call.key.stride(0) == 0 and call.key.shape[0] > 1  # by the binder, which autograd must see
-        if broadcast or not isinstance(forward, launch.Replay | hopper.Replay):
-            return None
-        return Differentiable(program, call, options, forward)
-
-    def run(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(out, lse), differentiable once."""
-        out, lse = _Again.apply(self, q_offset, query, key, value, *tensors)  # type: ignore[no-untyped-call]
-        return out, lse
-
-    def backward(
+    def gradients(
         self,
-        call: Call,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
         out: Tensor,
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
         wanted: frozenset[str],
-        known: Key,
-    ) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
-        """Gradients of query, key, value and what is `wanted`, the long way, which later ones with the same key need
-        not go."""
-        if known not in self.backwards:
-            if len(self.backwards) >= KEPT:
-                self.backwards.clear()
-            self.backwards[known] = self._prepared(call, out, grad_out, wanted)
+        results: Sequence[Tensor] = (),
+    ) -> Gradients:
+        """Of query, key, value and what is `wanted`; the first three are `results` where kernels can write these."""
+        given = [grad_out, out, shifted, query, key, value, *tensors, *results]
+        if grad_lse is not None:
+            given.append(grad_lse)
+        # What hooks put away and brought back may have other strides than what was saved.
+        known = (wanted, len(given), *[(x.stride(), x.dtype, x.data_ptr() % 16) for x in given])
+        again = self.known.get(known)
+        if again is not None:
+            rows = out, shifted, grad_out, grad_lse
+            found = again.run(query, key, value, tensors, q_offset, *rows, results)
+            return Gradients(found.query, found.key, found.value, found.captured)
+        named = dict(zip(self.program.tensor_names, tensors, strict=True))
+        call = Call(query, key, value, self.scale, q_offset, self.sizes, self.parameters, named)
+        named_results = dict(zip(("dq", "dk", "dv"), results, strict=False))
+        if known not in self.known:
+            if len(self.known) >= KEPT:
+                self.known.clear()
+            self.known[known] = self._prepared(call, out, grad_out, wanted, named_results)
         outputs = (out, shifted, shifted)
-        found = execute.backward(self.program, call, self.options, outputs, grad_out, grad_lse, wanted)
-        return found.query, found.key, found.value, found.captured
+        if self.chosen:
+            return execute.backward(self.program, call, self.options, outputs, grad_out, grad_lse, wanted)
+        given_too = grad_out, grad_lse, wanted, named_results
+        return execute.run_backward(self.program, call, self.options, outputs, *given_too)
 
-    def _prepared(self, call: Call, out: Tensor, grad_out: Tensor, wanted: frozenset[str]) -> HopperBackward | None:
+    def _prepared(
+        self, call: Call, out: Tensor, grad_out: Tensor, wanted: frozenset[str], results: Mapping[str, Tensor]
+    ) -> HopperBackward | None:
         """What repeats the backward pass, if Hopper's kernels alone run it and read its tensors as they are."""
         from attn_dsl.backend.gpu import backward_route
 
-        if self.options.backend == PORTABLE:
+        if self.options.backend == PORTABLE or (self.chosen and self._is_ordered(call, wanted)):
             return None
-        bound = portable_call(self.program, call, self.options)
+        bound = replace(portable_call(self.program, call, self.options), results=results)
         route = backward_route(self.program, bound, wanted, self.options.deterministic)
         if route.choice is None or route.choice.config is None or route.fused != wanted:
             return None
@@ -198,6 +212,45 @@ class Differentiable:
             return None
         given = (route.choice.config, self.options.deterministic, route.fused)
         return Replay(self.program.hopper_backward, bound, out, grad_out, *given)
+
+    def _is_ordered(self, call: Call, wanted: frozenset[str]) -> bool:
+        """Whether the pass takes another order than that of the call."""
+        if not self.program.orders:
+            return False
+        from attn_dsl.backend.order import strips_of_keys
+
+        return not wanted and strips_of_keys(self.program, call, self.options) is not None
+
+
+class Differentiable:
+    """Calls of one kind whose gradients are wanted."""
+
+    def __init__(self, program: Program, call: Call, options: Options, forward: Saved) -> None:
+        self.forward, self.backward = forward, Backward(program, call, options)
+        self.names = tuple(call.tensors)
+
+    @staticmethod
+    def of(program: Program, call: Call, options: Options, forward: Replay | None) -> Replay | None:
+        """None where few queries have a kernel of their own."""
+        from attn_dsl.backend.hopper import launch as hopper
+        from attn_dsl.backend.portable import launch
+        from attn_dsl.backend.replay_order import Differentiable as InOrder
+        from attn_dsl.backend.replay_order import Forward
+
+        if call.key.stride(0) == 0 and call.key.shape[0] > 1:  # by the binder, which autograd must see
+            return None
+        if isinstance(forward, Forward) and forward.both_passes:
+            return InOrder(forward, Backward(forward.backward_program, forward.call, options, chosen=False))
+        if not isinstance(forward, launch.Replay | hopper.Replay | Forward):
+            return None
+        return Differentiable(program, call, options, forward)
+
+    def run(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse), differentiable once."""
+        out, lse = _Again.apply(self, q_offset, query, key, value, *tensors)  # type: ignore[no-untyped-call]
+        return out, lse
 
 
 class _Again(torch.autograd.Function):
@@ -235,23 +288,15 @@ class _Again(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[5:]
-        # What hooks put away and brought back may have other strides than what was saved.
-        given = (grad_out, *saved) if grad_lse is None else (grad_out, grad_lse, *saved)
-        known = (needs, len(given), *[(x.stride(), x.dtype, x.data_ptr() % 16) for x in given])
-        again = replay.backwards.get(known)
-        if again is not None:
-            found = again.run(query, key, value, rest, q_offset, out, shifted, grad_out, grad_lse)
-            dq, dk, dv, captured = found.query, found.key, found.value, found.captured
-        else:
-            tensors = dict(zip(replay.names, rest, strict=True))
-            wanted = frozenset(name for name, needed in zip(replay.names, needs, strict=True) if needed)
-            call = Call(query, key, value, replay.scale, q_offset, replay.sizes, replay.parameters, tensors)
-            dq, dk, dv, captured = replay.backward(call, out, shifted, grad_out, grad_lse, wanted, known)
+        wanted = frozenset([name for name, needed in zip(replay.names, needs, strict=True) if needed])
+        rows = out, shifted, grad_out, grad_lse
+        found = replay.backward.gradients(query, key, value, rest, q_offset, *rows, wanted)
+        captured = found.captured
         shares = [
             fitted(captured.get(name), x) if needed else None
             for name, x, needed in zip(replay.names, rest, needs, strict=True)
         ]
-        return (None, None, dq, dk, dv, *shares)
+        return (None, None, found.query, found.key, found.value, *shares)
 
 
 _once: Callable[..., tuple[Tensor | None, ...]] = once_differentiable(_Again.gradients)

@@ -7,7 +7,7 @@ capture CUDA graphs that read them, and can have calls refused that would need o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,9 @@ from torch import Tensor
 from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import CPU, Options, Program
+from attn_dsl.backend.kept import Holder
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Load, Param, post_order
-
-if TYPE_CHECKING:  # it loads Triton
-    from attn_dsl.backend.portable.listing import Holder
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Schedule:
     @property
     def bytes(self) -> int:
         """Memory of the lists."""
-        return sum(held.bytes for held in self.holder.lists.values()) if self.holder else 0
+        return self.holder.bytes if self.holder else 0
 
     def check(self, program: Program, call: Call) -> None:
         """Raise BindingError where a call decides the mask by something else."""
@@ -50,17 +48,7 @@ class Schedule:
 
     def text(self) -> str:
         """For people; waits for the GPU."""
-        from attn_dsl.backend.portable.listing import Ends
-
-        lines = []
-        for (_, shape), held in self.holder.lists.items() if self.holder else ():
-            if shape is None or isinstance(held, Ends):
-                lines.append(f"ends of runs of equal values: {held.bytes} bytes")
-                continue
-            masked, full = held.counts
-            own = "a tile of keys" if shape.transposed else "a tile of queries"
-            tiles = f"tiles of {shape.rows} x {shape.keys} from {own}"
-            lines.append(f"{tiles}: {masked} masked, {full} full, {held.bytes} bytes")
+        lines = [made.text() for made in self.holder.held.values()] if self.holder else []
         return "\n".join(lines) or "ranges in closed form: nothing is stored"
 
 
@@ -69,8 +57,6 @@ def make(program: Program, call: Call, options: Options, *, backward: bool) -> S
     """The schedule of a call. On a GPU its passes run once, which makes the lists that their kernels want."""
     holder = None
     if options.backend != CPU:
-        from attn_dsl.backend.portable.listing import Holder
-
         holder = Holder()
         with holder.active():
             outputs = execute.forward(program, call, options)

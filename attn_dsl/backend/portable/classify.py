@@ -4,7 +4,7 @@ A list has a row for each tile of one axis, its own, and names tiles of the othe
 the emitted claims (`emit_lists.py`) about each, and keeps what is not EMPTY. Nothing is stored of an empty tile.
 
     rows     [B, H, tiles, 4] int32    first, masked, full, last
-    entries  [...] int32               masked tiles at first, first + 1, ..., full ones at last, last - 1, ...
+    entries  [...] int32 or uint8      masked tiles at first, first + 1, ..., full ones at last, last - 1, ...
 
 Where the mask does not vary with `b` or `h`, B or H is 1 here, and a stride of 0 in the kernels. They read lists by
 `kv_list` and `q_list`, which stand in for the emitted ranges.
@@ -291,7 +291,7 @@ def list_tiles(
                 certain = certain | (whole & ((others + 1) * OTHER <= length))
         partial, whole = possible & (certain == 0), possible & certain
         if entries is not None:
-            number = others.to(tl.int32)
+            number = others.to(entries.dtype.element_ty)
             place = first + masked + tl.cumsum(partial.to(tl.int32), 0) - 1
             tl.store(entries + place, number, mask=partial)
             place = last - full - tl.cumsum(whole.to(tl.int32), 0) + 1

@@ -1,28 +1,22 @@
 """Lists of the tiles that a call visits: made once for tensors that do not change, found again by later calls.
 
-A list belongs to tile shapes, lengths, parameters and the contents of the tensors that the mask reads. A tensor is
-known by its storage and version, so that an in-place change makes a new list. While a CUDA graph is captured a list
-becomes part of the graph, and is made again in each replay, unless somebody holds it for as long as the graph lives.
+A list belongs to tile shapes, lengths, parameters and the contents of the tensors that the mask reads (`kept.py`).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from attn_dsl.backend.kept import Store
 from attn_dsl.backend.portable.classify import find_runs, list_tiles, summarize_tiles
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
@@ -40,10 +34,12 @@ from attn_dsl.passes.summaries import Claims, Refinement
 
 PADDED_BYTES = 2**20
 """Up to so many bytes, a list has room for every tile; a larger one is counted first, which the host waits for."""
+NARROW = 2**8
+"""So many tiles have numbers of 8 bits."""
 CAPTURED_BYTES = 2**28
 """The same while a CUDA graph is captured, which nothing can wait for."""
 KEPT = 64
-"""So many lists of a variant are remembered."""
+"""For so many kinds of calls the size of pieces is remembered."""
 PIECES = 4096
 """Pieces or pairs that a program looks at together."""
 WIDTH = 128
@@ -73,12 +69,6 @@ class Source:
     def of(call: Call) -> Source:
         return Source(call.sizes, call.tensors, call.parameters, call.q_offset, call.query.device)
 
-    @functools.cached_property
-    def storages(self) -> tuple[Any, ...]:
-        """What holds the tensors, by references that do not keep it."""
-        tensors = [x for x in (*self.tensors, *self.parameters, self.q_offset) if isinstance(x, Tensor)]
-        return tuple([_weak(x.untyped_storage()) for x in tensors])
-
 
 @dataclass(frozen=True)
 class Kind:
@@ -104,7 +94,7 @@ class Kind:
 
     def described(self, tensors: Sequence[Tensor], q_offset: int | Tensor, device: torch.device) -> str:
         """How many tiles the list for these tensors holds, for people; waits for the GPU."""
-        found = TileList(*self.find(tensors, q_offset, device)[-2:])
+        found = TileList(self.shape, *self.find(tensors, q_offset, device)[-2:])
         masked, full = found.counts
         shape, (batch, heads, q_len, kv_len) = self.shape, (self.sizes[i] for i in (0, 1, 3, 4))
         total = batch * heads * -(-q_len // shape.rows) * -(-kv_len // shape.keys)
@@ -113,8 +103,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class TileList:
-    """`rows` [B, H, tiles, 4] int32, of which `batch` and `heads` are stored, and `entries` [n] int32."""
+    """`rows` [B, H, tiles, 4] int32, of which `batch` and `heads` are stored, and `entries` [n], the numbers of tiles,
+    uint8 where all have one, else int32."""
 
+    shape: Shape
     rows: Tensor
     entries: Tensor
 
@@ -127,7 +119,14 @@ class TileList:
     def bytes(self) -> int:
         """What is stored; axes that the mask does not vary with are stored once."""
         rows = math.prod(n for n, stride in zip(self.rows.shape, self.rows.stride(), strict=True) if stride)
-        return 4 * (rows + self.entries.numel())
+        return 4 * rows + self.entries.nbytes
+
+    def text(self) -> str:
+        """For people; waits for the GPU."""
+        masked, full = self.counts
+        own = "a tile of keys" if self.shape.transposed else "a tile of queries"
+        tiles = f"tiles of {self.shape.rows} x {self.shape.keys} from {own}"
+        return f"{tiles}: {masked} masked, {full} full, {self.bytes} bytes"
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -146,52 +145,9 @@ class Ends:
     def bytes(self) -> int:
         return 4 * sum(tensor.numel() for tensor in self.tensors)
 
-
-Made = TileList | Ends
-Key = tuple[tuple[Any, ...], tuple[int, ...]]
-Place = tuple[tuple[Any, ...], Shape | None]
-
-
-@dataclass
-class _Kept:
-    """What was made from some tensors, and where: others than its stream wait for `ready`."""
-
-    made: Made
-    versions: tuple[int, ...]
-    sources: tuple[Any, ...]
-    stream: int
-    ready: Any
-    holders: weakref.WeakSet[Holder] = field(default_factory=weakref.WeakSet)
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether all that it was made from is still there; else its address may be that of something else."""
-        return not any(source.expired() for source in self.sources)
-
-    def use(self) -> None:
-        """Let the current stream read the list."""
-        if self.ready is not None and self.stream != _stream(self.made.tensors[0].device):
-            self.ready.wait()
-            for tensor in self.made.tensors:
-                tensor.record_stream(torch.cuda.current_stream())
-
-
-class Holder:
-    """Keeps the lists that are made or found while it is active, for as long as it lives."""
-
-    def __init__(self) -> None:
-        self.lists: dict[Place, Made] = {}
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        token = _holder.set(self)
-        try:
-            yield
-        finally:
-            _holder.reset(token)
-
-
-_holder: ContextVar[Holder | None] = ContextVar("holder", default=None)
+    def text(self) -> str:
+        """For people."""
+        return f"ends of runs of equal values: {self.bytes} bytes"
 
 
 class Lists:
@@ -203,7 +159,8 @@ class Lists:
         used = {node.name for node in post_order(variant.mask) if isinstance(node, Param)}
         self._tensors = tuple(i for i, tensor in enumerate(variant.tensors) if tensor.name in read)
         self._parameters = tuple(i for i, parameter in enumerate(variant.parameters) if parameter.name in used)
-        self._kept: OrderedDict[Place, _Kept] = OrderedDict()
+        self._lists_made: Store[TileList] = Store()
+        self._ends_made: Store[Ends] = Store()
         self._known_pieces: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
@@ -220,34 +177,18 @@ class Lists:
 
         They are made unless they are there; `run` other than `launch` only compiles.
         """
-        key = None if run is not launch or source.device.type == "meta" else self._key(source)
-        listed = self._found(key, source, shape, lambda: self.make(source, shape, wide, run))
+        if run is not launch or source.device.type == "meta":
+            ends = self.make_ends(source, run).tensors if self.runs else ()
+            return *ends, *self.make(source, shape, wide, run).tensors
+        (place, sources), device = self._made_of(source), source.device
+        listed = self._lists_made.find((shape, *place), sources, device, lambda: self.make(source, shape, wide))
         if not self.runs:
             return listed.tensors
-        ends = self._found(key, source, None, lambda: self.make_ends(source, run))
-        return *ends.tensors, *listed.tensors
+        ends = self._ends_made.find(place, sources, device, lambda: self.make_ends(source)).tensors
+        return *ends, *listed.tensors
 
-    def _found(self, key: Key | None, source: Source, shape: Shape | None, make: Callable[[], Made]) -> Made:
-        if key is None:
-            return make()
-        place, versions = key
-        capturing = source.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        kept = self._kept.get((place, shape))
-        if kept is None or kept.versions != versions or not kept.is_valid or (capturing and not kept.holders):
-            made = make()
-            if capturing:
-                return made
-            kept = self._keep((place, shape), versions, made, source)
-        holder = _holder.get()
-        if holder is not None:
-            kept.holders.add(holder)
-            holder.lists[place, shape] = kept.made
-        if not capturing:
-            kept.use()
-        return kept.made
-
-    def _key(self, source: Source) -> Key | None:
-        """What a list depends on, and the versions of its tensors; None where a tensor does not count its changes."""
+    def _made_of(self, source: Source) -> tuple[tuple[Any, ...], list[Tensor]]:
+        """What a list depends on: numbers, and tensors."""
         found: list[Any] = [source.sizes[:5], source.sizes[6:], source.device]
         sources = [source.tensors[i] for i in self._tensors]
         for x in (source.q_offset, *(source.parameters[i] for i in self._parameters)):
@@ -255,22 +196,7 @@ class Lists:
                 sources.append(x)
             else:
                 found.append((type(x), x))
-        if any(x.is_inference() for x in sources):
-            return None
-        found += [(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in sources]
-        return tuple(found), tuple([x._version for x in sources])
-
-    def _keep(self, at: Place, versions: tuple[int, ...], made: Made, source: Source) -> _Kept:
-        ready, stream = None, _stream(source.device)
-        if source.device.type == "cuda":
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        kept = _Kept(made, versions, source.storages, stream, ready)
-        self._kept.pop(at, None)
-        self._kept[at] = kept
-        if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return kept
+        return tuple(found), sources
 
     # -- making -------------------------------------------------------------------------------------------------------
 
@@ -306,12 +232,13 @@ class Lists:
             run(list_tiles, programs, (rows, entries, *arguments, own_heads, capacity), options)
 
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        room = 4 * programs * other
+        dtype = torch.uint8 if other <= NARROW else torch.int32
+        room = dtype.itemsize * programs * other
         if run is not launch or device.type == "meta":  # nothing is made
-            entries = torch.empty(1, dtype=torch.int32, device=device)
+            entries = torch.empty(1, dtype=dtype, device=device)
             fill(entries, other)
         elif room <= (CAPTURED_BYTES if capturing else PADDED_BYTES):
-            entries = torch.empty(programs * other, dtype=torch.int32, device=device)
+            entries = torch.empty(programs * other, dtype=dtype, device=device)
             fill(entries, other)
         elif capturing:
             raise BindingError(
@@ -324,9 +251,9 @@ class Lists:
             counts = flat[:, 1] + flat[:, 2]
             ends = counts.cumsum(0, dtype=torch.int32)
             flat[:, 0], flat[:, 3] = ends - counts, ends - 1
-            entries = torch.empty(max(1, int(ends[-1])), dtype=torch.int32, device=device)
+            entries = torch.empty(max(1, int(ends[-1])), dtype=dtype, device=device)
             fill(entries, 0)
-        return TileList(rows.expand(batch, heads, -1, -1), entries)
+        return TileList(shape, rows.expand(batch, heads, -1, -1), entries)
 
     def _arguments(
         self, source: Source, shape: Shape, wide: bool, batch: int, heads: int, run: Runner
@@ -434,16 +361,8 @@ class Lists:
 
 
 _RUN_OPTIONS = Options({"BLOCK": 256, "num_warps": 4})
-_weak: Any = StorageWeakRef  # untyped
 
 
 def _moved(x: Tensor, axis: int, to: int) -> Tensor:
     """With an axis elsewhere; most often it is there."""
     return x if (axis - to) % x.dim() == 0 else x.movedim(axis, to)
-
-
-def _stream(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return int(torch._C._cuda_getCurrentRawStream(index))
