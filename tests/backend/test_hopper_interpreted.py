@@ -17,15 +17,16 @@ from gpu_support import larger, within_budget
 from hopper_on_cpu import take_over
 from odd_variants import agree as close
 from odd_variants import drawn
-from portable_support import Problem, Result, differentiated, program_of
+from portable_support import Problem, Result, assert_close, compiled, differentiated, program_of
 from torch import Tensor
 from variant_cases import SHIPPED, Case
 
 from attn_dsl.backend import gpu, operators
-from attn_dsl.backend.execute import HOPPER, Options, Program, portable_call
+from attn_dsl.backend.execute import HOPPER, PORTABLE, Options, Program, portable_call
 from attn_dsl.backend.hopper import launch, launch_backward
 from attn_dsl.backend.hopper.configs import FROZEN, TABLE, Config
 from attn_dsl.errors import BindingError
+from attn_dsl.passes.lengths import with_lengths, with_packing, with_pages
 
 INPUTS = ("query", "key", "value")
 SMALL: dict[str, int] = {"B": 1, "H": 2, "HK": 1, "Q": 200, "KV": 200}
@@ -43,12 +44,14 @@ def fresh(program: Program) -> Program:
     return Program(program.variant, program._proof)
 
 
-def called(problem: Problem, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
+def called(
+    problem: Problem, upstream: tuple[Tensor, Tensor] | None = None, backend: str = HOPPER, **options: Any
+) -> Result:
     """By the Hopper kernels, with gradients of everything that can have one if there is `upstream`."""
     leaves, bindings = problem.leaves() if upstream is not None else ({}, problem.all_bindings)
     inputs = [leaves.get(name, getattr(problem, name)) for name in INPUTS]
     call = problem.program.binder.bind(*inputs, problem.scale, problem.q_offset, bindings)
-    out, lse = operators.attention(problem.program, call, Options(HOPPER, **options))
+    out, lse = operators.attention(problem.program, call, Options(backend, **options))
     return differentiated(out, lse, leaves, upstream)
 
 
@@ -164,6 +167,21 @@ def test_sections_of_heads_give_what_one_launch_gives(
     assert (found.grads["query"] - whole.grads["query"]).abs().max() < (1e-30 if deterministic else 1e-2)
 
 
+READS = "attention reads\ntensor x: float32[H, KV]\ntensor y: float32[H, Q]\nscore = max(score, x[h, k]) + y[h, q]\n"
+
+
+@pytest.mark.parametrize("name", [*SHIPPED, READS], ids=lambda name: name.split("\n")[0])
+def test_portable_kernels_stay_within_their_tensors(name: str) -> None:
+    """Triton's interpreter reads what stands beside a tensor, and says nothing."""
+    if name is READS:
+        problem = problem_of("causal", Q=70, KV=150)
+        x, y = torch.randn(2, 150), torch.randn(2, 70)
+        problem = replace(problem, program=program_of(READS), bindings={"x": x, "y": y})
+    else:
+        problem = problem_of(name, Q=150, KV=150)
+    agree(problem, backend=PORTABLE)
+
+
 LISTED: dict[str, dict[str, Any]] = {
     "bigbird": {"block": 64, "reach": 1, "globals": 1, "random": 2},
     "tree": {}, "shared_prefix": {"prefix": 150}, "hash_buckets": {}, "document": {},
@@ -175,6 +193,66 @@ def test_lists_of_tiles(name: str) -> None:
     sizes = replace(larger(name, **SMALL).sizes, B=2, Q=600, KV=600)
     const = frozenset({"random"} & LISTED[name].keys())
     agree(Problem.of(Case(name, LISTED[name], sizes, const), torch.bfloat16))
+
+
+def ends(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("name", "bindings"), [
+    ("noop", {}), ("causal", {}), ("sliding_window", {"window": 90}), ("gpt_oss", {"window": 50}), ("alibi", {}),
+], ids=["noop", "causal", "sliding_window", "gpt_oss", "alibi"])  # fmt: skip
+def test_packed_sequences(name: str, bindings: dict[str, Any], dim: int) -> None:
+    """The next sequence begins within a tile; some are empty. The backward pass is that of the portable kernels."""
+    queries, keys = (130, 1, 64, 0, 70), (130, 5, 300, 9, 70)
+    generator = torch.Generator().manual_seed(3)
+    shapes = (sum(queries), 2, dim), (sum(keys), 1, dim), (sum(keys), 1, dim)
+    inputs = [torch.randn(shape, generator=generator).bfloat16().transpose(0, 1)[None] for shape in shapes]
+    captured = larger(name, **SMALL).tensors()
+    packing = {"query_ends": ends(*queries), "key_ends": ends(*keys), "longest_query": 130, "longest_key": 300}
+    problem = Problem(compiled(with_packing(program_of(name).variant)), *inputs, {**captured, **bindings, **packing})
+    found, upstream = called(problem, problem.upstream()), problem.upstream()
+    expected = on_cpu(problem, upstream)
+    assert_close(found, expected, 2e-2)
+
+
+def on_cpu(problem: Problem, upstream: tuple[Tensor, Tensor]) -> Result:
+    """In float32, by the backend for CPUs."""
+    wide = replace(problem, **{name: getattr(problem, name).float() for name in INPUTS})
+    leaves, bindings = wide.leaves()
+    call = wide.program.binder.bind(*(leaves[name] for name in INPUTS), None, 0, bindings)
+    out, lse = operators.attention(wide.program, call, Options("cpu"))
+    return differentiated(out, lse, leaves, upstream)
+
+
+@pytest.mark.parametrize(("name", "page", "dim"), [
+    ("causal", 16, 128), ("sliding_window", 64, 64), ("alibi", 32, 128), ("gpt_oss", 256, 128), ("noop", 128, 64),
+])  # fmt: skip
+def test_pages_have_the_bits_of_one_piece_and_nothing_past_the_end_is_read(name: str, page: int, dim: int) -> None:
+    """What belongs to no sequence is nan, and table entries past the end name any page."""
+    lengths, room, heads = (190, 64, 333), 512, 2
+    count, generator = len(lengths) * room // page, torch.Generator().manual_seed(5)
+    table = torch.randperm(count, generator=generator).view(len(lengths), -1).int()
+    query = torch.randn(len(lengths), 2 * heads, 150, dim, generator=generator).bfloat16()
+    pieces, pools = [], []
+    for _ in range(2):
+        piece = torch.randn(len(lengths), heads, room, dim, generator=generator).bfloat16()
+        pool = torch.full((count, heads, page, dim), torch.nan, dtype=piece.dtype)
+        for entry, pages, length in zip(piece, table.long(), lengths, strict=True):
+            entry[:, length:] = torch.nan
+            held = -(-length // page)
+            pool[pages[:held]] = entry[:, : held * page].unflatten(1, (-1, page)).transpose(0, 1)
+        pieces.append(piece)
+        pools.append(pool)
+    ended = torch.tensor(lengths, dtype=torch.int32)
+    captured = larger(name, **SMALL | {"H": 2 * heads, "HK": heads}).tensors()
+    bindings = {**captured, "kv_len": ended, **({"window": 90} if name in ("sliding_window", "gpt_oss") else {})}
+    variant, offset = with_lengths(program_of(name).variant), (ended.long() - 150).clamp(min=0)
+    whole = called(Problem(compiled(variant), query, *pieces, bindings, offset))
+    found = called(Problem(compiled(with_pages(variant)), query, *pools, {**bindings, "page_table": table}, offset))
+    assert not found.out.isnan().any()
+    assert torch.equal(found.out, whole.out) and torch.equal(found.lse, whole.lse)
 
 
 def test_what_the_kernels_refuse_is_not_computed() -> None:

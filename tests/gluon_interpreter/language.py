@@ -15,7 +15,7 @@ from gluon_interpreter.faults import Fault
 from gluon_interpreter.machine import Agent, Pending, Task
 from gluon_interpreter.shared import Barrier, Memory, Piece, places
 from gluon_interpreter.tensors import Descriptor
-from gluon_interpreter.values import Array, Value, common, elementwise, size_of, valued
+from gluon_interpreter.values import Array, Number, Value, common, elementwise, size_of, valued
 
 NVMMASharedLayout, SwizzledSharedLayout = gluon.NVMMASharedLayout, gluon.SwizzledSharedLayout
 
@@ -175,8 +175,8 @@ def fma(x: Any, y: Any, z: Any) -> Value:
 
 
 def _function(function: Callable[..., Array]) -> Callable[[Any], Value]:
-    def apply(x: Value) -> Value:
-        return elementwise(function, x, dtype=x.dtype)
+    def apply(x: Value | Number) -> Value:
+        return elementwise(function, x, dtype=valued(x).dtype)
 
     return apply
 

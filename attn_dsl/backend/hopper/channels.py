@@ -7,7 +7,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.versions import async_load, reinterpret, thread_barrier
+from attn_dsl.backend.hopper.device import meet
+from attn_dsl.backend.hopper.versions import async_load, reinterpret
 
 SWIZZLED = gl.constexpr(64)
 """Columns of 16 bits that a tile in shared memory keeps side by side."""
@@ -99,20 +100,20 @@ class Ring:
                     async_load(descriptor, [numbers[n], head, 0, chunk * SWIZZLED], self.full.index(place), box)
 
     @gluon.jit
-    def clip(self, place, left):
-        """Let the rows of a tile from `left` on be 0, for products of the warpgroup that does it."""
+    def clip(self, place, left, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
+        """Let the rows of a tile from `left` on be 0, for products of all consumers: each does its part of them."""
         rows: gl.constexpr = 16
         count: gl.constexpr = self.tiles.shape[3] // rows
         chunks: gl.constexpr = self.tiles.shape[4] // SWIZZLED
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
         line = gl.expand_dims(gl.arange(0, rows, layout=gl.SliceLayout(1, layout)), 1)
         parts = boxes(self.tiles, rows)
-        for i in range(gl.maximum(left, 0) // rows, count):
+        for i in range(gl.maximum(left, 0) // rows + CONSUMER, count, CONSUMERS):
             for chunk in gl.static_range(chunks):
                 box = parts.index((place * chunks + chunk) * count + i).reshape([rows, SWIZZLED])
                 box.store(gl.where(line < left - i * rows, box.load(layout), 0.0))
         fence_async_shared()
-        thread_barrier()
+        meet(CONSUMERS)
 
 
 @gluon.jit

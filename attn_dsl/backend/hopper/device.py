@@ -237,3 +237,12 @@ def pass_turn(GROUP: gl.constexpr, GROUPS: gl.constexpr):
         gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     else:
         gl.inline_asm_elementwise("bar.arrive 11, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def meet(GROUPS: gl.constexpr):
+    """Wait until all warpgroups that multiply have come here."""
+    if GROUPS == 2:
+        gl.inline_asm_elementwise("bar.sync 12, 256; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 12, 384; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)

@@ -686,15 +686,15 @@ def _waited(output, x):
 
 
 @gluon.jit
-def _clip(shape, memory, tile, at, j):
+def _clip(shape, memory, tile, at, j, GROUP: gl.constexpr):
     """Let values past the end of the batch entry's keys be 0: times a weight of 0, what is there may be something else.
 
-    All warpgroups do so, each before its own products read them.
+    All warpgroups come here for the same tiles.
     """
     left = tile.kv_len - j * shape.KEYS
     if left < shape.KEYS:
         memory.values.wait(at % shape.STAGES, at // shape.STAGES)
-        memory.values.clip(at % shape.STAGES, left)
+        memory.values.clip(at % shape.STAGES, left, GROUP, shape.GROUPS)
 
 
 @gluon.jit
@@ -723,7 +723,7 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
     if not shape.RESCALE_LATE and decays:
         acc = _scaled(acc, decay)
     if MASKED and f.LENGTH is not None:
-        _clip(shape, memory, tile, at, j)
+        _clip(shape, memory, tile, at, j, GROUP)
     return p, acc, m, l, decay if shape.RESCALE_LATE and decays else late
 
 
@@ -752,7 +752,7 @@ def _attend(shape, f, memory, tile, visits, careful, passed, turn, GROUP: gl.con
     late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
     p = _carried(shape, p, dtype)
     if f.LENGTH is not None:
-        _clip(shape, memory, tile, passed, j)
+        _clip(shape, memory, tile, passed, j, GROUP)
     if len(visits.masked) > 0 or shape.FROZEN:
         for n in range(1, careful):
             j = visits.nth(n)

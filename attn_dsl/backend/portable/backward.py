@@ -299,9 +299,13 @@ def attention_keys_backward(
         keys = load_rows(key, columns, key_strides, loaded, CONTIGUOUS, D, D0, D1)
         rows = load_rows(value, columns, value_strides, loaded, CONTIGUOUS, DV, DV0, DV1)
         partial, full = Q_RANGES(b64, h64, k0, k0 + (BN - 1), start, BM, scalars_64, wide)
-        if len(partial) > 0:
-            for n in range(count(partial)):
-                i = nth(partial, n)
+        masked, rest = partial, 0
+        if FULL_SCORE is not None or FULL_KEY_GRAD is not None:  # these look tensors up without asking where they end
+            masked = partial + full
+            rest = tl.where(k0 + BN > kv_len, count(full), 0)
+        if len(masked) > 0:
+            for n in range(count(partial) + rest):
+                i = nth(masked, n)
                 q0 = start + i.to(tl.int64) * BM
                 if SKIP is None or SKIP(
                     b64, h64, q0, q0 + (BM - 1), k0, k0 + (BN - 1), start, BM, scalars_64, wide
@@ -313,7 +317,7 @@ def attention_keys_backward(
                         DV1, BM, PRECISION
                     )  # fmt: skip
         if len(full) > 0:
-            for n in range(count(full)):
+            for n in range(rest, count(full)):
                 state = _visit_queries(
                     nth(full, n), state, keys, rows, q_base, g_base, numbers + row * padded(q_len) * 2,
                     query_strides, grad_strides, q_len, factor, slope, b, h, start, k[:, None], k0, loaded,
