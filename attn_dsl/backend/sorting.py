@@ -83,7 +83,7 @@ def sort(by: Sorted, tensor: Tensor, names: Sequence[str]) -> Sort:
 
 def _wanted(by: Sorted, names: Sequence[str]) -> tuple[tuple[End, ...], bool]:
     """Which ends of runs such a variant reads, and whether it reads the order."""
-    return tuple(end for end in ENDS if by.end_names(end)[0] in names), by.order_name in names
+    return tuple(end for end in ENDS if by.end_names[end][0] in names), by.order_name in names
 
 
 def read(by: Sorted, tensor: Tensor, known: Sort, names: Sequence[str]) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def read(by: Sorted, tensor: Tensor, known: Sort, names: Sequence[str]) -> dict[
         place = (by.axis, by.indices, missing)
         others = _runs.find(place, (tensor,), tensor.device, lambda: Runs(_ends(by, tensor, known.order, missing))).ends
     for end in ends:
-        found |= zip(by.end_names(end), known.ends[end] if end in known.ends else others[end], strict=True)
+        found |= zip(by.end_names[end], known.ends[end] if end in known.ends else others[end], strict=True)
     return found
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Literal
 
 from attn_dsl.ir.nodes import (
@@ -61,14 +61,16 @@ class Sorted:
     axis: int
     indices: tuple[str, ...]
 
-    @property
+    @cached_property
     def order_name(self) -> str:
         """Of the tensor that holds the positions, int32, in the order of their elements."""
         return self._fresh(f"order_{self.tensor.name}")
 
-    def end_names(self, end: End) -> tuple[str, str]:
-        """Of the tensors that hold the ends of runs, uint8 for each place and int32 for each block (`encoded`)."""
-        return self._fresh(f"{end}_{self.tensor.name}"), self._fresh(f"{end}_{self.tensor.name}_by_block")
+    @cached_property
+    def end_names(self) -> dict[End, tuple[str, str]]:
+        """Of the tensors that hold an end of runs, uint8 for each place and int32 for each block."""
+        names = {end: (f"{end}_{self.tensor.name}", f"{end}_{self.tensor.name}_by_block") for end in ENDS}
+        return {end: (self._fresh(places), self._fresh(blocks)) for end, (places, blocks) in names.items()}
 
     def _fresh(self, name: str) -> str:
         names = {p.name for p in self.variant.parameters} | {t.name for t in self.variant.tensors}
@@ -102,7 +104,7 @@ class Sorted:
         read = {node.tensor for node in post_order(*made.roots) if isinstance(node, Load)}
         added = [Tensor(self.order_name, DType.INT32, self.tensor.extents)]
         for end in ENDS:
-            places, blocks = self.end_names(end)
+            places, blocks = self.end_names[end]
             added += [
                 Tensor(places, DType.UINT8, self.tensor.extents),
                 Tensor(blocks, DType.INT32, self._block_extents),
@@ -118,7 +120,7 @@ class Sorted:
 
     def end(self, end: End, place: Index) -> Node:
         """The first or last place of the run that a place is in."""
-        of_places, of_blocks = self.end_names(end)
+        of_places, of_blocks = self.end_names[end]
         code, size = self._load(of_places, place), Const(BLOCK)
         block = Binary(BinaryOp.FLOORDIV, place, size)
         inside = Binary(BinaryOp.ADD, Binary(BinaryOp.MUL, block, size), code)

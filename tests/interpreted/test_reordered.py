@@ -112,7 +112,7 @@ def test_positions_sorted_by_data_agree_forward_and_backward(
 def test_a_sort_is_made_once_for_a_tensor_that_does_not_change() -> None:
     program = program_of("hash_buckets")
     (by_bucket,) = program.orders
-    names = by_bucket.end_names("first")
+    names = by_bucket.end_names["first"]
     bucket = torch.randint(0, 4, (1, 1, 600), dtype=torch.int32)
     first = sorting.sort(by_bucket, bucket, names)
     assert sorting.sort(by_bucket, bucket, names) is first

@@ -92,7 +92,7 @@ def test_ends_of_runs_are_told_by_eight_bits_and_blocks(length: int) -> None:
         for end in ENDS:
             codes, blocks = sorting.encoded(end, wanted[end])
             assert codes.dtype is torch.uint8 and blocks.shape == (2, -(-length // BLOCK))
-            named = dict(zip(order.end_names(end), (codes, blocks), strict=True))
+            named = dict(zip(order.end_names[end], (codes, blocks), strict=True))
             env = Environment(
                 indices={"b": torch.zeros(1, dtype=torch.long), "h": torch.tensor([[0], [1]]), "q": place}, sizes={},
                 parameters={}, tensors={name: x[None] for name, x in named.items()},
@@ -117,4 +117,4 @@ def values(
 def test_names_of_the_variant_are_not_taken_twice() -> None:
     text = "attention t(first_seg: int)\ntensor seg: int32[KV]\nmask = seg[q] == seg[k] and q - k < first_seg\n"
     (order,) = sorts(variant_of(text))
-    assert order.end_names("first") == ("first_seg_", "first_seg_by_block") and order.order_name == "order_seg"
+    assert order.end_names["first"] == ("first_seg_", "first_seg_by_block") and order.order_name == "order_seg"

@@ -60,6 +60,26 @@ class Address:
 
 
 @dataclass(frozen=True)
+class Nested:
+    """A tuple, and at which places it holds addresses, or tuples with some."""
+
+    items: list[Any]
+    held: tuple[tuple[int, Address | Nested], ...]
+
+    @staticmethod
+    def of(item: tuple[Any, ...]) -> Nested:
+        inner = [Nested.of(x) if isinstance(x, tuple) else x for x in item]
+        held = [(i, x) for i, x in enumerate(inner) if isinstance(x, Address) or (isinstance(x, Nested) and x.held)]
+        return Nested(list(item), tuple(held))
+
+    def filled(self, addresses: Sequence[int]) -> tuple[Any, ...]:
+        given = self.items.copy()
+        for place, x in self.held:
+            given[place] = addresses[x.tensor] + x.offset if type(x) is Address else x.filled(addresses)  # type: ignore[union-attr]
+        return tuple(given)
+
+
+@dataclass(frozen=True)
 class Line:
     """One launch: what the launcher is given, and at which places what else goes.
 
@@ -69,7 +89,7 @@ class Line:
     launcher: Any
     arguments: list[Any]
     plain: tuple[tuple[int, int, int], ...]
-    nested: tuple[tuple[int, Any], ...]
+    nested: tuple[tuple[int, Nested], ...]
     described: tuple[tuple[int, Address, Any, Any], ...]
 
     @staticmethod
@@ -85,7 +105,7 @@ class Line:
                 continue
             if isinstance(x, Address):
                 plain.append((place, x.tensor, x.offset))
-            elif isinstance(item := _opened(x), list):
+            elif isinstance(x, tuple) and (item := Nested.of(x)).held:
                 nested.append((place, item))
             given.append(x)
         return Line(ready.launcher, [*given, *ready.constants], tuple(plain), tuple(nested), tuple(described))
@@ -96,7 +116,7 @@ class Line:
         for place, tensor, offset in self.plain:
             given[place] = addresses[tensor] + offset
         for place, item in self.nested:
-            given[place] = _filled(item, addresses)
+            given[place] = item.filled(addresses)
         for place, at, described, make in self.described:
             address = addresses[at.tensor] + at.offset
             found = described.known.get(address)
@@ -129,21 +149,6 @@ class Tape:
         for line in self.lines:
             line.start(addresses, stream)
         return [tensors[i] for i in self.results]
-
-
-def _opened(item: Any) -> Any:
-    """The item, with a list for each tuple in it that holds an address."""
-    if isinstance(item, tuple):
-        items = [_opened(x) for x in item]
-        return items if any(isinstance(x, Address | list) for x in items) else item
-    return item
-
-
-def _filled(item: Any, addresses: Sequence[int]) -> Any:
-    kind = type(item)
-    if kind is Address:
-        return addresses[item.tensor] + item.offset
-    return tuple([_filled(x, addresses) for x in item]) if kind is list else item
 
 
 # ---------------------------------------------------------------- recording
