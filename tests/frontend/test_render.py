@@ -86,7 +86,8 @@ def test_colors_only_when_asked() -> None:
 
 
 def test_a_text_cannot_steer_the_terminal() -> None:
-    assert "\x1b" not in one("mask = \x1b[2J", 0, 4, label="\x1b[2J", help="a\x1bb\nc")
+    rendered = one("mask = \x1b[2J", 0, 4, label="\x1b[2J", help="a\x1bb\nc\td")
+    assert "\x1b" not in rendered and rendered.endswith("help: a\ufffdb c d")
 
 
 @given(st.text(max_size=300), st.integers(0, 300), st.integers(0, 300))

@@ -192,6 +192,17 @@ def test_half_precision_rounds_every_operation():
     assert (out.double() != exact).any()
 
 
+def test_an_integer_divided_by_zero_is_an_error_where_it_is_used():
+    q, k, v = qkv(batch=1, heads=1, kv_heads=1, q_len=3, kv_len=3)
+    for op in ("FLOORDIV", "MOD"):
+        by_key = ir.Cast(binary(op, Q, K), Type.FLOAT)
+        with pytest.raises(ZeroDivisionError, match=r"divides by `k`, which is 0 at .*k=0"):
+            attention(variant(binary("ADD", SCORE, by_key)), q, k, v)
+        attention(variant(binary("ADD", SCORE, by_key), compare("GT", K, Const(0))), q, k, v)
+    floats = ir.Cast(Q, Type.FLOAT), ir.Cast(K, Type.FLOAT)
+    attention(variant(binary("ADD", SCORE, binary("DIV", *floats))), q, k, v)
+
+
 def test_wrong_arguments_are_named():
     q, k, v = qkv()
     table = Tensor("t", DType.FLOAT32, (ir.Size("H"),))
