@@ -146,3 +146,40 @@ def count_turns(
             visited = visited | ((i >= tl.maximum(segments[s][0], 0)) & (i < segments[s][1]))
         tl.store(turns + (own * key_tiles + j).to(tl.int64) * tiles + i, seen, mask=i < tiles)
         seen += visited.to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["listed", "sizes", "first"])
+def count_listed_turns(
+        turns, listed, sizes, first, KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr,
+        LINES: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """As `count_turns`, of a list of query tiles by key tiles (`classify.py`): its rows, then its entries.
+
+    LINES rows and CHUNK entries of each are read at a time.
+    """
+    heads, q_len, kv_len = scalar(sizes[1], False), scalar(sizes[3], False), scalar(sizes[4], False)
+    tiles, key_tiles = tl.cdiv(q_len, QUERIES), tl.cdiv(kv_len, KEYS)
+    parts = tl.cdiv(tiles, WIDTH)
+    part, own = tl.program_id(0) % parts, tl.program_id(0) // parts
+    b, h = (first + own) // heads, (first + own) % heads
+    lists = captured(listed, True)
+    rows, entries = lists[0], lists[1][0]
+    rows_of_head = rows[0] + b * rows[2][0] + h * rows[2][1]
+    i = part * WIDTH + tl.arange(0, WIDTH)
+    seen = tl.zeros([WIDTH], tl.int32)
+    for top in range(0, key_tiles, LINES):
+        j = key_tiles - 1 - top - tl.arange(0, LINES)  # the last first
+        row, inside = rows_of_head + j * 4, j >= 0
+        begin, last = tl.load(row, mask=inside, other=0), tl.load(row + 3, mask=inside, other=0)
+        masked, full = tl.load(row + 1, mask=inside, other=0), tl.load(row + 2, mask=inside, other=0)
+        visited = tl.zeros([LINES, WIDTH], tl.int32)
+        for start in range(0, tl.max(masked + full), CHUNK):
+            n = (start + tl.arange(0, CHUNK))[None, :]
+            held = n < (masked + full)[:, None]
+            place = tl.where(n < masked[:, None], begin[:, None] + n, last[:, None] - (n - masked[:, None]))
+            entry = tl.where(held, tl.load(entries + place, mask=held, other=0).to(tl.int32), -1)
+            visited += tl.sum((entry[:, :, None] == i[None, None, :]).to(tl.int32), 1)
+        before = seen[None, :] + tl.cumsum(visited, 0) - visited
+        places = (own * key_tiles + j).to(tl.int64)[:, None] * tiles + i[None, :]
+        tl.store(turns + places, before, mask=inside[:, None] & (i < tiles)[None, :])
+        seen += tl.sum(visited, 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 
 from attn_dsl.backend.hopper.backward import attention_backward
-from attn_dsl.backend.hopper.backward_rows import count_turns, finish_queries, prepare_rows
+from attn_dsl.backend.hopper.backward_rows import count_listed_turns, count_turns, finish_queries, prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS, Config, candidates
 from attn_dsl.backend.hopper.emit_backward import FUNCTIONS, Emitted, emit_module
 from attn_dsl.backend.hopper.emit_shares import fusable
@@ -54,6 +54,8 @@ ROWS = 64
 """Of a program that prepares rows."""
 WIDTH = 128
 """Query tiles of a program that counts turns."""
+LINES, CHUNK = 16, 8
+"""Rows of a list, and entries of each, that such a program reads at a time."""
 SPILLS = 336
 """Bytes that ptxas may spill: those of a kernel with a branch around its mask, most of them at the mask."""
 ORDERED_SPILLS = 576
@@ -246,11 +248,7 @@ def refusal(kernels: Kernels, call: Call, wanted: frozenset[str], ordered: bool 
         return "the head dimension is above 128: dK and dV do not fit the registers"
     if ordered and call.key.shape[2] > ORDERED_KEYS:
         return f"`deterministic` is asked for with more than {ORDERED_KEYS} keys"
-    if ordered and kernels.portable.lists is not None:
-        return "`deterministic` is asked for, and the order of what a list holds is not counted"
     if call.grid is not None:
-        if ordered:
-            return "`deterministic` is asked for, and strips are not counted"
         if wanted:
             return f"the gradient of {names_of(wanted)} is made in the order given"
         if call.grid[1] > BOX_COLUMNS or kernels.emitted(call.precise)[0].functions & {"slope", "add_row_sums"}:
@@ -318,11 +316,33 @@ class _Plan:
             "num_warps": 4,
         }  # fmt: skip
         finish = {**tiles, "DIM": dim, "UNIT": 8, "num_warps": 4}
-        turns = {"Q_RANGES": functions["q_ranges"], "KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH,
-                 "WIDE": text.wide, "num_warps": 1}  # fmt: skip
+        turns: dict[str, Any] = {"KEYS": KEYS, "QUERIES": config.queries, "WIDTH": WIDTH}
+        if kernels.portable.lists is None:
+            turns |= {"Q_RANGES": functions["q_ranges"], "WIDE": text.wide, "num_warps": 1}
+        else:
+            turns |= {"LINES": LINES, "CHUNK": CHUNK, "num_warps": 4}
         targets = kernels.portable.emitted(fused, not call.precise)[0].targets
         return _Plan(config, kernels, (d, dv), targets, Options(turns) if ordered else None, Options(prepare),
                      Options(options), Options(finish), {})  # fmt: skip
+
+    def count(
+        self,
+        run: Runner,
+        turns: Tensor,
+        pairs: int,
+        listed: Sequence[Tensor],
+        q_offset: int | Tensor,
+        of_call: tuple[tuple[Any, ...], ...],
+        scale: float,
+        first: int = 0,
+    ) -> None:
+        """Fill `turns` for so many pairs of batch and head, by the list that comes last in `listed` or by ranges."""
+        assert self.turns is not None
+        programs = pairs * -(-turns.shape[2] // WIDTH)
+        if listed:
+            run(count_listed_turns, programs, (turns, described(listed[-2:]), of_call[1], first), self.turns)
+        else:
+            run(count_turns, programs, (turns, q_offset, *of_call, scale, first), self.turns)
 
     def layout(self, call: Call, out: Tensor, grad_out: Tensor) -> _Layout:
         tensors = (call.query, call.key, call.value, out, grad_out)
@@ -470,9 +490,7 @@ class _Launch:
             )  # fmt: skip
             if plan.turns is not None:
                 done.zero_()
-                run(
-                    count_turns, own * -(-self.tiles // WIDTH), (turns, q_offset, *of_call, self.scale, at), plan.turns
-                )  # fmt: skip
+                plan.count(run, turns, own, listed, q_offset, of_call, self.scale, at)
             run(
                 attention_backward, pairs * self.key_tiles,
                 (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,

@@ -152,7 +152,7 @@ class _Launch:
         plan, device, scale, (dq, dk, dv) = self.plan, call.query.device, float(call.scale), grads
         kind = kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True)
         captured = described(call.tensors)
-        listed = () if kind is None else described(kind.find(call.tensors, call.q_offset, device, run))
+        listed = () if kind is None else kind.find(call.tensors, call.q_offset, device, run)
         parameters = tuple(map(number, call.parameters))
         of_call = (parameters, self.sizes, captured, scale)
         numbers, sums, turns, done, blocks = self.scratch.made(device)
@@ -165,11 +165,14 @@ class _Launch:
             plan.prepare,
         )  # fmt: skip
         run(spread_rows, of_places, (lines, numbers, sums, *self.spread[0], *of_call), self.spread[1])
+        if plan.turns is not None:
+            done.zero_()
+            plan.count(run, turns, len(turns), listed, call.q_offset, of_call[:3], scale)
         q, k, v, g, of_dk, of_dv = self.blocks
         run(
             attention_backward, of_keys,
             (q(call.query), k(call.key), v(call.value), g(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-             call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + listed, (), scale,
+             call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + described(listed), (), scale,
              self.section, 0, 0),
             plan.options,
         )  # fmt: skip
