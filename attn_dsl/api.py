@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import operators
-from attn_dsl.backend.binding import Call, lengths, page_table, slab_scales
+from attn_dsl.backend.binding import Call, check_dtype, checked, checked_block, lengths, page_table, slab_scales
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
 from attn_dsl.backend.execute import program_for, reordered
@@ -27,6 +27,8 @@ from attn_dsl.backend.select import options, select
 from attn_dsl.backend.validate import validate as validate_call
 from attn_dsl.errors import BindingError
 from attn_dsl.frontend import load
+from attn_dsl.ir.parser import parse_ir
+from attn_dsl.ir.printer import print_ir
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes import pipeline
 from attn_dsl.passes.lengths import (
@@ -67,6 +69,11 @@ def compile(source: str | Path, **constants: bool | int | float) -> Attention:
     return Attention(variant, constants)
 
 
+def _compiled(text: str, constants: dict[str, bool | int | float]) -> Attention:
+    """What was pickled as the printed form of its variant."""
+    return Attention(parse_ir(text), constants)
+
+
 class Attention:
     """A compiled variant: a callable on PyTorch tensors, differentiable once.
 
@@ -91,6 +98,7 @@ class Attention:
     @overload
     def __call__(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -113,6 +121,7 @@ class Attention:
     @overload
     def __call__(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -134,6 +143,7 @@ class Attention:
 
     def __call__(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -154,8 +164,8 @@ class Attention:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of `query [B, H, Q, D]` to `key [B, HK, KV, D]` and `value [B, HK, KV, DV]`.
 
-        float32, bfloat16, float16 or float64, any strides; H is a multiple of HK, and query head h reads key/value head
-        h // (H // HK). A batch of 1 of key and value is broadcast.
+        float32, bfloat16, float16 or, on the CPU, float64, any strides; H is a multiple of HK, and query head h reads
+        key/value head h // (H // HK). A batch of 1 of key and value is broadcast.
 
         scale       factor of the logits, 1 / sqrt(D) unless given
         q_offset    absolute position of the first query: an int, or an int tensor [B]
@@ -181,6 +191,8 @@ class Attention:
         choice = (deterministic, precise, float32_precision)
         runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
         if schedule is not None and not torch.compiler.is_compiling():
+            if not isinstance(schedule, Schedule):
+                raise BindingError(f"`schedule`: expected what `schedule` gave, got {type(schedule).__name__}")
             schedule.check(runs._executable, runs._binder.bind(query, key, value, scale, q_offset, bindings))
         return runs._run(query, key, value, scale, q_offset, return_lse, validate, choice, bindings)
 
@@ -238,6 +250,8 @@ class Attention:
                 tensors = [cast(Tensor, bindings[name]) for name in self._replays.names]
                 out, lse = again.run(query, key, value, tensors, q_offset)
                 return (out, lse) if return_lse else out
+        if validate and torch.compiler.is_compiling():
+            raise BindingError("`validate`: expected False in a compiled graph, which holds no values to look at")
         query, key, value = autocast(query, key, value)
         bind = self._binder.assume if torch.compiler.is_compiling() else self._binder.bind
         call = bind(query, key, value, scale, q_offset, bindings)
@@ -251,6 +265,7 @@ class Attention:
 
     def varlen(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -317,7 +332,7 @@ class Attention:
         return self._program.proof
 
     def prove(
-        self, q_len: int, kv_len: int, *, block: tuple[int, int] = (128, 128), q_offset: int = 0, **bindings: Value
+        self, /, q_len: int, kv_len: int, *, block: tuple[int, int] = (128, 128), q_offset: int = 0, **bindings: Value
     ) -> Report:
         """The claims about the mask, and how many tiles of a call are empty, partial and full.
 
@@ -338,6 +353,7 @@ class Attention:
 
     def schedule(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -364,6 +380,7 @@ class Attention:
 
     def explain(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -400,13 +417,20 @@ class Attention:
         standalone  a file that runs with torch and triton alone, on any GPU that Triton serves: kernels, functions and
                     their launch; with `which="backward"` both passes, differentiable
         """
+        try:
+            device = torch.device(device)
+        except RuntimeError:
+            raise BindingError(f"`device`: expected cpu or cuda, got {device!r}") from None
+        check_dtype(dtype)
+        if which not in (None, "forward", "backward"):
+            raise BindingError(f"`which`: expected forward or backward, got {which!r}")
         if which is None and target is None and not standalone:
-            return select(torch.device(device)).source(self._program, dtype)
+            return select(device).source(self._program, dtype)
         from attn_dsl.backend.build import parse_target
         from attn_dsl.backend.portable.standalone import functions
         from attn_dsl.backend.portable.standalone import standalone as whole_file
 
-        if torch.device(device).type != "cuda":
+        if device.type != "cuda":
             raise BindingError(f"`device`: expected cuda, since only kernels of a GPU have that source; got {device}")
         capability = None if target is None else parse_target(target)
         make = whole_file if standalone else functions
@@ -414,6 +438,7 @@ class Attention:
 
     def cost(
         self,
+        /,
         B: int,
         H: int,
         Q: int,
@@ -431,14 +456,17 @@ class Attention:
 
         HK is H and DV is D unless given. Captured tensors are asked for only where the schedule reads them.
         """
-        sizes = {"B": B, "H": H, "HK": H if HK is None else HK, "Q": Q, "KV": KV, "D": D}
-        if wrong := [name for name, size in sizes.items() if size < 1]:
-            raise BindingError(f"`{wrong[0]}`: expected at least 1, got {sizes[wrong[0]]}")
+        given = {"B": B, "H": H, "HK": H if HK is None else HK, "Q": Q, "KV": KV, "D": D, "DV": D if DV is None else DV}
+        sizes = {name: checked(name, size, 1) for name, size in given.items()}
+        value_dim, q_offset, block = sizes.pop("DV"), checked("q_offset", q_offset, 0), checked_block(block)
+        if sizes["H"] % sizes["HK"]:
+            raise BindingError(f"`HK`: expected a number of heads that divides the {H} of `H`, got {HK}")
+        check_dtype(dtype)
         assert self._program.schedule is not None
         functions = schedule_functions(self.variant, self._program.schedule)
         scalars, lists = self._binder.bind_schedule(sizes, bindings, functions.slots)
         visited = visited_pairs(functions, sizes, scalars, lists, q_offset, block)
-        return cost(visited, sizes, D if DV is None else DV, dtype)
+        return cost(visited, sizes, value_dim, dtype)
 
     def build(self, target: str = "sm_90", **request: Any) -> list[Built]:
         """Compile for GPUs of an architecture, which need not be at hand; a later call on one compiles nothing.
@@ -447,12 +475,13 @@ class Attention:
         gradients, offsets, decode, precise, deterministic, float32_precision. Returns what was compiled, or found
         compiled.
         """
-        from attn_dsl.backend.build import Request, build
+        from attn_dsl.backend.build import build, requested
 
-        return list(build(self._executable, Request(target, **request)))
+        return list(build(self._executable, requested(target, request)))
 
     def tune(
         self,
+        /,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -481,6 +510,17 @@ class Attention:
             program, call = ordered.program, ordered.call
         with torch.cuda.device(query.device):
             return tuning.run(program, call, chosen, wanted=wanted, backward=backward)
+
+    def __copy__(self) -> Attention:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attention:
+        """Itself: what a call changes of it is what it remembers."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its variant, which is compiled again; what it remembers stays behind."""
+        return _compiled, (print_ir(self._written), self._constants)
 
     def __repr__(self) -> str:
         variant = self.variant

@@ -69,6 +69,9 @@ class CompileError(AttnError):
         self.diagnostics = tuple(diagnostics)
         super().__init__("\n".join(f"error[{d.code}]: {d.message} ({d.span})" for d in self.diagnostics))
 
+    def __reduce__(self) -> tuple[type[CompileError], tuple[tuple[Diagnostic, ...]]]:
+        return type(self), (self.diagnostics,)  # an exception is else made again from its message
+
 
 class BindingError(AttnError, ValueError):
     """An argument of a call does not fit the variant; says which, what was expected and what came."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,12 @@ MISUSE: list[tuple[str, dict[str, Any], str]] = [
     ("query", {"query": torch.randn(4, 6, 8)}, "expected 4 axes [B, H, Q, D], got 3, shape [4, 6, 8]"),
     ("query", {"query": torch.zeros(2, 4, 6, 8, dtype=I32)}, "expected dtype float32, bfloat16"),
     ("query", {"query": torch.randn(2, 4, 0, 8)}, "expected no empty axis, got shape [2, 4, 0, 8]"),
+    (
+        "query",
+        {"query": torch.randn(2, 4, 6, 8).to_sparse()},
+        "expected a dense tensor [B, H, Q, D], got one of layout",
+    ),
+    ("value", {"value": torch.nested.nested_tensor([torch.randn(2, 6, 3)] * 2)}, "got a nested one"),
     ("key", {"key": torch.randn(2, 2, 6, 8).double()}, "expected dtype float32, that of `query`, got float64"),
     ("key", {"key": torch.randn(2, 2, 6, 8, device="meta")}, "expected device cpu, that of `query`, got meta"),
     ("key", {"key": torch.randn(2, 2, 6, 7)}, "expected head dimension 8, that of `query`, got 7"),
@@ -71,12 +80,15 @@ MISUSE: list[tuple[str, dict[str, Any], str]] = [
     ("cap", {"cap": torch.tensor(3)}, "expected a float or a 0-d float tensor, got a int64 tensor of shape []"),
     ("reach", {"reach": 2.0}, "expected an int, got 2.0 (float)"),
     ("reach", {"reach": True}, "expected an int, got True (bool)"),
+    ("cap", {"cap": 10**400}, "expected a float, got 1000"),
+    ("reach", {"reach": torch.tensor(2, device="meta")}, "expected device cpu, that of `query`, got meta"),
     ("reach", {"reach": 2**70}, f"expected a 64-bit int, got {2**70}"),
     ("strict", {"strict": 1}, "expected a bool, got 1 (int)"),
     ("table", {"table": None}, "expected a float32 tensor, got nothing"),
     ("table", {"table": 3.0}, "expected a float32 tensor, got float"),
     ("table", {"table": torch.randn(4, 5).double()}, "expected dtype float32, got float64"),
     ("table", {"table": torch.randn(4, 5, 1)}, "expected 2 axes, got 3, shape [4, 5, 1]"),
+    ("table", {"table": torch.randn(4, 5).to_sparse()}, "expected a dense tensor, got one of layout sparse_coo"),
     ("table", {"table": torch.randn(4, 7)}, "expected 5 elements on axis 1, got shape [4, 7]"),
     ("table", {"table": torch.randn(2, 5)}, "expected 4 elements (H) on axis 0, got shape [2, 5]"),
     ("table", {"reach": 3}, "expected 7 elements on axis 1, got shape [4, 5]"),
@@ -93,6 +105,12 @@ MISUSE: list[tuple[str, dict[str, Any], str]] = [
     ("q_offset", {"q_offset": torch.tensor([1, -2])}, "got -2"),
     ("scale", {"scale": "1"}, "expected a finite number or None, got '1'"),
     ("scale", {"scale": math.nan}, "expected a finite number or None, got nan"),
+    ("scale", {"scale": 10**400}, "expected a finite number or None, got 1000"),
+    ("self", {"self": 3}, "`bias` has no such argument"),
+    ("schedule", {"schedule": 3}, "expected what `schedule` gave, got int"),
+    ("deterministic", {"deterministic": []}, "expected bools, got [], False"),
+    ("precise", {"precise": 1}, "expected bools, got False, 1"),
+    ("float32_precision", {"float32_precision": ["ieee"]}, "expected ieee or tf32, got ['ieee']"),
 ]
 
 
@@ -103,6 +121,91 @@ def test_misuse_is_one_error_that_names_argument_expected_and_got(
     with pytest.raises(BindingError) as error:
         attn(**arguments(**changes))
     assert f"`{name}`" in str(error.value) and says in str(error.value)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(1, 1, 5, 4)
+    attn = attn_dsl.compile("sliding_window")
+    found = attn(
+        x, x, x, window=numpy.int32(3), scale=numpy.float32(0.5), q_offset=numpy.int64(1), kv_len=numpy.int8(4)
+    )
+    assert torch.equal(found, attn(x, x, x, window=3, scale=0.5, q_offset=1, kv_len=4))
+
+
+OTHERS: list[tuple[str, Callable[[attn_dsl.Attention], object]]] = [
+    ("q_len", lambda attn: attn.prove("8", 8)),
+    ("kv_len", lambda attn: attn.prove(8, 8.0)),
+    ("q_offset", lambda attn: attn.prove(8, 8, q_offset=-1)),
+    ("block", lambda attn: attn.prove(8, 8, block=4)),
+    ("block", lambda attn: attn.prove(8, 8, block=(4, 0))),
+    ("doc", lambda attn: attn.prove(8, 8, doc=[0] * 8)),
+    ("doc", lambda attn: attn.prove(8, 8, doc=torch.zeros(8, dtype=I32))),
+    ("doc", lambda attn: attn.prove(8, 8, doc=torch.zeros(1, 7, dtype=I32))),
+    ("B", lambda attn: attn.cost("1", 1, 1, 1, 1)),
+    ("Q", lambda attn: attn.cost(1, 1, 0, 1, 1)),
+    ("HK", lambda attn: attn.cost(1, 4, 1, 1, 1, HK=3)),
+    ("DV", lambda attn: attn.cost(1, 4, 1, 1, 1, DV=0)),
+    ("dtype", lambda attn: attn.cost(1, 4, 1, 1, 1, dtype="float32")),
+    ("block", lambda attn: attn.cost(1, 4, 1, 1, 1, block=(0, 0))),
+    ("q_offset", lambda attn: attn.cost(1, 4, 1, 1, 1, q_offset=-1)),
+    ("device", lambda attn: attn.source("tpu")),
+    ("dtype", lambda attn: attn.source(dtype=torch.int8)),
+    ("which", lambda attn: attn.source("cuda", which="both")),
+    ("part", lambda attn: attn_dsl.merge([torch.ones(1)])),
+    ("source", lambda attn: attn_dsl.compile(None)),
+    ("query", lambda attn: attn.varlen(torch.randn(9, 4), torch.randn(9, 4), torch.randn(9, 4), torch.tensor([0, 9]))),
+    ("q_offset", lambda attn: attn.varlen(*[torch.randn(9, 4, 8)] * 3, torch.tensor([0, 9]), q_offset=3)),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), OTHERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_other_methods_name_the_argument_too(name: str, call: Callable[[attn_dsl.Attention], object]) -> None:
+    attn = attn_dsl.compile("attention plain\ntensor doc: int32[B, KV]\nmask = doc[b, q] == doc[b, k]\n")
+    with pytest.raises(BindingError, match=name) as error:
+        call(attn)
+    assert f"mean `{name}`" not in str(error.value)
+
+
+def test_an_argument_may_be_called_self() -> None:
+    x = torch.randn(1, 1, 5, 4)
+    attn = attn_dsl.compile("attention a(self: int)\nmask = 0 <= q - k < self\n")
+    assert torch.equal(attn(x, x, x, self=2), attn_dsl.compile("sliding_window")(x, x, x, window=2))
+    assert attn.prove(8, 8, self=2).kept == 15
+
+
+def test_lengths_past_all_counting_are_a_note_and_not_a_wait() -> None:
+    report = attn_dsl.compile("causal").prove(10**15, 10**15)
+    assert report.tiles is None and "tiles are not counted" in report.notes[0]
+
+
+def test_a_divisor_that_comes_out_as_zero_is_refused() -> None:
+    with pytest.raises(BindingError, match="`zero` divides by 0"):
+        attn_dsl.compile("attention zero\nmask = q // (KV % 1) >= k\n")
+
+
+COPIES: list[Callable[[Any], Any]] = [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_copies_compute_the_same(copied: Callable[[Any], Any], attn: attn_dsl.Attention) -> None:
+    torch.manual_seed(0)
+    call = arguments()
+    assert torch.equal(copied(attn)(**call), attn(**call))
+    baked = attn_dsl.compile("attention w(const window: int, n: int)\nmask = 0 <= q - k < window + n\n", window=3, n=1)
+    x = torch.randn(1, 2, 9, 4)
+    assert torch.equal(copied(baked)(x, x, x), baked(x, x, x))
+    module = torch.nn.Module()
+    module.attend = attn
+    assert torch.equal(copied(module).attend(**call), attn(**call))
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_errors_can_be_sent_to_another_process(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(CompileError) as error:
+        attn_dsl.compile("attention a\nmask = z\nscore = y\n")
+    assert str(copied(error.value)) == str(error.value)
+    assert copied(error.value).diagnostics == error.value.diagnostics
 
 
 OFFENDERS: list[tuple[str, dict[str, Any], str]] = [

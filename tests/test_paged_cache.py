@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -256,6 +257,40 @@ def test_a_table_is_validated_as_far_as_there_are_keys() -> None:
     attention(query, key, value, page_table=table, kv_len=32, validate=True)
     with pytest.raises(BindingError, match=r"`page_table`: expected pages from 0 to 7, got 8 at \[0, 2\]"):
         attention(query, key, value, page_table=table, kv_len=33, validate=True)
+
+
+@pytest.mark.parametrize("page", [-1, 8])
+def test_no_other_page_is_read_for_one_that_is_not(page: int) -> None:
+    attention, table = attn_dsl.compile("causal"), torch.tensor([[3, page, -1, -1]], dtype=torch.int32)
+    query, key, value = torch.zeros(1, 4, 1, 16), torch.zeros(8, 2, 16, 16), torch.zeros(8, 2, 16, 8)
+    attention(query, key, value, page_table=table, kv_len=16, q_offset=15)
+    with pytest.raises(
+        BindingError, match=f"`page_table`: expected pages from 0 to 7 where there are keys, got {page}"
+    ):
+        attention(query, key, value, page_table=table, kv_len=17, q_offset=16)
+
+
+CACHE = {"pages": 8, "page_size": 16, "kv_heads": 2, "head_dim": 16}
+MISUSE: list[tuple[str, Callable[[PagedKVCache], object]]] = [
+    ("pages", lambda cache: PagedKVCache(**{**CACHE, "pages": 2.0})),
+    ("value_head_dim", lambda cache: PagedKVCache(**CACHE, value_head_dim=0)),
+    ("sequences", lambda cache: cache.extend(0, tokens=1)),
+    ("sequences", lambda cache: cache.extend([], tokens=1)),
+    ("tokens", lambda cache: cache.extend([0], tokens=1.0)),
+    ("tokens", lambda cache: cache.extend([0], tokens=-1)),
+    ("layer", lambda cache: cache.extend([0], tokens=1).layer(1)),
+    ("layer", lambda cache: cache.extend([0], tokens=1).write(torch.ones(1), torch.ones(1), layer=-1)),
+    ("key", lambda cache: cache.extend([0], tokens=1).write([1.0], torch.ones(1))),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), MISUSE, ids=lambda x: x if isinstance(x, str) else "")
+def test_misuse_names_the_argument_and_changes_nothing(name: str, call: Callable[[PagedKVCache], object]) -> None:
+    cache = PagedKVCache(**CACHE)
+    cache.allocate()
+    with pytest.raises(BindingError, match=f"`{name}`: expected"):
+        call(cache)
+    assert cache.length(0) in (0, 1) and isinstance(cache.length(0), int)
 
 
 def test_there_is_no_backward_pass() -> None:

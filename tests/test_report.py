@@ -271,3 +271,10 @@ def test_tensors_that_the_mask_reads_decide_which_tiles_are_counted() -> None:
     assert found.tiles is not None
     assert (found.tiles.partial, found.tiles.full, found.tiles.empty) == (8, 4, 52)
     assert found.kept == 4 * 256 * 257 // 2
+
+
+def test_an_order_is_shown_where_its_classes_cannot_be_counted() -> None:
+    text = "attention heads(dilation: int = 4)\nmask = 0 <= q - k < 9 * H and (q - k) % dilation == 0\n"
+    found = report(load(text), 40, 40)
+    assert "4 residue classes of `dilation`" in found.orders[0] and "pairs computed" not in found.orders[0]
+    assert "pairs computed" in report(load(text), 40, 40, sizes={"H": 1}).orders[0]

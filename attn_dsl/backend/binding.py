@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
 import torch
 from torch import Tensor
@@ -85,10 +86,15 @@ class Binder:
         self.paged, self.scaled = is_paged(variant), is_scaled(variant)
         self.packed = is_packed(variant)
         self.names = frozenset(names)
+        self.floats = frozenset(p.name for p in variant.parameters if p.type is Type.FLOAT)
         self.dtypes = {t.name: cast(torch.dtype, getattr(torch, t.dtype.value)) for t in variant.tensors}
         self.signature = Signature.of(variant)
         self.scalars = tuple(cast(Param | Size, node).name for node in self.signature.scalars)
         self.divisors = _divisors(variant)
+        for divisor in self.divisors:
+            if isinstance(divisor, Const):
+                what = f"`{variant.name}` divides by {divisor.value}"
+                raise BindingError(f"{what}: a divisor of `//` or `%` must be positive")
         extents = [tensor.extents for tensor in variant.tensors]
         self.extents = self._function("extents", extents)
         self._divisors = self._function("divisors", self.divisors)
@@ -156,6 +162,8 @@ class Binder:
         for name, value_of in parameters.items():
             if value_of is None:
                 raise BindingError(f"`{name}`: expected a value, got nothing; it has no default")
+            if isinstance(value_of, Tensor) and name not in self.floats:
+                raise BindingError(f"`{name}`: expected a number in a compiled graph, got a tensor")
         tensors = {t.name: bindings.get(t.name) for t in self.variant.tensors}
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
@@ -182,7 +190,8 @@ class Binder:
         return tuple({**dict.fromkeys(self.scalars, 1), **numbers, **sizes}[name] for name in self.scalars), lists
 
     def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, [*self.names, *RESERVED], n=1)
+        known = [other for other in (*self.names, *RESERVED) if other != name]
+        near = [] if torch.compiler.is_compiling() else difflib.get_close_matches(name, known, n=1)
         if near:
             return f"`{name}`: `{self.variant.name}` has no such argument; did you mean `{near[0]}`?"
         expected = ", ".join(f"`{known}`" for known in sorted(self.names)) or "no parameters or tensors"
@@ -216,6 +225,8 @@ class Binder:
             raise _error(name, f"a {_name(dtype)} tensor", type(tensor).__name__)
         if tensor.dtype is not dtype:
             raise _error(name, f"dtype {_name(dtype)}", _name(tensor.dtype))
+        if tensor.layout is not torch.strided:
+            raise _error(name, "a dense tensor", f"one of layout {_name(tensor.layout)}")
         if tensor.device != device:
             raise _error(name, f"device {device}, that of `query`", tensor.device)
         extents = self.variant.tensor(name).extents
@@ -268,7 +279,10 @@ def _divisors(variant: Variant) -> tuple[Node, ...]:
     found: dict[Node, None] = {}
     for node in post_order(*variant.roots, *(extent for tensor in variant.tensors for extent in tensor.extents)):
         match node:
-            case Binary(BinaryOp.FLOORDIV | BinaryOp.MOD, _, y) if y.type is Type.INT and not isinstance(y, Const):
+            case Binary(BinaryOp.FLOORDIV | BinaryOp.MOD, _, Const(value) as y) if y.type is Type.INT:
+                if value <= 0:
+                    found[y] = None
+            case Binary(BinaryOp.FLOORDIV | BinaryOp.MOD, _, y) if y.type is Type.INT:
                 if not y.depends and not any(isinstance(part, Load) for part in post_order(y)):
                     found[y] = None
     return tuple(found)
@@ -282,6 +296,9 @@ def _inputs(
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise _error(name, f"a tensor {layout[name]}", type(x).__name__)
+        if x.layout is not torch.strided or x.is_nested:
+            kind = "a nested one" if x.is_nested else f"one of layout {_name(x.layout)}"
+            raise _error(name, f"a dense tensor {layout[name]}", kind)
         if x.dim() != 4:
             raise _error(name, f"4 axes {layout[name]}", f"{x.dim()}, shape {list(x.shape)}")
         if 0 in x.shape:
@@ -297,6 +314,8 @@ def _inputs(
             raise _error(name, f"dtype {_name(query.dtype)}, that of `query`", _name(x.dtype))
         if x.device != query.device:
             raise _error(name, f"device {query.device}, that of `query`", x.device)
+    if query.dtype is torch.float64 and query.is_cuda:
+        raise _error("query", "dtype float32, bfloat16 or float16 on a GPU", "float64, which the CPU computes in")
     batch, heads, _, dim = query.shape
     if key.shape[0] not in (1, batch) and not paged:
         raise _error("key", f"batch {batch}, that of `query`, or 1", key.shape[0])
@@ -317,9 +336,10 @@ def _inputs(
 def _scale(scale: float | None, dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(dim)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+    number = None if isinstance(scale, bool | Tensor) else as_number(scale)
+    if number is None or not math.isfinite(number):
         raise _error("scale", "a finite number or None", repr(scale) if not isinstance(scale, Tensor) else "a tensor")
-    return float(scale)
+    return number
 
 
 def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int | Tensor:
@@ -334,9 +354,10 @@ def _q_offset(q_offset: int | Tensor, batch: int, device: torch.device) -> int |
         if readable(q_offset) and int(q_offset.min()) < 0:
             raise _error("q_offset", expected, f"{int(q_offset.min())}")
         return q_offset.to(torch.int64)
-    if isinstance(q_offset, bool) or not isinstance(q_offset, int | torch.SymInt) or not 0 <= q_offset < 2**62:
+    start = as_integer(q_offset)
+    if start is None or not 0 <= start < 2**62:
         raise _error("q_offset", expected, repr(q_offset))
-    return q_offset
+    return start
 
 
 def readable(x: Tensor) -> bool:
@@ -386,9 +407,10 @@ def lengths(kv_len: int | Tensor, query: Tensor, key: Tensor, table: Tensor | No
         room *= table.shape[1]
     expected = f"an int from 0 to {room}, the keys that there is room for, or an int tensor [{batch}] of such"
     if not isinstance(kv_len, Tensor):
-        if isinstance(kv_len, bool) or not isinstance(kv_len, int | torch.SymInt) or not 0 <= kv_len <= room:
+        length = as_integer(kv_len)
+        if length is None or not 0 <= length <= room:
             raise _error("kv_len", expected, repr(kv_len))
-        return torch.full((batch,), kv_len, dtype=torch.int32, device=device)
+        return torch.full((batch,), length, dtype=torch.int32, device=device)
     if kv_len.dtype not in (torch.int32, torch.int64):
         raise _error("kv_len", expected, f"dtype {_name(kv_len.dtype)}")
     if tuple(kv_len.shape) != (batch,):
@@ -412,11 +434,48 @@ def _tensor_parameter(parameter: Parameter, value: Tensor, device: torch.device)
             f"{_a(parameter.type)} or a 0-d {parameter.type.value} tensor",
             f"a {_name(value.dtype)} tensor of shape {list(value.shape)}",
         )
-    if parameter.type is not Type.FLOAT:
-        return cast(bool | int, value.item())
     if value.device != device and value.device.type != "cpu":
         raise _error(parameter.name, f"device {device}, that of `query`", value.device)
-    return value
+    return value if parameter.type is Type.FLOAT else cast(bool | int, value.item())
+
+
+def as_integer(value: object) -> int | None:
+    """An int, or what stands for one, such as NumPy's; None for anything else, `bool` among it."""
+    if isinstance(value, int | torch.SymInt) and not isinstance(value, bool):
+        return cast(int, value)
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+        return None
+    return operator.index(value)
+
+
+def as_number(value: object) -> float | None:
+    """A float, or what stands for one, such as NumPy's; None for anything else, ints past all floats among it."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat | SupportsIndex) else None
+    except OverflowError:
+        return None
+
+
+def check_dtype(dtype: object) -> None:
+    """Raises BindingError for what no call computes in."""
+    if dtype not in FLOATS:
+        raise _error("dtype", "float32, bfloat16, float16 or float64 of torch", repr(dtype))
+
+
+def checked(name: str, value: object, least: int) -> int:
+    """An argument that counts something. Raises BindingError."""
+    number = as_integer(value)
+    if number is None or number < least:
+        raise _error(name, f"an int of at least {least}", repr(value))
+    return number
+
+
+def checked_block(block: object) -> tuple[int, int]:
+    """The shape of a tile, (queries, keys). Raises BindingError."""
+    sizes = [as_integer(size) for size in block] if isinstance(block, tuple | list) else []
+    if len(sizes) != 2 or any(size is None or size < 1 for size in sizes):
+        raise _error("block", "the shape of a tile, (queries, keys), each at least 1", repr(block))
+    return cast("tuple[int, int]", tuple(sizes))
 
 
 def _error(name: str, expected: str, got: object) -> BindingError:
@@ -427,5 +486,5 @@ def _a(kind: Type) -> str:
     return f"{'an' if kind is Type.INT else 'a'} {kind.value}"
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ computes, so a process that finds them there compiles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from attn_dsl.backend.binding import checked
 from attn_dsl.backend.cache_triton import compiling
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.gpu import backward_route, route, run_backward
@@ -59,6 +61,17 @@ class Request:
     precise: bool = False
     deterministic: bool = False
     float32_precision: str = "ieee"
+
+
+def requested(target: str, fields: Mapping[str, Any]) -> Request:
+    """A request of these fields. Raises BindingError for one that there is not, or a dimension that is none."""
+    known = {field.name for field in dataclasses.fields(Request)}
+    if unknown := [name for name in fields if name not in known]:
+        raise BindingError(f"`{unknown[0]}`: expected one of {', '.join(sorted(known))}")
+    request = Request(target, **fields)
+    checked("head_dim", request.head_dim, 1)
+    checked("value_head_dim", request.value_head_dim or request.head_dim, 1)
+    return request
 
 
 @dataclass(frozen=True)
@@ -101,7 +114,7 @@ def _built(program: Program, request: Request, done: set[str]) -> Iterator[Built
 
 def parse_target(text: str) -> tuple[int, int]:
     """`sm_90` as the compute capability (9, 0)."""
-    found = re.fullmatch(r"sm_(\d{1,2})(\d)a?", text)
+    found = re.fullmatch(r"sm_(\d{1,2})(\d)a?", text) if isinstance(text, str) else None
     if found is None:
         raise BindingError(f"`target`: expected sm_80, sm_90 or the like, got {text!r}")
     return int(found[1]), int(found[2])

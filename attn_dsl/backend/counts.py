@@ -95,7 +95,7 @@ class Call:
 
         def number(node: Node) -> Node:
             match node:
-                case Param(name):
+                case Param(name) if name in self.parameters:
                     return constant(self.parameters[name], node.type)
                 case Size(name) if name in self.numbers:
                     return Const(self.numbers[name])
@@ -129,7 +129,7 @@ class Call:
             match node:
                 case Load(tensor) if tensor not in self.tensors:
                     raise NotCounted(f"it depends on tensor `{tensor}`, which was not given")
-                case Size(name) | Index("hk" as name):
+                case Size(name) | Param(name) | Index("hk" as name):
                     raise NotCounted(f"it depends on `{name}`, which was not given")
                 case _:
                     pass
@@ -176,8 +176,7 @@ class _Tiles:
 
     def counts(self) -> TileCounts:
         call = self.call
-        if not self.is_closed:
-            _refuse_long(call.rows * call.columns, "tiles to tell apart")
+        _refuse_long(call.rows * (len(self.edges) if self.is_closed else call.columns), "tiles to tell apart")
         lines = _edges(call.rows)
         cells = torch.zeros(len(lines) - 1, len(self.edges) - 1, 2, dtype=torch.int64)
         pairs = torch.zeros(2, dtype=torch.int64)

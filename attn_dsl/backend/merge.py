@@ -23,7 +23,10 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """
     if not parts:
         raise BindingError("merge needs at least one (out, lse)")
-    for i, (out, lse) in enumerate(parts):
+    for i, part in enumerate(parts):
+        if not (isinstance(part, tuple | list) and len(part) == 2 and all(isinstance(x, Tensor) for x in part)):
+            raise BindingError(f"merge: part {i} is {type(part).__name__}; expected (out, lse), two tensors")
+        out, lse = part
         if out.shape != parts[0][0].shape or lse.shape != out.shape[:-1]:
             raise BindingError(
                 f"merge: part {i} is out {list(out.shape)}, lse {list(lse.shape)}; "

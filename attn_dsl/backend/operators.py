@@ -153,8 +153,8 @@ def differentiate(
     grad_lse: Tensor | None,
     wanted: frozenset[str],
 ) -> Gradients:
-    """`execute.backward` in a backward pass of autograd. Where that records (`create_graph`) or is mapped, the gradients
-    are those of an operator, which refuses a second derivative and knows `vmap`."""
+    """`execute.backward` in a backward pass of autograd. Where that records (`create_graph`) or is mapped, it is an
+    operator, which refuses a second derivative and knows `vmap`."""
     if not (torch.is_grad_enabled() or transforms.transformed()):
         return backward(program, call, options, outputs, grad_out, grad_lse, wanted)
     names = [*call.tensors, *(name for name, x in call.parameters.items() if isinstance(x, Tensor))]

@@ -44,6 +44,8 @@ def checked_ends(name: str, packed: Tensor, ends: Tensor, longest: int | None) -
         if found[0] != 0 or found[-1] != total or sorted(found) != found:
             raise BindingError(f"the ends of `{name}`: expected {what}, got {found}")
     if longest is None:
+        if torch.compiler.is_compiling():
+            raise BindingError(f"`longest_{name}`: expected an int in a compiled graph, which cannot look at the ends")
         longest = int(ends.diff().max())
     if isinstance(longest, bool) or not isinstance(longest, int | torch.SymInt) or longest < 1:
         raise BindingError(f"the longest sequence of `{name}`: expected an int of at least 1, got {longest!r}")

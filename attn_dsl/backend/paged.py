@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from attn_dsl.backend.binding import EIGHT_BITS, PAGE_SIZES
+from attn_dsl.backend.binding import EIGHT_BITS, PAGE_SIZES, checked
 from attn_dsl.errors import BindingError, CacheFullError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, EIGHT_BITS)
@@ -55,8 +55,8 @@ class PagedKVCache:
     ) -> None:
         numbers = {"pages": pages, "kv_heads": kv_heads, "head_dim": head_dim, "layers": layers}
         for name, number in numbers.items():
-            if number < 1:
-                raise BindingError(f"`{name}`: expected at least 1, got {number}")
+            checked(name, number, 1)
+        checked("value_head_dim", head_dim if value_head_dim is None else value_head_dim, 1)
         if page_size not in PAGE_SIZES:
             raise BindingError(f"`page_size`: expected one of {', '.join(map(str, PAGE_SIZES))}, got {page_size}")
         if dtype not in DTYPES:
@@ -181,9 +181,10 @@ class PagedKVCache:
 
         Raises CacheFullError where the pages do not suffice, and changes nothing.
         """
+        if isinstance(sequences, int) or not sequences:
+            raise BindingError(f"`sequences`: expected some sequences, got {sequences!r}")
         self._check(*sequences)
-        if tokens < 0 or not sequences:
-            raise BindingError(f"expected sequences and tokens, got {len(sequences)} and {tokens}")
+        checked("tokens", tokens, 0)
         self._check_room(sequences, tokens, width if into is None else into.page_table.shape[1])
         copied: list[tuple[int, int]] = []
         for sequence in sequences:
@@ -271,20 +272,28 @@ class Step:
     def layer(self, layer: int = 0) -> dict[str, Tensor]:
         """What a call on the tokens of a layer takes beside the query, by name."""
         cache = self.of
+        self._check_layer(layer)
         found = {"key": cache.key[layer], "value": cache.value[layer], "page_table": self.page_table}
         found |= {"kv_len": self.kv_len, "q_offset": self.q_offset}
         if cache.key_scale is not None and cache.value_scale is not None:
             found |= {"key_scale": cache.key_scale[layer], "value_scale": cache.value_scale[layer]}
         return found
 
+    def _check_layer(self, layer: int) -> None:
+        layers = self.of.layers
+        if not isinstance(layer, int) or not 0 <= layer < layers:
+            raise BindingError(f"`layer`: expected 0 to {layers - 1}, got {layer!r}")
+
     @torch.no_grad()
     def write(self, key: Tensor, value: Tensor, layer: int = 0) -> None:
         """Put keys `[B, HK, tokens, D]` and values `[B, HK, tokens, DV]` into a layer. Raises BindingError."""
         cache = self.of
+        self._check_layer(layer)
         for name, new, pool in (("key", key, cache.key), ("value", value, cache.value)):
             expected = (self.page.shape[0], pool.shape[2], self.page.shape[1], pool.shape[4])
-            if tuple(new.shape) != expected:
-                raise BindingError(f"`{name}`: expected {list(expected)}, got {list(new.shape)}")
+            if not isinstance(new, Tensor) or tuple(new.shape) != expected:
+                got = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                raise BindingError(f"`{name}`: expected {list(expected)}, got {got}")
         for new, pool, scale in ((key, cache.key, cache.key_scale), (value, cache.value, cache.value_scale)):
             tokens = new.transpose(1, 2)
             if scale is not None and cache.by_page:

@@ -48,11 +48,13 @@ def options(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    found = _OPTIONS.get((_BACKENDS.get(device.type, ""), precise, deterministic, float32_precision))
-    if found is not None:
-        return found
-    if device.type not in _BACKENDS:
+    backend = _BACKENDS.get(device.type)
+    if backend is None:
         raise BindingError(f"`query`: expected a tensor on a device with a backend (cpu, cuda), got one on {device}")
+    if isinstance(precise, bool) and isinstance(deterministic, bool) and isinstance(float32_precision, str):
+        found = _OPTIONS.get((backend, precise, deterministic, float32_precision))
+        if found is not None:
+            return found
     if float32_precision not in ("ieee", "tf32"):
         raise BindingError(f"`float32_precision`: expected ieee or tf32, got {float32_precision!r}")
     raise BindingError(f"`deterministic`, `precise`: expected bools, got {deterministic!r}, {precise!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from attn_dsl.errors import CompileError, Diagnostic, Source, Span
+from attn_dsl.errors import BindingError, CompileError, Diagnostic, Source, Span
 from attn_dsl.frontend import hints, limits
 from attn_dsl.frontend.checker import check_module, check_source
 from attn_dsl.frontend.library import Imports, Unreadable, read, shipped, shipped_path
@@ -36,7 +36,10 @@ def load(source: str | Path | Source) -> Variant:
 
 
 def locate(source: str | Path) -> Source:
-    """The text that `load` would compile; raises `CompileError` where there is none."""
+    """The text that `load` would compile; raises `CompileError` where there is none, BindingError for what is no
+    path, name or text."""
+    if not isinstance(source, str | Path):
+        raise BindingError(f"`source`: expected a path, a name or a text, got {type(source).__name__}")
     if isinstance(source, Path) or (source.endswith(".attn") and not _TEXT.match(source)):
         return _read(Path(source), str(source))
     if not source.strip() or _TEXT.match(source) or any(mark in source for mark in "=;#"):

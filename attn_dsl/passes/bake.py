@@ -69,7 +69,10 @@ def coerce(parameter: Parameter, value: object) -> Scalar:
         case Type.FLOAT:
             if isinstance(value, bool) or not isinstance(value, SupportsFloat | SupportsIndex):
                 raise error
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                raise error from None
 
 
 def _unknown(variant: Variant, name: str) -> str:

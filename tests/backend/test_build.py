@@ -214,3 +214,12 @@ def test_the_command_line_builds_lists_and_explains(capsys: pytest.CaptureFixtur
     assert main(["cache", "why", "unknown"]) == 2
     assert main(["cache", "clear"]) == 0
     assert not list(cache.entries())
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"),
+    [("head_dims", {"head_dims": 64}), ("head_dim", {"head_dim": -1}), ("target", {"target": 90})],
+)
+def test_a_request_that_is_none_names_the_field(name: str, request_: dict[str, Any]) -> None:
+    with pytest.raises(BindingError, match=f"`{name}`: expected"):
+        attn_dsl.compile("causal").build(**request_)

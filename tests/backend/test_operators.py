@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,39 @@ def test_a_graph_refuses_what_does_not_fit(bias: attn_dsl.Attention) -> None:
     query, key, value, table = inputs(grad=False)
     with pytest.raises(Exception, match=r"`table`: expected 7 elements on axis 1"):
         torch.compile(lambda q: bias(q, key, value, table=table[:, 1:]), backend="aot_eager")(query)
+
+
+@pytest.mark.parametrize(
+    ("says", "call"),
+    [
+        ("`rech`: `bias` has no such argument", lambda attn, x, t: attn(x, x, x, table=t, rech=3)),
+        (
+            "`reach`: expected a number in a compiled graph",
+            lambda attn, x, t: attn(x, x, x, table=t, reach=x.sum().int()),
+        ),
+        ("`validate`: expected False in a compiled graph", lambda attn, x, t: attn(x, x, x, table=t, validate=True)),
+        (
+            "`longest_query`: expected an int in a compiled",
+            lambda attn, x, t: attn.varlen(x[0], x[0], x[0], t, table=t),
+        ),
+    ],
+)
+def test_a_graph_names_what_it_cannot_take(bias: attn_dsl.Attention, says: str, call: Callable[..., Tensor]) -> None:
+    x = torch.randn(1, 9, 4, 8)
+    table = torch.tensor([0, 9]) if "longest" in says else torch.randn(4, 7)
+    with pytest.raises(Exception, match=says):
+        torch.compile(lambda x: call(bias, x, table), backend="aot_eager", fullgraph=True)(x)
+
+
+def test_float64_is_refused_on_a_gpu_before_any_kernel(bias: attn_dsl.Attention) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with (
+        FakeTensorMode(),
+        pytest.raises(BindingError, match=r"`query`: expected dtype float32, bfloat16 or float16 on"),
+    ):
+        query = torch.empty(1, 4, 8, 16, dtype=torch.float64, device="cuda")
+        bias(query, query, query, table=torch.empty(4, 7, device="cuda"))
 
 
 class Model(torch.nn.Module):

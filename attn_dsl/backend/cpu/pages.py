@@ -13,6 +13,7 @@ from torch import Tensor
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.cpu.pieces import BLOCK
 from attn_dsl.backend.cpu.problem import Problem
+from attn_dsl.errors import BindingError
 from attn_dsl.passes.lengths import KEY_SCALE, KV_LEN, PAGE_TABLE, VALUE_SCALE
 
 
@@ -27,6 +28,10 @@ def gathered(problem: Problem, call: Call) -> Call:
     slabs = table[entries, numbers].long()
     if KV_LEN in call.tensors:  # a block may reach past the keys that there are: some page stands for what is masked
         slabs = torch.where(numbers * size < call.tensors[KV_LEN][entries], slabs, 0)
+    outside = slabs[(slabs < 0) | (slabs >= call.key.shape[0])]
+    if outside.numel():
+        expected = f"expected pages from 0 to {call.key.shape[0] - 1} where there are keys"
+        raise BindingError(f"`{PAGE_TABLE}`: {expected}, got {int(outside[0])}")
     found = {}
     for name, pool, scale in (("key", call.key, KEY_SCALE), ("value", call.value, VALUE_SCALE)):
         rows = pool[slabs].to(problem.dtype)
