@@ -51,6 +51,13 @@ def _distance(a: Tile, b: Tile) -> float:
     return shape + abs(a.warps - b.warps) + abs(a.stages - b.stages)
 
 
+def test_candidates_have_room_for_accumulators_and_pipelines() -> None:
+    """128 x 128 logits and as many sums take the registers of 8 warps; three tiles of keys and values fill the rest."""
+    found = set(tuning.candidates("forward", torch.bfloat16, 128))
+    assert Tile(128, 128, 8, 3) in found
+    assert not {Tile(128, 128, 4, 3), Tile(128, 128, 8, 4)} & found
+
+
 def test_the_best_tiles_of_each_kernel_are_found_and_remembered(program: Program) -> None:
     tuned = search(program, call(), HOPPER, timer=clock)
     assert {name: tuned.best(name) for name in PASSES} == BEST and tuned.finished
