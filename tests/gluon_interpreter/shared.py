@@ -202,7 +202,3 @@ class Named:
             self.threads, self.generation = 0, self.generation + 1
             self.clocks.append(Clock())
         return mine
-
-
-def stored_words(value: Value) -> Array:
-    return encoded(value.data, value.dtype)
