@@ -17,7 +17,7 @@ from attn_dsl.backend import operators
 from attn_dsl.backend.binding import Call, check_dtype, checked, checked_block, lengths, page_table, slab_scales
 from attn_dsl.backend.cost import Cost, cost, visited_pairs
 from attn_dsl.backend.cpu.functions import schedule_functions
-from attn_dsl.backend.execute import program_for, reordered
+from attn_dsl.backend.execute import made_on_cpu, program_for, reordered
 from attn_dsl.backend.operators import autocast
 from attn_dsl.backend.packed import check_packed, checked_ends
 from attn_dsl.backend.replay import Replays
@@ -396,7 +396,8 @@ class Attention:
         """Which backend a call would use, which tiles it would visit, and why. Arguments as for a call."""
         runs = self._of_cache(query, key, kv_len, page_table, key_scale, value_scale, bindings)
         call = runs._binder.bind(query, key, value, scale, q_offset, bindings)
-        said = select(call.query.device).explain(runs._program, call)
+        with made_on_cpu():
+            said = select(call.query.device).explain(runs._program, call)
         stored = runs._binder.stored
         return f"{said}\ncache      {stored}; only those that a row may see are read" if stored else said
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from attn_dsl.backend.binding import checked, checked_block
 from attn_dsl.backend.counts import Call, NotCounted, TileCounts, count_kept, count_tiles
+from attn_dsl.backend.execute import made_on_cpu
 from attn_dsl.errors import BindingError, Span
 from attn_dsl.ir.nodes import Const
 from attn_dsl.ir.variant import Variant
@@ -158,7 +159,8 @@ def report(
     call = Call(program.variant, q_len, kv_len, q_offset, block, values, sizes or {}, known, batch, head)
     _check_divisors(call)
     _check_extents(call)
-    return _counted(call, program.proof, program.schedule)
+    with made_on_cpu():
+        return _counted(call, program.proof, program.schedule)
 
 
 def _counted(call: Call, proof: Proof, schedule: Schedule) -> Report:

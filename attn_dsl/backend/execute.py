@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +167,8 @@ def forward(program: Program, call: Call, options: Options) -> Outputs:
 def run_forward(program: Program, call: Call, options: Options, results: Mapping[str, Tensor] | None = None) -> Outputs:
     """`forward` in the order of the call; a GPU writes `out` where `results` say."""
     if options.backend == CPU:
-        return _cpu_forward(program, call)
+        with made_on_cpu():
+            return _cpu_forward(program, call)
     return _gpu_forward(program, call, options, results or {})
 
 
@@ -208,7 +210,8 @@ def run_backward(
 ) -> Gradients:
     """`backward` in the order of the call; a GPU writes `dq`, `dk` and `dv` where `results` say, if it can."""
     if options.backend == CPU:
-        return _cpu_backward(program, call, options, outputs, grad_out, grad_lse, wanted)
+        with made_on_cpu():
+            return _cpu_backward(program, call, options, outputs, grad_out, grad_lse, wanted)
     return _gpu_backward(program, call, options, outputs, grad_out, grad_lse, wanted, results or {})
 
 
@@ -228,6 +231,11 @@ def fitted(grad: Tensor | None, like: Tensor) -> Tensor:
     if grad.dtype is like.dtype and grad.shape == like.shape and grad.device == like.device and grad.is_contiguous():
         return grad
     return grad.to(like.device, like.dtype).reshape(like.shape).contiguous()
+
+
+def made_on_cpu() -> AbstractContextManager[Any]:
+    """New tensors are on the CPU, whatever the caller's default device; without one this costs nothing."""
+    return torch.device("cpu") if torch._C._len_torch_function_stack() else nullcontext()
 
 
 # ---------------------------------------------------------------- the CPU backend

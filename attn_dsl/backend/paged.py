@@ -234,7 +234,7 @@ class PagedKVCache:
         """Numbers on the device, without waiting for it."""
         if self.device.type != "cuda":
             return torch.tensor(numbers, dtype=dtype, device=self.device)
-        return torch.tensor(numbers, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype, device="cpu").pin_memory().to(self.device, non_blocking=True)
 
     def _step(self, sequences: Sequence[int], tokens: int, width: int | None, into: Step | None) -> Step:
         tables, lengths = [self._tables[s] for s in sequences], [self._lengths[s] for s in sequences]

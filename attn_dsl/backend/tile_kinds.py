@@ -19,7 +19,7 @@ from attn_dsl.ir.nodes import Node
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.summaries import Claims, Refinement, Summary
 
-_UNUSED = torch.tensor(False)
+_UNUSED = torch.tensor(False, device="cpu")
 """Where values are used, for the evaluator: an index that is out of range under the mask is no error."""
 
 

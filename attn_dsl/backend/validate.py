@@ -84,7 +84,7 @@ def _first(wrong: Tensor) -> tuple[int, ...] | None:
     if not bool(wrong.any()):
         return None
     at = int(wrong.reshape(-1).to(torch.uint8).argmax())
-    return tuple(int(i) for i in torch.unravel_index(torch.tensor(at), wrong.shape))
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(at, device="cpu"), wrong.shape))
 
 
 def _check_indices(variant: Variant, call: Call, base: Environment) -> None:

@@ -8,15 +8,15 @@ give the time of the whole.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attn_dsl.backend.tile_kinds import Axis, tile_kinds
-from attn_dsl.ir.evaluate import Environment, evaluate
-from attn_dsl.ir.nodes import FALSE, Node
+from attn_dsl.ir.evaluate import Environment, Scalar, evaluate
+from attn_dsl.ir.nodes import FALSE, Index, Load, Node, Param, Size, post_order
 from attn_dsl.passes.schedule import TileRanges
 from attn_dsl.passes.summaries import Claims
 
@@ -79,7 +79,7 @@ def in_ranges(ranges: TileRanges, env: Environment, rows: Axis, columns: Axis, *
     return Visits(kinds[0], kinds[1])
 
 
-_UNUSED = torch.tensor(False)
+_UNUSED = torch.tensor(False, device="cpu")
 
 
 def _of_tiles(node: Node, env: Environment, other: Axis, transposed: bool) -> Tensor:
@@ -98,7 +98,7 @@ def in_lists(
 
 
 FORWARD: dict[int, dict[tuple[int, int], Rate]] = {
-    64: {(192, 128): Rate(5200, 2850, 2190), (128, 128): Rate(5200, 2400, 1850)},
+    64: {(192, 128): Rate(5200, 2850, 2190)},
     128: {(128, 128): Rate(5200, 3000, 2317), (128, 64): Rate(5200, 1880, 1448)},
 }
 """Of the Hopper forward kernel, by padded head dimension and tile, rows x keys, measured on an H200
@@ -109,6 +109,39 @@ BACKWARD: dict[int, dict[tuple[int, int], Rate]] = {
     128: {(64, 128): Rate(6800, 4212, 3960)},
 }
 """The same of the Hopper backward kernel, whose programs own keys and visit queries; tiles are queries x keys."""
+NOMINAL = 4096
+"""Positions for which tile shapes are compared, so that a choice depends on nothing but what the mask says."""
+GAIN = 0.95
+"""Of the time of the first tile shape: another one must take less."""
+
+
+def better_tile(
+    rates: Mapping[tuple[int, int], Rate],
+    ranges: TileRanges,
+    parameters: Mapping[str, Scalar],
+    *,
+    transposed: bool = False,
+) -> tuple[int, int] | None:
+    """The tile that takes least by the model, where that is less than `GAIN` of the first; else None.
+
+    None, too, where ranges depend on what is not among `parameters`: tensors, heads, other lengths.
+    """
+    bounds = [x for segment in ranges.segments for x in (segment.begin, segment.end)]
+    nodes = list(post_order(ranges.skip, ranges.full, *bounds))
+    named = {node.name for node in nodes if isinstance(node, Param)}
+    sizes = {"B": 1, "H": 1, "HK": 1, "Q": NOMINAL, "KV": NOMINAL, "D": 64}
+    strange = any(isinstance(x, Load | Index) or (isinstance(x, Size) and x.name not in sizes) for x in nodes)
+    if strange or len(rates) < 2 or not named <= parameters.keys():
+        return None
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    env = Environment({"b": zero, "h": zero}, {"q_offset": torch.tensor(0)}, parameters, sizes)
+
+    def time(tile: tuple[int, int]) -> float:
+        rows, columns = (Axis(0, NOMINAL, block) for block in tile)
+        return float(rates[tile].times(in_ranges(ranges, env, rows, columns, transposed=transposed)).sum())
+
+    first, best = next(iter(rates)), min(rates, key=time)
+    return best if time(best) < GAIN * time(first) else None
 
 
 def in_sections(tiles: int, pairs: int, section: int, lead: int = 0, *, last_first: bool = False) -> Iterator[int]:

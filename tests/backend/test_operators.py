@@ -269,3 +269,24 @@ def test_misuse_is_an_error_before_any_work(bias: attn_dsl.Attention) -> None:
     query, key, value, _ = inputs(grad=False)
     with pytest.raises(BindingError, match="`table`"):
         bias(query, key, value)
+
+
+@pytest.mark.parametrize("name", ["t5_bias", "packed_causal", "sliding_window", "hash_buckets"])
+def test_the_default_device_is_nobody_elses(name: str) -> None:
+    attend = attn_dsl.compile(name)
+    query = torch.randn(1, 2, 70, 8, requires_grad=True)
+    table = torch.zeros(2, 257, requires_grad=True)
+    numbers = torch.arange(70, dtype=torch.int32) // 30
+    bindings = {"doc": numbers[None], "bucket": numbers.expand(1, 2, 70), "table": table}
+    given = {tensor.name: bindings[tensor.name] for tensor in attend.variant.tensors}
+    leaves = [query, table] if name == "t5_bias" else [query]
+    with torch.device("meta"):
+        out = attend(query, query, query, kv_len=60, validate=True, **given)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        report = attend.prove(70, 70, **given)
+        assert attend.explain(query, query, query, **given)
+    expected = attend(query, query, query, kv_len=60, **given)
+    assert torch.equal(out, expected)
+    for mine, other in zip(grads, torch.autograd.grad(expected.square().sum(), leaves), strict=True):
+        assert torch.equal(mine, other)
+    assert report.json() == attend.prove(70, 70, **given).json()

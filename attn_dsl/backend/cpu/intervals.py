@@ -47,7 +47,7 @@ class Interval(NamedTuple):
         return Interval(torch.minimum(self.low, other.low), torch.maximum(self.high, other.high))
 
 
-UNKNOWN_BOOL = Interval(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+UNKNOWN_BOOL = Interval(*torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu"))
 Known = dict[Node, Interval | None]
 
 
