@@ -1,8 +1,9 @@
 """Positions sorted by what a tensor holds, and the runs of equal elements in that order (`passes/order_by_data.py`).
 
-A sort is made once for tensors that do not change (`kept.py`), whatever layers and calls read them. What stays is the
-order, 2 bytes a position up to 32768 of them and 4 for more, and for each end of runs that a pass asks about a byte a
-position and 4 for each block; the elements themselves are not kept.
+A sort is made once for tensors that do not change (`kept.py`), whatever layers and calls read them. On a GPU one kernel
+makes what a forward pass wants, and one what a backward pass wants beside; rows of more than 16384 positions are sorted
+by PyTorch. What stays is the order, 2 bytes a position, or 4 in such rows, and for each end of runs that a pass asks
+about a byte a position and 4 for each block of them; the elements themselves are not kept.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from attn_dsl.backend.kept import Store
 from attn_dsl.backend.layouts import Permutation
 from attn_dsl.passes.order_by_data import BEYOND, BLOCK, ENDS, End, Sorted
 
-SHORT = 2**15
-"""So many positions have numbers of 16 bits."""
 Codes = tuple[Tensor, Tensor]
 """An end of runs: uint8 for each place, int32 for each block of places."""
 
@@ -106,14 +105,45 @@ def read(by: Sorted, tensor: Tensor, known: Sort, names: Sequence[str]) -> dict[
 def made(by: Sorted, tensor: Tensor, names: Sequence[str]) -> Sort:
     """`sort`, made anew."""
     ends, ordered = _wanted(by, names)
-    order = torch.sort(tensor, dim=by.axis, stable=True).indices
-    runs = _ends(by, tensor, order, ends)
-    if tensor.is_cuda:
-        order = order.to(torch.int16 if tensor.shape[by.axis] <= SHORT else torch.int32)
+    if _by_kernel(by, tensor):
+        order, runs = _launched(by, tensor, ends)
+        assert order is not None
+    else:
+        order = torch.sort(tensor, dim=by.axis, stable=True).indices
+        runs = _ends(by, tensor, order, ends)
+        order = order.to(torch.int32) if tensor.is_cuda else order
     return Sort(runs, by, order, order.to(torch.int32) if ordered else None)
 
 
+def _by_kernel(by: Sorted, tensor: Tensor) -> bool:
+    """Whether one kernel sorts, which pays for rows that are not long."""
+    if not tensor.is_cuda or tensor.dim() > 3:
+        return False
+    from attn_dsl.backend.portable.launch_sort import LONGEST
+
+    return tensor.shape[by.axis] <= LONGEST
+
+
+def _launched(
+    by: Sorted, tensor: Tensor, ends: Sequence[End], *, ordered: bool = True
+) -> tuple[Tensor | None, dict[End, Codes]]:
+    from attn_dsl.backend.portable.launch_sort import sorted_positions
+
+    along = tensor.movedim(by.axis, -1)
+    beside = along.shape[:-1]
+    order, found = sorted_positions(along.reshape(*beside, *[1] * (3 - tensor.dim()), -1), BLOCK, ends, ordered=ordered)
+
+    def back(x: Tensor) -> Tensor:
+        return x.reshape(*beside, -1).movedim(-1, by.axis)
+
+    runs = {end: (back(codes), back(blocks)) for end in ends for codes, blocks in [found[end]]}
+    return None if order is None else back(order), runs
+
+
 def _ends(by: Sorted, tensor: Tensor, order: Tensor, ends: Sequence[End]) -> dict[End, Codes]:
+    """Of a tensor that has that order."""
+    if _by_kernel(by, tensor):
+        return _launched(by, tensor, ends, ordered=False)[1]
     elements = tensor.gather(by.axis, order.long()).movedim(by.axis, -1)
     found: dict[End, Codes] = {}
     for end in ends:
