@@ -236,6 +236,14 @@ def test_a_divisor_must_be_positive() -> None:
         attn(x, x, x, stride=0)
 
 
+def test_a_divisor_within_a_divisor_must_be_positive() -> None:
+    attn = attn_dsl.compile("attention s(width: int, height: int)\nmask = q // (width // height) >= k\n")
+    x = torch.randn(1, 1, 4, 4)
+    for height, name in ((0, "`height`"), (9, "`width`, `height`")):
+        with pytest.raises(BindingError, match=f"{name}: expected a positive .*, got 0"):
+            attn(x, x, x, width=4, height=height)
+
+
 def test_a_device_without_a_backend_is_an_error() -> None:
     x = torch.randn(1, 1, 4, 4, device="meta")
     with pytest.raises(BindingError, match=r"`query`: expected a tensor on a device with a backend.*got one on meta"):

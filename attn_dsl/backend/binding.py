@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, SupportsIndex, cast
 
@@ -25,6 +25,7 @@ from attn_dsl.ir.nodes import Binary, BinaryOp, Const, Load, Node, Param, Size, 
 from attn_dsl.ir.types import Type
 from attn_dsl.ir.variant import Parameter, Variant
 from attn_dsl.passes.bake import coerce
+from attn_dsl.passes.concrete import evaluate
 from attn_dsl.passes.lengths import (
     KEY_SCALE,
     LONGEST_KEY,
@@ -261,7 +262,7 @@ class Binder:
     def _check_divisors(self, sizes: Mapping[str, int], parameters: Mapping[str, Any]) -> None:
         if not self.divisors:
             return
-        for node, value in zip(self.divisors, self._divisors(self._scalars(sizes, parameters)), strict=True):
+        for node, value in zip(self.divisors, self._values_of_divisors(sizes, parameters), strict=True):
             if value <= 0:
                 named = [part.name for part in post_order(node) if isinstance(part, Param | Size)]
                 what = "a positive number" if isinstance(node, Param) else "a positive divisor"
@@ -269,6 +270,14 @@ class Binder:
                     f"{', '.join(f'`{name}`' for name in named)}: expected {what}, since `//` or `%` divides by it,"
                     f" got {value}"
                 )
+
+    def _values_of_divisors(self, sizes: Mapping[str, int], parameters: Mapping[str, Any]) -> Iterable[int]:
+        """Of divisors within others, which come first, too."""
+        try:
+            return cast("tuple[int, ...]", self._divisors(self._scalars(sizes, parameters)))
+        except ZeroDivisionError:
+            known = dict(zip(self.signature.scalars, self._scalars(sizes, parameters), strict=True))
+            return [evaluate(node, known) for node in self.divisors]
 
     def _scalars(self, sizes: Mapping[str, int], parameters: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(sizes[name] if name in sizes else parameters[name] for name in self.scalars)
