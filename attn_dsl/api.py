@@ -336,7 +336,8 @@ class Attention:
     ) -> Report:
         """The claims about the mask, and how many tiles of a call are empty, partial and full.
 
-        `block` is the tile shape (queries, keys). Counts that need a tensor which is not given are None, with a note.
+        `block` is the tile shape (queries, keys); a parameter of that name is given to `compile`. Counts that need a
+        tensor which is not given are None, with a note.
         `print(report.text())`, `report.json()`, `report.verified()`.
         """
         tensors = {name: x for name, x in bindings.items() if name in {t.name for t in self.variant.tensors}}

@@ -244,6 +244,14 @@ def test_a_divisor_within_a_divisor_must_be_positive() -> None:
             attn(x, x, x, width=4, height=height)
 
 
+@pytest.mark.parametrize("block", [0, -1])
+def test_a_divisor_of_an_extent_must_be_positive(block: int) -> None:
+    attn = attn_dsl.compile("attention s(block: int)\ntensor t: float32[KV // block]\nscore = score + t[k // block]\n")
+    x = torch.randn(1, 1, 4, 4)
+    with pytest.raises(BindingError, match=f"`block`: expected a positive number.*, got {block}"):
+        attn(x, x, x, block=block, t=torch.zeros(2))
+
+
 def test_a_device_without_a_backend_is_an_error() -> None:
     x = torch.randn(1, 1, 4, 4, device="meta")
     with pytest.raises(BindingError, match=r"`query`: expected a tensor on a device with a backend.*got one on meta"):

@@ -140,8 +140,9 @@ class Binder:
             raise BindingError(self._unknown(next(name for name in bindings if name not in self.names)))
         parameters = {p.name: self._parameter(p, bindings, query.device) for p in self.variant.parameters}
         tensors = {t.name: self._tensor(t.name, bindings, query.device) for t in self.variant.tensors}
-        self._bind_extents(sizes, parameters, tensors)
+        bound = self._bind_extents(sizes, tensors)
         self._check_divisors(sizes, parameters)
+        self._check_extents(sizes, parameters, tensors, bound)
         return Call(
             query, key, value, _scale(scale, dim), _q_offset(q_offset, batch, query.device), sizes, parameters, tensors
         )
@@ -235,18 +236,26 @@ class Binder:
             raise _error(name, f"{len(extents)} axes", f"{tensor.dim()}, shape {list(tensor.shape)}")
         return tensor
 
-    def _bind_extents(
-        self, sizes: dict[str, int], parameters: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> None:
-        """Extents that name no size yet are bound to what they meet first; then all must agree."""
-        if not tensors:
-            return
+    def _bind_extents(self, sizes: dict[str, int], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Extents that name no size yet are bound to what they meet first; by which tensor, by name."""
         bound: dict[str, str] = {}
         for declared in self.variant.tensors:
             for axis, extent in enumerate(declared.extents):
                 if isinstance(extent, Size) and extent.name not in sizes:
                     sizes[extent.name] = tensors[declared.name].shape[axis]
                     bound[extent.name] = declared.name
+        return bound
+
+    def _check_extents(
+        self,
+        sizes: Mapping[str, int],
+        parameters: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        bound: Mapping[str, str],
+    ) -> None:
+        """The extents of all tensors must agree."""
+        if not tensors:
+            return
         expected = self.extents(self._scalars(sizes, parameters))
         for declared, extents in zip(self.variant.tensors, expected, strict=True):
             shape = tensors[declared.name].shape
