@@ -77,7 +77,10 @@ class Module:
     texts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
 
-    def add(self, name: str, arguments: Sequence[str], results: Results) -> None:
+    def add(self, name: str, arguments: Sequence[str], results: Results | None, neutral: Results | None = None) -> None:
+        """Write a function of this name, unless there are no results, or those that go without saying."""
+        if results is None or results == neutral:
+            return
         inside = any(argument.startswith("inside") for argument in arguments)
         bindings = dict[Node, str](TILE_VARS.items())
         bindings |= {node: text for node, text in self.bindings.items() if text.split("[")[0] in arguments}
@@ -139,34 +142,23 @@ def emit_module(
     bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
     module = Module(variant, signature, fast_tanh, bindings)
 
+    span, slope = reach(variant, positive) if bounded else None, terms_slope(terms)
     module.add("factor", PROGRAM, factor)
-    if uniform:
-        module.add("uniform", PROGRAM, tuple(uniform))
-    if rows:
-        module.add("rows", ROWS, tuple(rows))
-    if residue is not SCORE:
-        module.add("residue", ("s", *PAIR, "q0", "k0"), of_pairs(residue))
-    if plain is not SCORE:
-        module.add("plain", ("s", *PAIR, "q0", "k0"), of_pairs(plain))
-    if shift is not ZERO:
-        module.add("shift", TILE, shift)
-    if bounded and (span := reach(variant, positive)) is not None:
-        module.add("peak", PROGRAM, Const(span.residue))
-    if (slope := terms_slope(terms)) is not ZERO:
-        module.add("slope", PROGRAM, times(LOG2E, slope))
-    if row is not ZERO:
-        module.add("row_term", ROWS, row)
-    if variant.sink is not None:
-        module.add("sink", PROGRAM, variant.sink)
-    for name, bound in (("low", low), ("high", high), ("head", head)):
-        if bound is not None:
-            module.add(name, BOUND, bound)
-    if left_right:
-        module.add("columns", BOUND, left_right)
-    if mask is not TRUE:
-        module.add("mask", PAIR, mask)
-    if (end := key_end(variant)) is not None:
-        module.add("length", PROGRAM, end)
+    module.add("uniform", PROGRAM, tuple(uniform), ())
+    module.add("rows", ROWS, tuple(rows), ())
+    module.add("residue", ("s", *PAIR, "q0", "k0"), of_pairs(residue), SCORE)
+    module.add("plain", ("s", *PAIR, "q0", "k0"), of_pairs(plain), SCORE)
+    module.add("shift", TILE, shift, ZERO)
+    module.add("peak", PROGRAM, None if span is None else Const(span.residue))
+    module.add("slope", PROGRAM, None if slope is ZERO else times(LOG2E, slope))
+    module.add("row_term", ROWS, row, ZERO)
+    module.add("sink", PROGRAM, variant.sink)
+    module.add("low", BOUND, low)
+    module.add("high", BOUND, high)
+    module.add("head", BOUND, head)
+    module.add("columns", BOUND, left_right, ())
+    module.add("mask", PAIR, mask, TRUE)
+    module.add("length", PROGRAM, key_end(variant))
     if boxes is not None:
         module.add("query_box", QUERY_BOX, boxes.query)
         module.add("key_box", KEY_BOX, boxes.key)

@@ -72,9 +72,8 @@ class Emitted:
     """The text of the module, and the names of the functions that it has.
 
     has_derivative: `score` gives a second value. kept: how many it gives beyond that. fresh: how many `fresh` gives.
-    positional: they depend on a
-    position, so that a pair past the end of the queries or keys, or under the mask, may hold anything. wide: ranges are
-    bounded by numbers of more than 32 bits.
+    positional: they depend on a position, so that a pair past the end of the queries or keys, or under the mask, may
+    hold anything. wide: ranges are bounded by numbers of more than 32 bits.
     """
 
     source: str
@@ -123,36 +122,29 @@ def emit_module(
     module = Module(variant, signature, fast_tanh, bindings)
 
     module.add("factor", PROGRAM, times(LOG2E, front))
-    if gain is not ONE:
-        module.add("gain", PROGRAM, gain)
-    if uniform:
-        module.add("uniform", PROGRAM, tuple(uniform))
-    if keys:
-        module.add("keys", KEYS, tuple(keys))
-    if columns:
-        module.add("columns", COLUMNS, tuple(columns))
+    module.add("gain", PROGRAM, gain, ONE)
+    module.add("uniform", PROGRAM, tuple(uniform), ())
+    module.add("keys", KEYS, tuple(keys), ())
+    module.add("columns", COLUMNS, tuple(columns), ())
     one = derivative is ONE
-    if residue is not SCORE or not one or kept:
-        others = [*([] if one else [derivative]), *kept]
-        module.add("score", ("s", *PAIR, "q0", "k0"), _results(of_pairs(residue), others))
+    others = [*([] if one else [derivative]), *kept]
+    module.add("score", ("s", *PAIR, "q0", "k0"), _results(of_pairs(residue), others), SCORE)
     if saturations:
         match plain:  # a multiple of the bare product that is the same for a head is no work of the pairs
             case Binary(BinaryOp.MUL, lead, rest) if rest is SCORE and is_free(lead):
                 front, plain = times(front, lead), SCORE
         module.add("plain", ("s", *PAIR, "q0", "k0"), _results(of_pairs(plain), settled[one:]))
         module.add("plain_factor", PROGRAM, times(LOG2E, front))
-        if shift is not ZERO:
-            module.add("shift", CORNER, shift)
+        module.add("shift", CORNER, shift, ZERO)
     if (slope := terms_slope(terms)) is not ZERO:
         module.add("slope", PROGRAM, times(LOG2E, slope))
     if boxes is not None:
         module.add("bounds", BOUNDS, bounds)
         module.add("query_box", QUERY_BOX, boxes.query)
         module.add("key_box", KEY_BOX, boxes.key)
-    if mask is not TRUE:
-        module.add("mask", PAIR, mask)
-    if (mask is not TRUE or bounds or saturations) and full is not FALSE:
-        module.add("full", TILE, full)
+    module.add("mask", PAIR, mask, TRUE)
+    if mask is not TRUE or bounds or saturations:
+        module.add("full", TILE, full, FALSE)
     ranges = tuple((s.begin, s.end) for s in schedule.q.segments)
     module.add("q_ranges", RANGES, ranges)
     add_functions(module, found, wanted, corner)
