@@ -6,8 +6,8 @@ depend on batch and head alone, and look-ups by query, are computed once a tile 
 
 Full tiles have `plain + shift` for the residue: where a clamped distance saturates, what it looks up is one number of
 the tile, `shift`, which costs nothing for an element. The mask is `(low <= k <= high or k <= head) and mask`, and in a
-grid `left <= k % columns <= right` (`bounds.py`). Where the
-residue is at most `peak` and the exponents of all logits fit a float, softmax needs no maximum.
+grid `left <= k % columns <= right` (`bounds.py`). Where the residue is at most `peak` and the exponents of all logits
+fit a float, softmax needs no maximum.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from attn_dsl.backend.hopper.bounds import bounds, column_bounds
 from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
@@ -70,12 +71,19 @@ class Emitted:
 
 @dataclass
 class Module:
+    """The functions of a variant, as they are written. `bindings` says what nodes are called that come as arguments."""
+
     variant: Variant
-    signature: Signature
     fast_tanh: bool
     bindings: dict[Node, str]
     texts: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+
+    @cached_property
+    def signature(self) -> Signature:
+        """The softmax scale comes behind the scalars of the variant."""
+        own = Signature.of(self.variant)
+        return Signature((*own.scalars, SCALE), own.tensors)
 
     def add(self, name: str, arguments: Sequence[str], results: Results | None, neutral: Results | None = None) -> None:
         """Write a function of this name, unless there are no results, or those that go without saying."""
@@ -94,6 +102,11 @@ class Module:
     def write(self, name: str, text: str) -> None:
         self.names.append(name)
         self.texts.append(text)
+
+
+def elements(**arguments: Sequence[Node]) -> dict[Node, str]:
+    """What nodes are called that come as elements of arguments."""
+    return {node: f"{name}[{i}]" for name, nodes in arguments.items() for i, node in enumerate(nodes)}
 
 
 def of_pairs(node: Node) -> Node:
@@ -125,8 +138,6 @@ def emit_module(
     `saturations` are those that the schedule was derived with. `bounded` says that the `reach` of the logits may stand
     in for the maximum of each row: the function `peak` is then there. `boxes` are those of a grid.
     """
-    plain_signature = Signature.of(variant)
-    signature = Signature((*plain_signature.scalars, SCALE), plain_signature.tensors)
     terms = separate(variant.score)
     factor, residue = _logit(terms, positive)
     plain, shift = split_shift(substitute(residue, {s.node: substitute(s.node, {Q: Q0, K: K0}) for s in saturations}))
@@ -138,9 +149,7 @@ def emit_module(
 
     inner = [node for node in (residue, plain, shift, mask, low, high, head, *left_right) if node is not None]
     uniform, rows = outermost(inner, is_uniform), outermost(inner, _is_row)
-    bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
-    bindings |= {node: f"rows[{i}]" for i, node in enumerate(rows)}
-    module = Module(variant, signature, fast_tanh, bindings)
+    module = Module(variant, fast_tanh, elements(uniform=uniform, rows=rows))
 
     span, slope = reach(variant, positive) if bounded else None, terms_slope(terms)
     module.add("factor", PROGRAM, factor)

@@ -21,6 +21,7 @@ from attn_dsl.backend.hopper.emit import (
     QUERY_BOX,
     ZERO,
     Module,
+    elements,
     is_uniform,
     needs_64_bits,
     of_pairs,
@@ -28,10 +29,10 @@ from attn_dsl.backend.hopper.emit import (
     split_shift,
 )
 from attn_dsl.backend.hopper.emit_shares import CORNER, add_functions, corner_of, shares
-from attn_dsl.backend.portable.algebra import LOG2E, ONE, SCALE, Gatherer, times
+from attn_dsl.backend.portable.algebra import LOG2E, ONE, Gatherer, times
 from attn_dsl.backend.portable.algebra import uniform as is_free
 from attn_dsl.backend.portable.emit import HEADER, terms_slope
-from attn_dsl.backend.printer import Signature, lower
+from attn_dsl.backend.printer import lower
 from attn_dsl.ir.nodes import (
     FALSE,
     SCORE,
@@ -100,8 +101,6 @@ def emit_module(
     `wanted` names the captured tensors and parameters whose gradients the kernel sums, in the order of its `shares`.
     `boxes` are those of a grid.
     """
-    signature = Signature.of(variant)
-    signature = Signature((*signature.scalars, SCALE), signature.tensors)
     gather, terms, found = Gatherer(), separate(variant.score), shares(variant, frozenset(wanted))
     front, residue = gather.factors(dataclasses.replace(terms, affine=()).loop(Q))
     seen, rest = (None, variant.mask) if boxes is None else box_bounds(variant.mask, boxes.columns)
@@ -116,10 +115,7 @@ def emit_module(
     roots = [residue, derivative, mask, *bounds, *kept, *map(lower, found.fresh), plain, shift, *settled]
     uniform = outermost(roots, is_uniform)
     keys, columns = outermost(roots, _looks_up("k")), outermost(roots, _looks_up("q"))
-    bindings = {node: f"uniform[{i}]" for i, node in enumerate(uniform)}
-    bindings |= {node: f"keys[{i}]" for i, node in enumerate(keys)}
-    bindings |= {node: f"columns[{i}]" for i, node in enumerate(columns)}
-    module = Module(variant, signature, fast_tanh, bindings)
+    module = Module(variant, fast_tanh, elements(uniform=uniform, keys=keys, columns=columns))
 
     module.add("factor", PROGRAM, times(LOG2E, front))
     module.add("gain", PROGRAM, gain, ONE)
