@@ -8,6 +8,7 @@ give the time of the whole.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from attn_dsl.backend.tile_kinds import Axis, tile_kinds
 from attn_dsl.ir.evaluate import Environment, Scalar, evaluate
-from attn_dsl.ir.nodes import FALSE, Index, Load, Node, Param, Size, post_order
-from attn_dsl.passes.schedule import TileRanges
+from attn_dsl.ir.nodes import FALSE, Node, Param, Size, Var, post_order
+from attn_dsl.passes.fold import numbers
+from attn_dsl.passes.monotone import Q_OFFSET
+from attn_dsl.passes.schedule import BLOCK, TileRanges
 from attn_dsl.passes.summaries import Claims
 
 
@@ -124,24 +127,35 @@ def better_tile(
 ) -> tuple[int, int] | None:
     """The tile that takes least by the model, where that is less than `GAIN` of the first; else None.
 
-    None, too, where ranges depend on what is not among `parameters`: tensors, heads, other lengths.
+    What a tile amidst `NOMINAL` positions visits stands for all. None, too, where ranges depend on what is not among
+    `parameters`, on tensors or on heads, or do not say all.
     """
-    bounds = [x for segment in ranges.segments for x in (segment.begin, segment.end)]
-    nodes = list(post_order(ranges.skip, ranges.full, *bounds))
-    named = {node.name for node in nodes if isinstance(node, Param)}
-    sizes = {"B": 1, "H": 1, "HK": 1, "Q": NOMINAL, "KV": NOMINAL, "D": 64}
-    strange = any(isinstance(x, Load | Index) or (isinstance(x, Size) and x.name not in sizes) for x in nodes)
-    if strange or len(rates) < 2 or not named <= parameters.keys():
+    if len(rates) < 2 or ranges.skip is not FALSE or ranges.full is not FALSE:
         return None
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-    env = Environment({"b": zero, "h": zero}, {"q_offset": torch.tensor(0)}, parameters, sizes)
+    low, high = ("k0", "k1") if transposed else ("q0", "q1")
+    bounds = [x for segment in ranges.segments for x in (segment.begin, segment.end)]
+    nodes = [node for node in post_order(*bounds) if isinstance(node, Param | Size)]
+    lengths = {"B": 1, "H": 1, "HK": 1, "Q": NOMINAL, "KV": NOMINAL}
+    given: Mapping[str, Scalar] = {**parameters, **lengths}
 
     def time(tile: tuple[int, int]) -> float:
-        rows, columns = (Axis(0, NOMINAL, block) for block in tile)
-        return float(rates[tile].times(in_ranges(ranges, env, rows, columns, transposed=transposed)).sum())
+        """Of a position that programs own; infinite where it is not known."""
+        other, own = tile if transposed else tile[::-1]
+        first = NOMINAL // 2 // own * own
+        known: dict[Node, Scalar] = {node: given[node.name] for node in nodes if node.name in given}
+        known |= {Var(low): first, Var(high): first + own - 1, BLOCK: other, Q_OFFSET: 0}
+        found = numbers(bounds, known)
+        rate, total = rates[tile], rates[tile].own
+        for segment, begin, end in zip(ranges.segments, found[::2], found[1::2], strict=True):
+            if begin is None or end is None:
+                return math.inf
+            tiles = min(end, NOMINAL // other) - max(begin, 0)
+            total += max(tiles, 0) * (rate.masked if segment.masked else rate.full)
+        return total / own
 
-    first, best = next(iter(rates)), min(rates, key=time)
-    return best if time(best) < GAIN * time(first) else None
+    times = {tile: time(tile) for tile in rates}
+    first, best = next(iter(rates)), min(times, key=lambda tile: times[tile])
+    return best if times[best] < GAIN * times[first] else None
 
 
 def in_sections(tiles: int, pairs: int, section: int, lead: int = 0, *, last_first: bool = False) -> Iterator[int]:

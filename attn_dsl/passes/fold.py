@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from typing_extensions import assert_never
@@ -51,6 +51,22 @@ def folded(node: Node) -> Node:
 def fold_all(root: Node) -> Node:
     """Fold everywhere under `root`."""
     return ir.rewrite(root, folded)
+
+
+def numbers(roots: Sequence[Node], known: Mapping[Node, Scalar]) -> list[Scalar | None]:
+    """What each expression is with numbers for some nodes, or None where that is not known."""
+    values: dict[Node, Scalar] = dict(known)
+    for node in ir.post_order(*roots):
+        if isinstance(node, Const):
+            values[node] = node.value
+        elif node not in values and node.children and all(child in values for child in node.children):
+            try:
+                value = _value(node, *(values[child] for child in node.children))
+            except (ArithmeticError, ValueError):
+                continue
+            if value is not None:
+                values[node] = value
+    return [values.get(root) for root in roots]
 
 
 def _value(node: Node, *operands: Any) -> Scalar | None:

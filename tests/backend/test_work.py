@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
 import torch
+from hopper_support import tensor
 from portable_support import program_of
 
 from attn_dsl.backend import work
 from attn_dsl.backend.hopper.launch import whole_sections
+from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.tile_kinds import Axis
 from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.passes.runs import is_confined
@@ -109,3 +112,43 @@ def test_masks_that_keep_pairs_of_one_run_alone_are_known() -> None:
     either = "attention either\ntensor t: int32[B, Q] nondecreasing over Q\nmask = t[b, q] == t[b, k] or q >= k\n"
     named = {"document": True, "packed_causal": True, "causal": False, "hash_buckets": False, either: False}
     assert {name: is_confined(program_of(name).variant) for name in named} == named
+
+
+def test_narrow_masks_take_tiles_of_fewer_keys() -> None:
+    """A band of up to 64 keys on either side touches three tiles of 128 keys, or four of 64."""
+
+    def finer(name: str, *numbers: object, dim: int = 128) -> tuple[int, int] | None:
+        query = tensor(1, 2, 4096, dim)
+        bound = Call(query, query, query, numbers, (), (), 0.1)
+        of = program_of(name)
+        found = of.hopper.finer(bound)
+        keys = found[1] if found else of.hopper.candidates(replace(bound, parameters=wide))[0].keys
+        assert of.hopper.candidates(bound)[0].keys == keys
+        return found
+
+    wide: tuple[object, ...] = (1000,)
+    assert [finer("natten1d", radius) for radius in (6, 64)] == [(128, 64)] * 2
+    assert [finer("natten1d", radius) for radius in (65, 128, 500)] == [None] * 3
+    assert [finer("sliding_window", window) for window in (1, 64, 128, 130, 1024)] == [None] * 5
+    assert finer("natten1d", torch.tensor(6)) is None and finer("natten1d", 6, dim=64) is None
+    wide = ()
+    assert finer("causal") is None and finer("noop") is None
+
+
+def test_a_choice_among_tiles_is_the_least_of_the_model() -> None:
+    """Brute force over all tiles, where what is in the middle stands for all."""
+    rates = {(64, 64): work.Rate(10, 30, 20), (64, 32): work.Rate(10, 17, 11), (32, 32): work.Rate(8, 9, 6)}
+    variant = program_of("natten1d").variant
+    ranges = derive_schedule(variant, padded=True).kv
+    for radius in (5, 20, 40, 100):
+        env = environment({"r": radius})
+        env = replace(env, sizes={**env.sizes, "Q": work.NOMINAL, "KV": work.NOMINAL})
+        total = {}
+        for (rows, keys), rate in rates.items():
+            axes = Axis(0, work.NOMINAL, rows), Axis(0, work.NOMINAL, keys)
+            total[rows, keys] = float(rate.times(work.in_ranges(ranges, env, *axes)).sum())
+        best = min(total, key=lambda tile: total[tile])
+        if abs(total[best] / total[64, 64] - work.GAIN) > 0.02:
+            expected = best if total[best] < work.GAIN * total[64, 64] else None
+            assert work.better_tile(rates, ranges, {"r": radius}) == expected
+    assert work.better_tile(rates, ranges, {}) is None

@@ -59,7 +59,7 @@ _D128 = Config(groups=2, keys=128)
 _D256 = Config(groups=2, keys=64, pin=False, ping_pong=True, own_output=False, rescale_late=True)
 TABLE: dict[int, tuple[Config, ...]] = {
     64: (_D64, replace(_D64, keys=64), replace(_D128, pin=False), replace(_D128, keys=64)),
-    128: (_D128, replace(_D128, keys=64), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
+    128: (_D128, replace(_D128, keys=64, stages=4), replace(_D128, pin=False), replace(_D128, carry_wide=False)),
     256: (_D256, replace(_D256, rescale_late=False, carry_wide=False), replace(_D256, keys=32)),
 }
 """By head dimension. Where registers spill, which a look-up for each pair can bring about, smaller tiles do better."""

@@ -41,6 +41,7 @@ from attn_dsl.backend.portable.run import Compiler, Options, Runner, inputs_of, 
 from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.backend.portable.width import fits, position_bits
 from attn_dsl.backend.printer import SIZES
+from attn_dsl.backend.work import FORWARD, better_tile
 from attn_dsl.ir.nodes import Node, Param, Var, post_order
 from attn_dsl.ir.types import Type
 from attn_dsl.passes.order_grid import Boxes
@@ -102,6 +103,7 @@ class Kernels:
         self._modules: dict[tuple[frozenset[Node], bool, bool], tuple[Emitted, ModuleType]] = {}
         self._reaches: dict[tuple[bool, ...], Reach | None] = {}
         self._plans: dict[tuple[Any, ...], _Plan] = {}
+        self._finer: dict[tuple[Any, ...], tuple[int, int] | None] = {}
         parameters = enumerate(self.portable.variant.parameters)
         self._floats = tuple(i for i, parameter in parameters if parameter.type is Type.FLOAT)
         variant = self.portable.variant
@@ -195,6 +197,7 @@ class Kernels:
             call.precise,
             self.page(call),
             self._is_bounded(call),
+            self.finer(call),
             *(self.portable.masks_parts(call, ROWS, keys) for keys in (64, 128)),
             *self._signs(call),
             *numbers,
@@ -224,8 +227,30 @@ class Kernels:
         """The configurations for calls like this one, the preferred one first."""
         functions = self.functions(call)
         ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
-        found = _candidates(call, ramped=ramped, frozen=self.may_freeze(call))
-        return tuple(sorted(found, key=lambda config: not self.masks_parts(call, config, functions)))
+        found, finer = _candidates(call, ramped=ramped, frozen=self.may_freeze(call)), self.finer(call)
+
+        def rank(config: Config) -> tuple[bool, bool]:
+            other = finer not in (None, (config.rows, config.keys))
+            return not self.masks_parts(call, config, functions), other
+
+        return tuple(sorted(found, key=rank))
+
+    def finer(self, call: Call) -> tuple[int, int] | None:
+        """Rows and keys of tiles that pay instead of the first that the model knows (`work.better_tile`), or None.
+
+        Of lists, pages, packed sequences and grids it is not known: the host does not know what is visited.
+        """
+        of, dim = self.portable, padded(call.query.shape[3])
+        if of.lists is not None or of.paged or of.packed or self.boxes or dim != padded(call.value.shape[3]):
+            return None
+        declared = zip(of.variant.parameters, call.parameters, strict=True)
+        numbers = {parameter.name: x for parameter, x in declared if not isinstance(x, Tensor)}
+        key = (dim, *numbers.items())
+        if key not in self._finer:
+            if len(self._finer) >= LAYOUTS:
+                self._finer.clear()
+            self._finer[key] = better_tile(FORWARD.get(dim, {}), self.schedule.kv, numbers)
+        return self._finer[key]
 
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
         found = self.candidates(call)
