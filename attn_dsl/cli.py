@@ -259,6 +259,17 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
+    _add_text_commands(command)
+    _add_call_commands(command)
+    _add_kernel_commands(command)
+    return parser
+
+
+Command = Callable[[Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
+"""Adds a command, named and described as its function."""
+
+
+def _add_text_commands(command: Command) -> None:
     checker = command(check)
     checker.add_argument("files", nargs="+", metavar="FILE", help=FILE)
     _add_format(checker, "text", "json")
@@ -276,6 +287,8 @@ def _parser() -> argparse.ArgumentParser:
     printer.add_argument("--time", action="store_true", help="say how long each pass took")
     _add_set(printer)
 
+
+def _add_call_commands(command: Command) -> None:
     prover = command(prove)
     _add_call(prover)
     prover.add_argument("--verify", action="store_true", help="also hand each claim to islpy and z3")
@@ -290,6 +303,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_dtype(coster)
     _add_format(coster, "text", "json")
 
+
+def _add_kernel_commands(command: Command) -> None:
     emitter = command(emit)
     emitter.add_argument("file", metavar="FILE", help=FILE)
     emitter.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
@@ -327,7 +342,6 @@ def _parser() -> argparse.ArgumentParser:
     lister = command(variants)
     lister.add_argument("name", nargs="?", metavar="NAME", help="print the text of this one")
     _add_format(lister, "text", "json")
-    return parser
 
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
