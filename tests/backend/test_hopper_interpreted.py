@@ -138,17 +138,23 @@ def test_logits_that_leave_the_first_tiles_far_behind(machine: Machine) -> None:
         assert error <= 1.1 * allowed + 1e-3 * truth.out.norm(), f"{error:.3g}, eager {allowed:.3g}"
 
 
-@pytest.mark.parametrize("name", ["causal", "noop", "sliding_window", "prefix_lm", "gpt_oss"])
+@pytest.mark.parametrize("name", ["causal", "noop", "sliding_window", "prefix_lm"])
 def test_deterministic_gradients_are_the_same_bits_in_every_order(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of numbers that nearly cancel, so that another order of the additions shows; of two there is but one sum."""
     problem = problem_of(name, H=2, HK=1, Q=500, KV=500, D=64, DV=64)
+    key, value = problem.key.clone(), problem.value.clone()
+    key[:, :, :128] *= 2**12
+    key[:, :, 128:256], value[:, :, 128:256] = -key[:, :, :128], value[:, :, :128]
+    problem = replace(problem, query=problem.query * 2.0**-24, key=key, value=value)
     upstream = problem.upstream()
-    first = called(problem, upstream, deterministic=True)
-    usual = called(problem, upstream)
+    first, usual = called(problem, upstream, deterministic=True), called(problem, upstream)
+    varies = False
     for seed in range(4):
         take_over(monkeypatch, Machine(seed, resident=1 + seed))
         found = called(problem, upstream, deterministic=True)
         assert all(torch.equal(found.grads[x], first.grads[x]) for x in INPUTS)
-        assert all((found.grads[x] - usual.grads[x]).abs().max() < 2e-2 for x in INPUTS)
+        varies |= not torch.equal(called(problem, upstream).grads["query"], usual.grads["query"])
+    assert varies or name == "sliding_window"
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
