@@ -23,7 +23,7 @@ from variant_cases import SHIPPED, Case
 
 from attn_dsl.backend import gpu, operators
 from attn_dsl.backend.execute import HOPPER, PORTABLE, Options, Program, portable_call
-from attn_dsl.backend.hopper import launch, launch_backward
+from attn_dsl.backend.hopper import configs_backward, launch, launch_backward
 from attn_dsl.backend.hopper.configs import FROZEN, TABLE, Config
 from attn_dsl.errors import BindingError
 from attn_dsl.passes.lengths import with_lengths, with_packing, with_pages
@@ -103,6 +103,18 @@ def test_every_forward_configuration(name: str, dim: int) -> None:
     for config in dict.fromkeys(configs):
         out, lse, _ = launch.forward(problem.program.hopper, call, config=config)
         within_budget(Result(out, lse), truth, eager, 1.1)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("name", ["causal", "t5_bias", "document"])
+def test_every_backward_configuration(
+    name: str, dim: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem, asks = problem_of(name, D=dim, DV=dim), name == "t5_bias"  # in any case: full tiles have another score
+    for config in (config for config in configs_backward.candidates(dim, dim) if config.ask or not asks):
+        monkeypatch.setattr(launch_backward, "candidates", lambda *_, config=config: (config,))
+        agree(replace(problem, program=fresh(problem.program)), deterministic=deterministic)
 
 
 def test_groups_offsets_by_batch_and_half_precision() -> None:
