@@ -42,7 +42,7 @@ Mod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """A mask for this compiler (`text`, `parameters`, `tensors`) and for flex_attention (`mask`).
+    """A mask for this compiler (`text`, `parameters`, `tensors`, on the CPU) and for flex_attention (`mask`).
 
     `varies` says whether flex's block mask needs the batch and the heads. `length` overrides the common one.
     """
@@ -56,23 +56,43 @@ class Row:
     length: int | None = None
 
 
+WORD = 2**32
+
+
+def drawn(seed: int, count: int) -> Tensor:
+    """The numbers below 2 ** 32 that a GPU draws in torch for up to some 200,000 elements, one a thread: Philox
+    4 x 32 with 10 rounds (Salmon et al. 2011), of which each thread has a stream of its own. Made on the CPU, so that
+    masks are known without a GPU, too."""
+    thread = torch.arange(count)
+    words, keys = [thread * 0, thread * 0, thread % WORD, thread // WORD], [seed % WORD, seed // WORD]
+    for _ in range(10):
+        (high0, low0), (high1, low1) = _product(0xD2511F53, words[0]), _product(0xCD9E8D57, words[2])
+        words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
+        keys = [(keys[0] + 0x9E3779B9) % WORD, (keys[1] + 0xBB67AE85) % WORD]
+    return words[0]
+
+
+def _product(x: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(high, low) words of a product of numbers below 2 ** 32."""
+    low, high = x * (y % 2**16), x * (y // 2**16)  # below 2 ** 48
+    carried = high % 2**16 * 2**16 + low
+    return high // 2**16 + carried // WORD, carried % WORD
+
+
 def documents(batch: int, heads: int, length: int, count: int = 12) -> dict[str, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(5)
-    cuts = torch.randint(0, length, (batch, count - 1), device="cuda", generator=generator).sort(-1).values
-    places = torch.arange(length, device="cuda").expand(batch, -1).contiguous()
+    cuts = (drawn(5, batch * (count - 1)) % length).reshape(batch, count - 1).sort(-1).values
+    places = torch.arange(length).expand(batch, -1).contiguous()
     return {"doc": torch.searchsorted(cuts, places, right=True).to(torch.int32)}
 
 
 def random_blocks(batch: int, heads: int, length: int, block: int = 64, random: int = 3) -> dict[str, Tensor]:
-    generator, blocks = torch.Generator("cuda").manual_seed(6), length // block
-    drawn = torch.rand(heads, blocks, blocks, device="cuda", generator=generator).argsort(-1)[..., :random]
-    return {"table": drawn.to(torch.int32).contiguous()}
+    blocks = length // block
+    order = drawn(6, heads * blocks * blocks).reshape(heads, blocks, blocks).argsort(-1)
+    return {"table": order[..., :random].to(torch.int32).contiguous()}
 
 
 def buckets(batch: int, heads: int, length: int, count: int = 64) -> dict[str, Tensor]:
-    generator = torch.Generator("cuda").manual_seed(7)
-    drawn = torch.randint(0, count, (batch, heads, length), device="cuda", generator=generator, dtype=torch.int32)
-    return {"bucket": drawn}
+    return {"bucket": (drawn(7, batch * heads * length) % count).reshape(batch, heads, length).to(torch.int32)}
 
 
 def big_bird(t: dict[str, Tensor]) -> Mod:
@@ -140,7 +160,8 @@ class Case:
         made = (torch.randn(shape, device="cuda", generator=generator).to(torch.bfloat16) for _ in range(4))
         self.query, self.key, self.value, self.upstream = made
         self.inputs = [x.requires_grad_() for x in (self.query, self.key, self.value)]
-        self.tensors = self.row.tensors(self.batch, self.heads, self.length)
+        on_cpu = self.row.tensors(self.batch, self.heads, self.length)
+        self.tensors = {name: x.cuda() for name, x in on_cpu.items()}
         self.attention = attn_dsl.compile(self.row.text, **self.row.constants)
         self.bindings = {**self.row.parameters, **self.tensors}
 
@@ -296,7 +317,7 @@ def turn(path: str | None) -> Iterator[None]:
 
 def run_long(length: int) -> dict[str, Any]:
     """The schedule of a document mask of one long row: milliseconds until it is there, the host included, and MiB."""
-    doc = documents(1, 1, length, 100)
+    doc = {name: x.cuda() for name, x in documents(1, 1, length, 100).items()}
     query = torch.empty(1, 1, length, 128, device="cuda", dtype=torch.bfloat16)
     attention = attn_dsl.compile("packed_causal")
     program = attention._executable

@@ -3,6 +3,7 @@
     python benchmarks/tiles.py                                           the masks of benchmarks/sparse.py
     python benchmarks/tiles.py --rows documents --passes backward
     python benchmarks/tiles.py --variant sliding_window --set window=64 --shape 1x8x4096x64
+    python benchmarks/tiles.py --time --rows documents,bigbird           on a GPU: each choice against what calls take
 
 Tiles are counted by the compiler's own schedule, in the order of positions that it takes: ranges in closed form, claims
 about what tensors hold. Tensors have the numbers that benchmarks/sparse.py draws on a GPU. A line for each tile shape,
@@ -14,21 +15,31 @@ longest        the tiles that the longest tile visits, over the mean
 time           the model (`attn_dsl.backend.work`): all work spread evenly over --machine multiprocessors, at --clock;
                then what comes to it since tiles are whole, in the order in which kernels start them, with other
                sections (so many heads side by side), and with the longest first
+
+With --time the kernels run with each tile shape and each section that may be forced, all of a mask in turns: one JSON
+object a choice, with its milliseconds and their share of what calls take. Strips of a grid are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import triton
+from sparse import ROWS, Row
 from torch import Tensor
 
 import attn_dsl
 from attn_dsl.backend import order, work
 from attn_dsl.backend.execute import Options, Program, portable_call
+from attn_dsl.backend.hopper import configs, launch, launch_backward
+from attn_dsl.backend.hopper.configs import Config
 from attn_dsl.backend.hopper.launch import padded
 from attn_dsl.backend.portable.launch import Call as PortableCall
 from attn_dsl.backend.tile_kinds import Axis
@@ -36,66 +47,12 @@ from attn_dsl.ir.evaluate import Environment, evaluate
 from attn_dsl.passes.order import number
 from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips
 
-WORD = 2**32
-
-
-def drawn(seed: int, count: int) -> Tensor:
-    """The numbers below 2 ** 32 that torch draws on a GPU for `count` elements, one a thread: Philox 4 x 32, 10 rounds
-    (Salmon et al. 2011), of which each thread has a stream of its own."""
-    thread = torch.arange(count)
-    words, keys = [thread * 0, thread * 0, thread % WORD, thread // WORD], [seed % WORD, seed // WORD]
-    for _ in range(10):
-        (high0, low0), (high1, low1) = _product(0xD2511F53, words[0]), _product(0xCD9E8D57, words[2])
-        words = [high1 ^ words[1] ^ keys[0], low1, high0 ^ words[3] ^ keys[1], low0]
-        keys = [(keys[0] + 0x9E3779B9) % WORD, (keys[1] + 0xBB67AE85) % WORD]
-    return words[0]
-
-
-def _product(x: int, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low) words of a product of numbers below 2 ** 32."""
-    low, high = x * (y % 2**16), x * (y // 2**16)  # below 2 ** 48
-    carried = high % 2**16 * 2**16 + low
-    return high // 2**16 + carried // WORD, carried % WORD
-
-
-def documents(batch: int, heads: int, length: int, count: int = 12) -> dict[str, Tensor]:
-    cuts = (drawn(5, batch * (count - 1)) % length).reshape(batch, count - 1).sort(-1).values
-    places = torch.arange(length).expand(batch, -1).contiguous()
-    return {"doc": torch.searchsorted(cuts, places, right=True).to(torch.int32)}
-
-
-def random_blocks(batch: int, heads: int, length: int, block: int = 64, random: int = 3) -> dict[str, Tensor]:
-    blocks = length // block
-    order = drawn(6, heads * blocks * blocks).reshape(heads, blocks, blocks).argsort(-1)
-    return {"table": order[..., :random].to(torch.int32).contiguous()}
-
-
-def buckets(batch: int, heads: int, length: int, count: int = 64) -> dict[str, Tensor]:
-    return {"bucket": (drawn(7, batch * heads * length) % count).reshape(batch, heads, length).to(torch.int32)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A mask, and the numbers that benchmarks/sparse.py draws for it where they are one a thread of the GPU."""
-
-    text: str
-    parameters: dict[str, Any]
-    constants: dict[str, Any]
-    tensors: Callable[[int, int, int], dict[str, Tensor]] = lambda batch, heads, length: {}
-    length: int | None = None
-
-
-ROWS = {
-    "documents": Row("packed_causal", {}, {}, documents),
-    "window_global": Row("longformer", {"reach": 256, "globals": 64}, {}),
-    "bigbird": Row("bigbird", {"block": 64, "reach": 1, "globals": 2}, {"random": 3}, random_blocks),
-    "hash_buckets": Row("hash_buckets", {}, {}, buckets),
-    "dilated": Row("dilated_window", {"window": 4096, "dilation": 4}, {}),
-    "natten2d_90": Row("natten2d", {"width": 90, "height": 90, "r": 6}, {}, length=8100),
-    "natten2d_128": Row("natten2d", {"width": 128, "height": 128, "r": 6}, {}, length=16384),
-    "causal": Row("causal", {}, {}),
-    "sliding_window": Row("sliding_window", {"window": 1024}, {}),
+MORE = {
+    "causal": Row("causal", lambda t: lambda b, h, q, k: q >= k),
+    "sliding_window": Row("sliding_window", lambda t: lambda b, h, q, k: (q >= k) & (q - k < 1024), {"window": 1024}),
+    "band": Row("natten1d", lambda t: lambda b, h, q, k: (q - k).abs() <= 64, {"r": 64}),
 }
+"""Masks beside those of benchmarks/sparse.py; the bands of the last shift inside at the ends."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +112,17 @@ class Case:
         return total / (batches * heads)
 
 
-def case_of(row: Row, batch: int, heads: int, length: int, dim: int, backward: bool) -> Case:
-    """In the order that calls take; a neighborhood in the strips that visit the fewest pairs."""
+def case_of(row: Row, batch: int, heads: int, length: int, dim: int, backward: bool, device: str | None = None) -> Case:
+    """In the order that calls take; a neighborhood in the strips that visit the fewest pairs. On a device, or without
+    data but that of the mask."""
     attention = attn_dsl.compile(row.text, **row.constants)
     program, options = attention._executable, Options("gpu")
-    tensors = row.tensors(batch, heads, length)
-    device = "cpu" if tensors else "meta"
-    like = torch.empty(batch, heads, length, dim, dtype=torch.bfloat16, device=device)
-    call = attention._binder.bind(like, like, like, None, 0, {**row.parameters, **tensors})
+    made = row.tensors(batch, heads, length)
+    device = device or ("cpu" if made else "meta")
+    tensors = {name: x.to(device) for name, x in made.items()}
+    shape = batch, heads, length, dim
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device=device).normal_() for _ in range(3))
+    call = attention._binder.bind(query, key, value, None, 0, {**row.parameters, **tensors})
     grids = [x.exchanged() if backward else x for x in program.orders if isinstance(x, Strips)]
     for strips in grids:
         if strips is not None:
@@ -240,6 +200,88 @@ def lines(name: str, case: Case, dim: int, machine: int, clock: float, backward:
         yield f"| {' | '.join(cells)} |"
 
 
+# ---------------------------------------------------------------- on a GPU
+
+
+def configs_to_try(dim: int) -> dict[str, Config]:
+    """Forward configurations beside those that a call would take, by what tells them apart."""
+    frozen, plain = configs.FROZEN[dim], configs.TABLE[dim][0]
+    found = {"frozen": frozen, "plain": plain, "plain 64": replace(plain, keys=64, stages=4)}
+    found["plain 64, rings of 2"] = replace(plain, keys=64)
+    if dim == 128:
+        three = replace(frozen, groups=3, keys=64, stages=3, registers=160)
+        found |= {"frozen 64": replace(frozen, keys=64, stages=4), "frozen 192 x 64": three}
+        found["plain 192 x 64"] = replace(three, frozen=False)
+    if dim == 64:
+        found["frozen 128 x 128"] = replace(frozen, groups=2, registers=240)
+    return found
+
+
+def choices(case: Case, backward: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What may be forced of a call, by its name; the first is what calls take."""
+    call, program = case.call, case.program
+    dims = (padded(call.query.shape[3]), padded(call.value.shape[3]))
+    pairs = call.sizes[0] * call.sizes[2]
+    sections = [n for n in (1, 2, 4, 5, 8, 16, 32) if n <= pairs]
+    out, _, shifted = launch.forward(program.hopper, call)
+    if not backward:
+        yield "as calls", lambda: launch.forward(program.hopper, call)
+        group = call.sizes[1] // call.sizes[2]
+        for n in sections:
+            yield f"section {n}", functools.partial(launch.forward, program.hopper, call, section=n * group)
+        for name, config in configs_to_try(max(dims)).items():
+            if program.hopper.may_freeze(call) or not config.frozen:
+                yield name, functools.partial(launch.forward, program.hopper, call, config=config)
+        return
+    grad = torch.randn_like(out)
+    given = call, out, shifted, grad, None
+    taken = program.hopper_backward.choice(call).config
+    assert taken is not None
+    yield "as calls", functools.partial(launch_backward.backward, program.hopper_backward, *given, taken)
+    for n in sections:
+        kernels = Sectioned(program.kernels)
+        kernels.heads = n
+        yield f"section {n}", functools.partial(launch_backward.backward, kernels, *given, taken)
+    for other in program.hopper_backward.candidates(call):
+        yield str(other), functools.partial(launch_backward.backward, program.hopper_backward, *given, other)
+    ordered = program.hopper_backward.choice(call, True).config
+    if ordered is not None:
+        arguments = program.hopper_backward, *given, ordered
+        yield "deterministic", functools.partial(launch_backward.backward, *arguments, ordered=True)
+
+
+class Sectioned(launch_backward.Kernels):
+    """With so many heads side by side."""
+
+    heads = 1
+
+    def section(self, pairs: int, tiles: int, machine: int) -> int:
+        return min(self.heads, pairs)
+
+
+def timed(case: Case, backward: bool, rounds: int, rep: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each choice, medians of rounds; what does not run says why."""
+    if case.boxes:
+        return
+    runs: dict[str, Callable[[], object]] = {}
+    for name, run in choices(case, backward):
+        try:
+            run()
+            runs[name] = run
+        except Exception as failure:
+            yield {"choice": name, "failed": f"{type(failure).__name__}: {str(failure)[:200]}"}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].append(triton.testing.do_bench(run, warmup=3, rep=rep, return_mode="median"))
+    medians = {name: statistics.median(times) for name, times in found.items()}
+    for name, ms in medians.items():
+        yield {"choice": name, "ms": round(ms, 4), "of what calls take": round(ms / medians["as calls"], 3)}
+
+
+# ---------------------------------------------------------------- command line
+
+
 SECTIONS = (1, 4, 16, 64)
 HEAD = (
     "| mask | pass | rows x keys | masked | full | over useful | longest | time, us | as started | "
@@ -254,22 +296,32 @@ def parsed(text: str) -> tuple[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join((*ROWS, *MORE)))
     parser.add_argument("--variant", help="a shipped variant or a file, whose mask reads no tensors, instead of rows")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the variant")
     parser.add_argument("--shape", default="2x16x8192x128", help="BxHxSxD")
     parser.add_argument("--passes", default="forward,backward")
     parser.add_argument("--machine", type=int, default=132, help="multiprocessors")
     parser.add_argument("--clock", type=float, default=1.755, help="GHz")
+    parser.add_argument("--time", action="store_true", help="measure on a GPU what may be forced")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rep", type=int, default=15, help="milliseconds of a measurement")
     options = parser.parse_args()
     batch, heads, length, dim = map(int, options.shape.split("x"))
-    chosen = {name: ROWS[name] for name in options.rows.split(",")}
+    rows = {**ROWS, **MORE}
+    chosen = {name: rows[name] for name in options.rows.split(",")}
     if options.variant:
-        chosen = {options.variant: Row(options.variant, dict(map(parsed, options.set)), {})}
-    print(HEAD, flush=True)
+        chosen = {options.variant: Row(options.variant, lambda t: NotImplemented, dict(map(parsed, options.set)))}
+    if not options.time:
+        print(HEAD, flush=True)
     for name, row in chosen.items():
         for which in options.passes.split(","):
-            case = case_of(row, batch, heads, row.length or length, dim, which == "backward")
+            shape = batch, heads, row.length or length, dim
+            case = case_of(row, *shape, which == "backward", "cuda" if options.time else None)
+            if options.time:
+                for found in timed(case, which == "backward", options.rounds, options.rep):
+                    print(json.dumps({"row": name, "pass": which, **found}), flush=True)
+                continue
             for line in lines(name, case, dim, options.machine, options.clock, which == "backward"):
                 print(line, flush=True)
 
