@@ -82,11 +82,6 @@ class Constraint:
             case Rounded(x) | Inverted(x):
                 return x.weight
 
-    @property
-    def atoms(self) -> frozenset[Node]:
-        """The comparisons of the mask that it rests on."""
-        return frozenset(x.why.origin for x in steps(self) if isinstance(x.why, Given) and x.own)
-
 
 def steps(*roots: Constraint) -> Iterator[Constraint]:
     """Every constraint of the derivations, premises first, each once."""

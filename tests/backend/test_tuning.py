@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
+import attn_dsl
 from attn_dsl.backend import cache, tuning
 from attn_dsl.backend.execute import Program, program_for
 from attn_dsl.backend.portable import launch
@@ -121,3 +122,9 @@ def test_progress_shows_the_best_so_far(program: Program) -> None:
     on_trial("forward", Tile(32, 64), 3.0)
     (task,) = progress.tasks
     assert task.description == "forward: best 2.000 ms at 64 x 64, 4 warps, 2 stages" and task.completed == 2
+
+
+def test_only_tensors_on_a_gpu_have_tiles_to_search() -> None:
+    x = torch.zeros(1, 2, 128, 64)
+    with pytest.raises(attn_dsl.BindingError, match="`query`: expected a tensor on a GPU"):
+        attn_dsl.compile("causal").tune(x, x, x)

@@ -74,7 +74,6 @@ class Shape:
     DV: gl.constexpr
     QUERIES: gl.constexpr
     HALF: gl.constexpr
-    QUERY_STAGES: gl.constexpr
     GRAD_STAGES: gl.constexpr
     WHOLE: gl.constexpr
     POSITIONAL: gl.constexpr
@@ -93,14 +92,13 @@ class Shape:
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
+    def __init__(self, D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
                  FRESH, KEPT, PERIOD, HOLD):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.QUERIES = gl.constexpr(QUERIES)
         self.HALF = gl.constexpr(half)
-        self.QUERY_STAGES = gl.constexpr(QUERY_STAGES)
         self.GRAD_STAGES = gl.constexpr(GRAD_STAGES)
         self.WHOLE = gl.constexpr(WHOLE)
         self.POSITIONAL = gl.constexpr(POSITIONAL)
@@ -934,7 +932,7 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     tensors are grids [., ., Y, X, .], of which a tile is a box; B, H, HK, Q and KV are those of strips.
     """
     BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
-    shape = Shape(D, DV, QUERIES, QUERY_STAGES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
+    shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
                   FRESHES, KEPT, query.block_type.shape[3],
                   BARE and WHOLE and QUERIES == 128 and not ORDERED)  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,

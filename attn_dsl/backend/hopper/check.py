@@ -35,13 +35,8 @@ class Build:
     notes: tuple[str, ...]
     missing: tuple[str, ...]
 
-    @property
-    def defect(self) -> str | None:
-        """Why the build should not be used, or None."""
-        return self.defect_beyond(SPILLS)
-
     def defect_beyond(self, spills: int) -> str | None:
-        """`defect`, where so many bytes may be spilled."""
+        """Why the build should not be used, or None where no more than so many bytes are spilled and all is well."""
         if self.spilled > spills:
             return f"ptxas spilled {self.spilled} bytes of registers"
         if self.notes:
