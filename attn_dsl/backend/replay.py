@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import PORTABLE, Gradients, Options, Program, fitted, portable_call, reordered
+from attn_dsl.backend.transforms import NO_SECOND, refuse_batches
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Replay as HopperForward
@@ -276,7 +276,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _once(ctx, *grads) if torch.is_grad_enabled() else _Again.gradients(ctx, *grads)
+        return once(_Again.gradients, ctx, *grads)
 
     @staticmethod
     def gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -299,4 +299,29 @@ class _Again(torch.autograd.Function):
         return (None, None, found.query, found.key, found.value, *shares)
 
 
-_once: Callable[..., tuple[Tensor | None, ...]] = once_differentiable(_Again.gradients)
+def once(
+    gradients: Callable[..., tuple[Tensor | None, ...]], ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Gradients that know no derivative of their own: whoever asks for one where autograd records is told so.
+
+    `ctx` saved the output first.
+    """
+    refuse_batches(*grads)
+    if not torch.is_grad_enabled():
+        return gradients(ctx, *grads)
+    with torch.no_grad():
+        found = gradients(ctx, *grads)
+    made = iter(_Refused.apply(ctx.saved_tensors[0], *[x for x in found if x is not None]))  # type: ignore[no-untyped-call]
+    return tuple(None if x is None else next(made) for x in found)
+
+
+class _Refused(torch.autograd.Function):
+    """Gradients as they are, which depend on what the output does."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple([x.detach() for x in grads])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(NO_SECOND)

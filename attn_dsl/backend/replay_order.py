@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attn_dsl.backend import sorting
 from attn_dsl.backend.execute import Gradients, Options, Program, fitted, portable_call
 from attn_dsl.backend.layouts import Layout, Permutation
 from attn_dsl.backend.portable.launch_permute import Permuting
+from attn_dsl.backend.replay import once
 from attn_dsl.backend.sorting import Sort
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _once(ctx, *grads) if torch.is_grad_enabled() else _Again.gradients(ctx, *grads)
+        return once(_Again.gradients, ctx, *grads)
 
     @staticmethod
     def gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -247,6 +247,3 @@ class _Again(torch.autograd.Function):
             for name, x, needed in zip(names, rest, needs, strict=True)
         ]
         return (None, found.query, found.key, found.value, *shares)
-
-
-_once: Callable[..., tuple[Tensor | None, ...]] = once_differentiable(_Again.gradients)

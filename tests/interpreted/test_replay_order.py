@@ -125,3 +125,18 @@ def test_a_sort_that_changed_since_is_an_error_of_the_backward_pass() -> None:
     made["segment"][0, 0, 0] += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(out.sum(), made["q"])
+
+
+@pytest.mark.parametrize("text", [SHIFTED, DILATED])
+def test_a_second_derivative_is_refused_not_lost(text: str) -> None:
+    program, made = program_of(text), tensors(0, text, 40)
+    names = program.tensor_names
+    call = program.binder.bind(made["q"], made["k"], made["v"], None, 0, {name: made[name] for name in names})
+    repeated = replay.Differentiable.of(program, call, PORTABLE, replay._forward(program, call, PORTABLE))
+    assert repeated is not None
+    out, _ = repeated.run(made["q"], made["k"], made["v"], [made[name] for name in names], 0)
+    plain = torch.autograd.grad(out.sum(), made["q"], retain_graph=True)[0]
+    (recorded,) = torch.autograd.grad(out.sum(), made["q"], create_graph=True)
+    assert torch.equal(recorded, plain)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(recorded.sum(), made["q"])

@@ -1,0 +1,107 @@
+"""Calls in another order of positions by the Hopper kernels, in the interpreter of Gluon: the first of their kind, and
+those that are repeated."""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+from gluon_interpreter import Machine
+from gpu_support import within_budget
+from hopper_on_cpu import take_over
+from portable_support import Problem, differentiated, program_of
+from torch import Tensor
+
+from attn_dsl.backend import operators, order, replay
+from attn_dsl.backend.execute import HOPPER, Options
+from attn_dsl.backend.hopper import launch_boxes
+from attn_dsl.backend.layouts import Classes, Grid, Permutation
+from attn_dsl.backend.replay_order import Forward
+
+INPUTS = ("query", "key", "value")
+
+
+@pytest.fixture(autouse=True)
+def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_over(monkeypatch, Machine(zlib.crc32(request.node.name.encode()) + int(os.environ.get("SEED", "0"))))
+    monkeypatch.setattr(order, "GAIN", 100.0)
+    monkeypatch.setattr(order, "SHORT", 1)
+    for name in ("hash_buckets", "dilated_window", "natten2d"):
+        program_of(name).choices.clear()
+        program_of(name).strips_of_keys.clear()
+
+
+def rows(batch: int, heads: int, length: int, dim: int) -> Tensor:
+    return torch.randn(batch, heads, length, dim, generator=torch.Generator().manual_seed(length + heads)).bfloat16()
+
+
+def agree(problem: Problem, layout: type, **options: bool) -> None:
+    """By the first call of a kind, and by those that are repeated."""
+    upstream, chosen, program = problem.upstream(), Options(HOPPER, **options), problem.program
+    truth, eager = problem.truth(upstream), problem.truth(upstream, problem.query.dtype)
+    for repeats in (False, True):
+        leaves, bindings = problem.leaves()
+        call = program.binder.bind(*(leaves[name] for name in INPUTS), None, 0, bindings)
+        found = order.ordered(program, call, chosen)
+        assert found is not None and isinstance(found.layout, layout)
+        if not repeats:
+            within_budget(
+                differentiated(*operators.attention(program, call, chosen), leaves, upstream), truth, eager, 1.1
+            )
+            continue
+        forward = replay._forward(program, call, chosen)
+        assert isinstance(forward, Forward)
+        repeated = replay.Differentiable.of(program, call, chosen, forward)
+        assert repeated is not None
+        for _ in range(2):
+            leaves, bindings = problem.leaves()
+            tensors = [bindings[name] for name in program.tensor_names]
+            results = repeated.run(*(leaves[name] for name in INPUTS), tensors, 0)
+            within_budget(differentiated(*results, leaves, upstream), truth, eager, 1.1)
+
+
+@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 2, 300), (2, 1, 140)])
+def test_hash_buckets(batch: int, heads: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    bucket = torch.randint(0, 5, (batch, heads, length), generator=generator, dtype=torch.int32)
+    inputs = (rows(batch, heads, length, 64) for _ in range(3))
+    agree(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}), Permutation)
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length"), [(1, 2, 1, 200), (2, 1, 1, 129)])
+def test_a_dilated_window(batch: int, heads: int, kv_heads: int, length: int) -> None:
+    inputs = rows(batch, heads, length, 64), *(rows(batch, kv_heads, length, 64) for _ in range(2))
+    agree(Problem(program_of("dilated_window"), *inputs, {"window": 150, "dilation": 3}), Classes)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "width", "height", "radius", "by_strips", "deterministic"),
+    [
+        (1, 1, 1, 20, 14, 3, False, False),
+        (1, 2, 2, 20, 14, 3, True, False),
+        (1, 1, 1, 20, 14, 3, True, True),
+        (2, 2, 1, 21, 9, 2, True, False),
+    ],
+)
+def test_a_neighborhood_in_boxes_of_a_grid(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+    height: int,
+    radius: int,
+    by_strips: bool,
+    deterministic: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(order, "BY_STRIPS_OF_KEYS", by_strips)
+    if heads != kv_heads:  # the backward pass takes batch entries one after the other
+        monkeypatch.setattr(launch_boxes, "SUMS", 1)
+    inputs = rows(batch, heads, width * height, 64), *(rows(batch, kv_heads, width * height, 64) for _ in range(2))
+    problem = Problem(program_of("natten2d"), *inputs, {"width": width, "height": height, "r": radius})
+    agree(problem, Grid, deterministic=deterministic)
+    call = problem.program.binder.bind(*inputs, None, 0, problem.bindings)
+    options = Options(HOPPER, deterministic=deterministic)
+    assert (order.strips_of_keys(problem.program, call, options) is not None) is by_strips
