@@ -55,7 +55,7 @@ def _load(source, ring, full, free, TILES: gl.constexpr, AWAIT: gl.constexpr):
 
 @gluon.jit
 def _double(target, ring, full, free, staging, TILES: gl.constexpr, WAIT: gl.constexpr, RELEASE: gl.constexpr,
-            FENCE: gl.constexpr, READ: gl.constexpr):  # fmt: skip
+            FENCE: gl.constexpr, READ: gl.constexpr, STAY: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     for n in range(TILES):
         place = n % 2
@@ -70,12 +70,13 @@ def _double(target, ring, full, free, staging, TILES: gl.constexpr, WAIT: gl.con
         if FENCE:
             fence_async_shared()
         async_store(target, [n * 64, 0], staging)
-    tma.store_wait(0)
+    if STAY:
+        tma.store_wait(0)
 
 
 @gluon.jit
 def doubled(source, target, TILES: gl.constexpr, AWAIT: gl.constexpr, WAIT: gl.constexpr, RELEASE: gl.constexpr,
-            FENCE: gl.constexpr, READ: gl.constexpr):  # fmt: skip
+            FENCE: gl.constexpr, READ: gl.constexpr, STAY: gl.constexpr, KNOWN: gl.constexpr):  # fmt: skip
     ring = gl.allocate_shared_memory(source.dtype, [2] + source.block_type.shape, source.layout)
     staging = gl.allocate_shared_memory(source.dtype, source.block_type.shape, source.layout)
     full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -83,9 +84,10 @@ def doubled(source, target, TILES: gl.constexpr, AWAIT: gl.constexpr, WAIT: gl.c
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
-    fence_async_shared()
+    if KNOWN:
+        fence_async_shared()
     gl.warp_specialize([
-        (_double, (target, ring, full, free, staging, TILES, WAIT, RELEASE, FENCE, READ)),
+        (_double, (target, ring, full, free, staging, TILES, WAIT, RELEASE, FENCE, READ, STAY)),
         (_load, (source, ring, full, free, TILES, AWAIT)),
     ], [1], [24])  # fmt: skip
 
@@ -93,7 +95,7 @@ def doubled(source, target, TILES: gl.constexpr, AWAIT: gl.constexpr, WAIT: gl.c
 def double(seed: int, **ways: bool) -> None:
     source = matrix(TILES * ROWS)
     target = torch.zeros_like(source)
-    options = {"AWAIT": True, "WAIT": True, "RELEASE": True, "FENCE": True, "READ": True} | ways
+    options = dict.fromkeys(("AWAIT", "WAIT", "RELEASE", "FENCE", "READ", "STAY", "KNOWN"), True) | ways
     Machine(seed).run(doubled, 1, (descriptor(source), descriptor(target)), {"TILES": TILES, **options})
     assert torch.equal(target, 2 * source)
 
@@ -111,6 +113,8 @@ def test_a_ring_that_is_right_passes_in_every_order(seed: int) -> None:
         ("WAIT", Race, "the read of .* is not ordered after the copy|the copy .* is not ordered after the read"),
         ("RELEASE", Deadlock, r"partition 1 \(_load\) waits for parity 0 of shared memory 3"),
         ("FENCE", Race, "has not called fence_async_shared since"),
+        ("STAY", Fault, "the end of program 0 has not waited for the copy from shared memory"),
+        ("KNOWN", Race, "the copy to shared memory .* has not called fence_async_shared since"),
         ("READ", Race, "the write of .* is not ordered after the copy from shared memory"),
     ],
 )

@@ -270,6 +270,7 @@ class mbarrier:
     @staticmethod
     def init(memory: Memory, count: int) -> None:
         place = int(memory.where.min())
+        machine.agent().writes(memory)
         memory.piece.barriers[place] = Barrier(f"{memory.piece.remembered.name} at {place // 8}", count)
 
     @staticmethod
@@ -299,6 +300,7 @@ def async_load(descriptor: Descriptor, corner: Any, barrier: Memory, target: Mem
     task = own.issue("the copy to shared memory")
 
     def move() -> None:
+        task.reads(barrier)
         task.writes(target)
         target.put(descriptor.read(at).reshape(target.where.shape))
         signal.arrive(task.clock, 0, -descriptor.block_type.nbytes)

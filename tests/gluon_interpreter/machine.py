@@ -93,7 +93,13 @@ class Program:
         self.machine, self.number = machine, number
         self.pieces: list[Piece] = []
         self.named: dict[int, Named] = {}
-        self.agents: list[Agent] = []
+        self.tasks: list[Task] = []
+
+    def ends(self, clock: Clock) -> None:
+        """Shared memory is another program's from now on: whatever reads or writes it must be known to be over."""
+        for task in self.tasks:
+            if not clock.tasks >> task.number & 1:
+                raise Fault(f"the end of program {self.number} has not waited for {task.what} at {text(task.at)}")
 
 
 class Agent:
@@ -114,7 +120,6 @@ class Agent:
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
-        program.agents.append(self)
         machine.agents.append(self)
 
     def _run(self, work: Callable[[], None]) -> None:
@@ -179,6 +184,7 @@ class Agent:
         clock.tasks |= 1 << number
         task = Task(number, f"{what} of {self.name}", self, clock, site(), [], after)
         machine.tasks.append(task)
+        self.program.tasks.append(task)
         return task
 
     def settle(self, tasks: list[Task]) -> None:
@@ -222,12 +228,18 @@ class Machine:
         self.agents, self.tasks = [], []
         while following < programs or self.agents or self.tasks:
             while following < programs and len({a.program.number for a in self.agents}) < self.resident:
-                program = Program(self, following)
-                Agent(program, "all warps", warps, Clock(), lambda: function(*given, **known))
+                self._begin(Program(self, following), warps, lambda: function(*given, **known))
                 following += 1
             self._advance()
             if self.fault is not None:
                 self._stop()
+
+    def _begin(self, program: Program, warps: int, kernel: Callable[[], None]) -> None:
+        def work() -> None:
+            kernel()
+            program.ends(agent().clock)
+
+        Agent(program, "all warps", warps, Clock(), work)
 
     def _advance(self) -> None:
         """Let one that can do something."""
