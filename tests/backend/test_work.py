@@ -11,6 +11,7 @@ from hopper_support import tensor
 from portable_support import program_of
 
 from attn_dsl.backend import work
+from attn_dsl.backend.hopper import check, launch, launch_backward
 from attn_dsl.backend.hopper.launch import whole_sections
 from attn_dsl.backend.portable.launch import Call
 from attn_dsl.backend.tile_kinds import Axis
@@ -152,3 +153,16 @@ def test_a_choice_among_tiles_is_the_least_of_the_model() -> None:
             expected = best if total[best] < work.GAIN * total[64, 64] else None
             assert work.better_tile(rates, ranges, {"r": radius}) == expected
     assert work.better_tile(rates, ranges, {}) is None
+
+
+def test_what_narrow_masks_and_ordered_lists_take_is_sound() -> None:
+    """Compiled ahead of time: hardly a spill, no product serialized."""
+    query = tensor(1, 2, 4096, 128)
+    band = Call(query, query, query, (64,), (), (), 0.1)
+    choice = program_of("natten1d").hopper.choice(band, launch.compile_ahead)
+    assert choice.config is not None and choice.config.keys == 64 and not choice.rejected
+    documents = Call(query, query, query, (), (tensor(1, 4096, dtype=torch.int32),), (), 0.1)
+    kernels = program_of("packed_causal").hopper_backward
+    everywhere = next(config for config in kernels.candidates(documents) if not config.ask)
+    build = check.inspect(launch_backward.build(kernels, documents, everywhere, ordered=True).asm["ptx"])
+    assert build.defect_beyond(launch_backward.ORDERED_SPILLS) is None

@@ -118,7 +118,7 @@ class Kernels:
         """
         if not self.uneven:
             return 1
-        rounds = LOCAL_ROUNDS if is_confined(self.portable.variant) else ROUNDS
+        rounds = LOCAL_ROUNDS if self.boxes or is_confined(self.portable.variant) else ROUNDS
         return whole_sections(pairs, -(-rounds * machine // tiles))
 
     @functools.cached_property
