@@ -166,3 +166,16 @@ def test_what_narrow_masks_and_ordered_lists_take_is_sound() -> None:
     everywhere = next(config for config in kernels.candidates(documents) if not config.ask)
     build = check.inspect(launch_backward.build(kernels, documents, everywhere, ordered=True).asm["ptx"])
     assert build.defect_beyond(launch_backward.ORDERED_SPILLS) is None
+
+
+def test_heads_run_side_by_side_where_their_keys_fit_the_cache() -> None:
+    """4 MiB a head at 8192 keys; of documents, a quarter or less is in use at a time."""
+
+    def section(name: str, length: int, heads: int = 16, kv_heads: int = 16) -> int:
+        query, key = tensor(2, heads, length, 128), tensor(2, kv_heads, length, 128)
+        tensors = (tensor(2, length, dtype=torch.int32),) if name == "packed_causal" else ()
+        return program_of(name).hopper.section(Call(query, key, key, (), tensors, (), 0.1))
+
+    assert [section("causal", length) for length in (2048, 8192, 16384, 131072)] == [32, 8, 4, 1]
+    assert [section("packed_causal", length) for length in (8192, 32768, 131072)] == [32, 8, 2]
+    assert section("noop", 8192) == 1 and section("causal", 8192, 32, 8) == 32

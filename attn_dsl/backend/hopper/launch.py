@@ -118,20 +118,19 @@ class Kernels:
         """Whether the rows of a query tile decide how many key tiles it visits."""
 
     @functools.cached_property
-    def confined(self) -> bool:
-        """Whether a query tile sees its surroundings alone, of which many heads fit the cache."""
-        return is_confined(self.portable.variant)
+    def reached(self) -> int:
+        """One part in so many of the keys is in use at a time: a quarter or less where a tile sees one document."""
+        return 4 if is_confined(self.portable.variant) else 1
 
     def section(self, call: Call) -> int:
         """So many heads run side by side."""
         batch, heads, kv_heads, _, kv_len = call.sizes[:5]
-        group, pairs = heads // kv_heads, batch * kv_heads
+        group = heads // kv_heads
         if not self.uneven:
             return group
-        if self.confined:
-            return group * pairs
         dims = padded(call.query.shape[3]) + padded(call.value.shape[3])
-        return group * whole_sections(pairs, CACHE // (call.key.element_size() * dims * kv_len))
+        most = CACHE * self.reached // (call.key.element_size() * dims * kv_len)
+        return group * whole_sections(batch * kv_heads, most)
 
     def functions(self, call: Call) -> dict[str, Any]:
         """The emitted functions by the name of the kernel's argument; None where the variant has none."""
