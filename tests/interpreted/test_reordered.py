@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from portable_support import Problem, assert_close, program_of
 from torch import Tensor
 
-from attn_dsl.backend import execute, order, sorting
+from attn_dsl.backend import execute, order, schedules, sorting
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import Options, Program
 from attn_dsl.backend.layouts import Classes, Permutation
+from attn_dsl.backend.portable import listing
+from attn_dsl.errors import BindingError
 from attn_dsl.passes.order import Place
 
 PORTABLE = Options("portable")
@@ -163,3 +166,32 @@ def test_the_order_stays_as_it_is_where_another_would_not_pay(monkeypatch: pytes
         execute.reordered(program_of("causal"), program_of("causal").binder.bind(x, x, x, None, 0, {}), PORTABLE)
         is None
     )
+
+
+def test_calls_with_the_same_tensors_sort_and_list_once_and_a_schedule_holds_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(order, "SHORT", 1)
+    program = Program(program_of("hash_buckets").variant)
+    made: list[str] = []
+    for owner, name in ((sorting, "made"), (listing.Lists, "make")):
+        whole = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, whole=whole, name=name: made.append(name) or whole(*given))
+    query, key, value = (tensor(1, 2, 150) for _ in range(3))
+    bucket = torch.randint(0, 4, (1, 2, 150), dtype=torch.int32)
+
+    def call() -> Call:
+        return program.binder.bind(query, key, value, None, 0, {"bucket": bucket})
+
+    held = schedules.make(program, call(), PORTABLE, backward=False)
+    assert made == ["made", "make"]
+    assert "positions sorted by `bucket`, first places of runs" in held.text() and "tiles of" in held.text()
+    for given in (query, torch.randn_like(query)):
+        execute.forward(program, replace(call(), query=given), PORTABLE)
+    assert made == ["made", "make"], "tensors that do not change cost nothing"
+    held.check(program, call())
+    bucket[0, 0, 0] += 1
+    execute.forward(program, call(), PORTABLE)
+    assert made == ["made", "make"] * 2
+    with pytest.raises(BindingError, match="for what `bucket` held before"):
+        held.check(program, call())
