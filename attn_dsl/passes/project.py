@@ -56,8 +56,30 @@ class Projector:
     _bounds: dict[Node, tuple[Constraint, Constraint]] = field(default_factory=dict)
 
     def project(self, clause: Clause, keep: Index | None) -> Projection:
-        """Eliminate all unknowns of a clause but `keep` (the position `q` or `k`), or all of them (None)."""
-        return _Elimination(self, keep).run(clause)
+        """Eliminate all unknowns of a clause but `keep` (the position `q` or `k`), or all of them (None).
+
+        Of a long clause not every combination is tried. What its comparisons say one by one still holds, and is asked
+        where the whole did not bound the position on some side, or related no row to a key.
+        """
+        found = _Elimination(self, keep).run(clause)
+        if found.exact or found.impossible is not None:
+            return found
+        if keep is None:
+            blank = [] if any(map(self.relates, found.guards)) else [found.guards]
+        else:
+            blank = [side for side in (found.lower, found.upper) if not side]
+        for part in _parts(clause) if blank else ():
+            alone = _Elimination(self, keep).run(part)
+            for side, said in ((found.guards, alone.guards), (found.lower, alone.lower), (found.upper, alone.upper)):
+                if any(side is x for x in blank):
+                    side += said
+        return found
+
+    def relates(self, guard: Constraint) -> bool:
+        """Whether a guard speaks of the positions of both axes: other guards seldom tell one tile from another."""
+        factors = {factor for monomial in guard.form.const.terms for factor in self.space.factors(monomial)}
+        leaves = set(post_order(*factors))
+        return bool(leaves & {Q0, Q1} and leaves & {K0, K1})
 
     def atom(self, atom: Atom) -> Constraint:
         if atom not in self._atoms:
@@ -297,10 +319,24 @@ class _Elimination:
             self.result.guards = sorted(self.result.guards, key=self.interest)[:MAX_GUARDS]
 
     def interest(self, guard: Constraint) -> tuple[bool, int]:
-        """First what relates the positions of both axes: the rest seldom tells one tile from another."""
-        factors = {factor for monomial in guard.form.const.terms for factor in self.space.factors(monomial)}
-        leaves = set(post_order(*factors))
-        return not (leaves & {Q0, Q1} and leaves & {K0, K1}), guard.weight
+        return not self.projector.relates(guard), guard.weight
+
+
+def _parts(clause: Clause) -> list[Clause]:
+    """The comparisons that a clause is made of, each with the laws of its quotients; none where it is one."""
+    atoms = [x for x in clause.literals if isinstance(x, Atom)]
+    laws: dict[Node, list[Atom]] = {}
+    groups: dict[Node, list[Atom]] = {}
+    for atom in atoms:
+        (laws if atom.definition else groups).setdefault(atom.origin, []).append(atom)
+    for group in groups.values():
+        seen: set[Node] = set()
+        for atom in group:  # grows: a law may speak of other quotients
+            for quotient in atom.form.terms:
+                if quotient in laws and quotient not in seen:
+                    seen.add(quotient)
+                    group += laws[quotient]
+    return [Clause(tuple(group)) for group in groups.values()] if len(groups) > 1 else []
 
 
 def _without_coarse_laws(atoms: list[Atom]) -> list[Atom]:

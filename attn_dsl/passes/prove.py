@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from attn_dsl.errors import Span
-from attn_dsl.ir.nodes import FALSE, TRUE, Binary, BinaryOp, Index, K, Node, Q, Unary, UnaryOp
-from attn_dsl.ir.variant import Variant
+from attn_dsl.ir.nodes import FALSE, TRUE, Binary, BinaryOp, Const, Index, K, Load, Node, Q, Unary, UnaryOp, post_order
+from attn_dsl.ir.types import Type
+from attn_dsl.ir.variant import InRange, Variant
 from attn_dsl.passes.certificate import Checker
 from attn_dsl.passes.derivation import Combined, Constraint, Given, Inverted, Projection, Rounded, steps
 from attn_dsl.passes.formula import Atom, Clause, Fact, Literal, Unknown, residues
@@ -126,7 +127,7 @@ class Proof:
 
 def prove(variant: Variant) -> Proof:
     """Derive and check every claim about the mask of a variant. Time and memory do not depend on any length."""
-    space = Space(frozenset(divisors(variant.mask)))
+    space = Space(frozenset((*divisors(variant.mask), *_promised(variant))))
     projector = Projector(space)
     proof = Proof(
         variant,
@@ -136,6 +137,15 @@ def prove(variant: Variant) -> Proof:
     )
     proof.check()
     return proof
+
+
+def _promised(variant: Variant) -> Iterator[Load]:
+    """Elements of tensors that are promised to be at least 1, such as the width of each image of a batch."""
+    for node in post_order(variant.mask):
+        if isinstance(node, Load) and node.type is Type.INT:
+            for promise in variant.tensor(node.tensor).promises:
+                if isinstance(promise, InRange) and isinstance(promise.low, Const) and promise.low.value >= 1:
+                    yield node
 
 
 def _sides(variant: Variant, projector: Projector, *, negated: bool) -> Iterator[Side]:

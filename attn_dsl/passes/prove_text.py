@@ -25,7 +25,8 @@ _HELP = {
     "its bounds are not constants": "bind the bounds with `const` parameters, at most 64 apart",
     "the sign of a factor": "a `const` parameter or a literal has a sign that is known",
     "it divides by what varies": "divide by a parameter, a size or a literal",
-    "it divides by what is not known to be positive": "divide by a parameter, a size or a literal",
+    "it divides by what is not known to be positive": "divide by a parameter, a size or a literal, or promise that the "
+    "tensor is `in [1, ...)`",
     "it is not linear": "a product of two positions has no closed form; compare each position by itself",
     "it needs more than": "split the variant, or make parameters `const`",
 }

@@ -94,7 +94,8 @@ Term = tuple[int, tuple[Node, ...]]
 class Space:
     """The symbols of one proof: each stands for a node, and carries what is known of its sign.
 
-    `positive` are the nodes that a call has checked to be at least 1 (the divisors of `//` and `%`).
+    `positive` are the nodes that a call has checked to be at least 1 (the divisors of `//` and `%`), and the elements
+    of tensors that are promised to be.
     """
 
     positive: frozenset[Node] = frozenset()

@@ -132,6 +132,38 @@ def test_a_float_rounded_to_an_integer_is_a_number_like_others(mask: str) -> Non
         check_grid(Grid(variant, 9, 13, 4, 2, parameters={"cap": cap}), mask)
 
 
+LONG = {
+    "shifted windows of an image": "(q // w + n - 2) // n == (k // w + n - 2) // n"
+    " and (q % w + n - 2) // n == (k % w + n - 2) // n",
+    "a window in the frames of the past": "k // n == q // n or (k // n < q // n and"
+    " abs(q % n // w - k % n // w) <= 1 and abs(q % w - k % w) <= 1)",
+    "a part of a segment for each head": "q // n == k // n and q % w == 1 and k % w == 1",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_what_a_comparison_says_alone_is_not_lost_in_a_long_clause(name: str) -> None:
+    variant = load(f"attention long(n: int, w: int)\nmask = {LONG[name]}\n")
+    parameters = {"n": 4, "w": 11} if "image" in name else {"n": 24, "w": 6}
+    grid = Grid(variant, 150, 150, 16, 16, parameters=parameters)
+    check_grid(grid, name)
+    proof = prove(variant)
+    empty, _ = grid.exhaustive()
+    assert (grid.claimed(proof)[0] == empty).all()
+    for axis in ("kv", "q"):
+        visits, _ = grid.scheduled(derive_schedule(variant, proof), axis)
+        assert ((visits == 0) == empty).all(), axis
+
+
+@pytest.mark.parametrize("width", [1, 13, 200])
+def test_an_element_that_is_promised_to_be_positive_divides_like_a_parameter(width: int) -> None:
+    rows = "abs(q // width[b] - k // width[b]) <= 1"
+    images = load(f"attention images\ntensor width: int32[B] in [1, KV)\nmask = {rows}\n")
+    grid = Grid(images, 150, 150, 16, 16, tensors={"width": torch.tensor([width], dtype=torch.int32)})
+    check_grid(grid, rows)
+    assert prove(images).exact and (grid.claimed(prove(images))[0] == grid.exhaustive()[0]).all()
+
+
 @pytest.mark.parametrize(
     "step",
     ["abs(x{0} - {0})", "abs(x{0} * 2 - k)", "x{0} + 1 if q > k + {0} else x{0} - k"],
