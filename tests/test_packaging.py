@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,14 +34,18 @@ def test_help_loads_nothing_heavy(command: list[str]) -> None:
     assert loaded_after(code) == set()
 
 
-def test_help_answers_within_150_ms() -> None:
-    """The best of ten, since the machine may be busy with other tests."""
-    best = float("inf")
-    for _ in range(10):
-        start = time.perf_counter()
+def test_help_takes_less_than_150_ms() -> None:
+    """Of the processor: the machine may be busy with other tests."""
+
+    def spent() -> float:
+        times = os.times()
+        return times.children_user + times.children_system
+
+    before = spent()
+    for _ in range(5):
         subprocess.run([sys.executable, "-m", "attn_dsl", "--help"], capture_output=True, check=True, timeout=60)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.150, f"{best * 1000:.0f} ms"
+    each = (spent() - before) / 5
+    assert each < 0.150, f"{each * 1000:.0f} ms"
 
 
 def test_checking_and_showing_the_ir_need_no_torch() -> None:
