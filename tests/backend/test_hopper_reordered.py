@@ -14,7 +14,8 @@ from hopper_on_cpu import take_over
 from portable_support import Problem, differentiated, program_of
 from torch import Tensor
 
-from attn_dsl.backend import operators, order, replay
+import attn_dsl
+from attn_dsl.backend import gpu, operators, order, replay
 from attn_dsl.backend.execute import HOPPER, Options
 from attn_dsl.backend.hopper import launch_boxes
 from attn_dsl.backend.layouts import Classes, Grid, Permutation
@@ -105,3 +106,28 @@ def test_a_neighborhood_in_boxes_of_a_grid(
     call = problem.program.binder.bind(*inputs, None, 0, problem.bindings)
     options = Options(HOPPER, deterministic=deterministic)
     assert (order.strips_of_keys(problem.program, call, options) is not None) is by_strips
+
+
+def test_explain_says_which_order_was_taken_and_why() -> None:
+    query = rows(1, 2, 300, 64)
+    bucket, cut = torch.zeros(1, 2, 300, dtype=torch.int32), query[:, :, :-1]
+    given = {
+        "hash_buckets": (
+            {"bucket": bucket},
+            query,
+            "sorted by `bucket`, since pairs with unlike elements are not kept",
+        ),
+        "dilated_window": ({"window": 64, "dilation": 3}, query, "3 residue classes of `dilation`: "),
+        "natten2d": ({"width": 20, "height": 15, "r": 2}, query, "2 strips of the grid of `width` columns"),
+    }
+    copied = {"hash_buckets": "`query`, `key`, `value` copied"}
+    for name, (bindings, x, why) in given.items():
+        attention = attn_dsl.compile(name)
+        text = gpu.explain(attention._program, attention._binder.bind(x, x, x, None, 0, bindings))
+        first = text.splitlines()[0]
+        assert first.startswith("order      ") and why.replace("`", "") in first.replace("`", ""), first
+        assert copied.get(name, "nothing copied") in first
+        assert "backend    hopper" in text and "backward   " in text
+    attention = attn_dsl.compile("hash_buckets")
+    other = attention._binder.bind(cut, query, query, None, 1, {"bucket": bucket})
+    assert "as given" in gpu.explain(attention._program, other).splitlines()[0]
