@@ -122,14 +122,11 @@ def test_groups_offsets_by_batch_and_half_precision() -> None:
     agree(replace(problem, q_offset=torch.tensor([200, 3])))
 
 
-@pytest.mark.parametrize("seed", range(200, 230))
+@pytest.mark.parametrize("seed", [*range(200, 212), *range(215, 230)])  # the others compare Booleans with numbers
 def test_variants_that_nobody_would_write(seed: int) -> None:
     problem, text = drawn(seed, torch.bfloat16, (1, 33, 70, 150), (16, 64, 80))
     upstream = problem.upstream()
-    try:
-        found = called(problem, upstream, deterministic=seed % 3 == 0)
-    except BindingError as refusal:
-        pytest.skip(str(refusal))
+    found = called(problem, upstream, deterministic=seed % 3 == 0)
     truth, rough = problem.truth(upstream), problem.truth(upstream, torch.float32)
     close(found, truth, rough, 0.04, text)
 
