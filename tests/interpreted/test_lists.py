@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from list_support import Listed, listed, reference, uniform
-from portable_support import compiled
+from portable_support import compiled, program_of
 from torch import Tensor
 from variant_cases import Case, Sizes
 
@@ -113,3 +113,27 @@ def test_parts_of_tiles_of_which_the_mask_is_the_same(
     of = replace(case("bigbird"), parameters={**READING["bigbird"], "block": block})
     assert uniform(replace(of, sizes=replace(of.sizes, q_offset=offset)), parts) == expected
     assert not uniform(case("document"), parts) and not uniform(case("hash_buckets"), parts)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (32, 16), (16, 32), (48, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "start"), [(90, 90, 0), (20, 77, 40), (50, 30, 0), (33, 100, 67), (40, 90, 3)]
+)
+def test_rows_of_a_causal_list_have_room_for_the_tiles_before_them(
+    block: tuple[int, int], q_len: int, kv_len: int, start: int
+) -> None:
+    program = program_of("attention t()\ntensor seen: bool[B, KV]\nmask = q >= k and seen[b, k]\n")
+    seen = torch.ones(2, kv_len, dtype=torch.bool)
+    seen[1, 5:40] = False
+    sizes = Sizes(B=2, H=1, HK=1, Q=q_len, KV=kv_len, D=16, DV=16, q_offset=start)
+    for transposed in (False, True):
+        of = (program, sizes, {"seen": seen})
+        found, expected = listed(of, block, transposed), reference(of, block, transposed)
+        assert_same(found, expected)
+        rows, entries = found.list.rows, found.list.entries
+        held = torch.zeros(entries.numel() + 1, dtype=torch.int64)
+        for first, masked, full, last in rows.flatten(0, 2).tolist():
+            assert first >= 0 and last < entries.numel() and masked + full <= last + 1 - first
+            held[first : last + 1] += 1
+        assert held.max() <= 1, "no two rows share an entry"
+        assert entries.numel() < found.visits.numel() + (start > 0 or kv_len < q_len) and entries.dtype is torch.uint8

@@ -229,18 +229,44 @@ def _by_pairs(
 # ---------------------------------------------------------------- lists
 
 
+@triton.jit
+def _seen(tile, own_tiles, tiles, start, q_len, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """How many tiles of the other axis hold a pair with q >= k, the first or, if TRANSPOSED, the last ones."""
+    if TRANSPOSED:
+        seen = tiles - tl.maximum(tile * BN - start, 0) // BM
+    else:
+        seen = tl.minimum(tiles, (start + tl.minimum((tile + 1) * BM, q_len) - 1) // BN + 1)
+    return tl.where(tile < own_tiles, tl.maximum(seen, 0), 0)
+
+
+@triton.jit
+def _room(
+        tile, pair, own_tiles, tiles, start, q_len, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """(first entry, number of entries) of a row, where rows have as many as there are tiles that q >= k holds in."""
+    before, all = tl.zeros([1], tl.int64), tl.zeros([1], tl.int64)
+    for at in range(0, own_tiles, 64):
+        others = at + tl.arange(0, 64).to(tl.int64)
+        seen = _seen(others, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
+        all += tl.sum(seen)
+        before += tl.sum(tl.where(others < tile, seen, 0))
+    own = _seen(tl.zeros([1], tl.int64) + tile, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
+    return tl.sum(pair * all + before), tl.sum(own)
+
+
 @triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "results", "heads", "capacity"])
 def list_tiles(
         rows, entries, q_offset, parameters, sizes, tensors, results, heads, capacity, CLAIMS: tl.constexpr,
         REFINED: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
         Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, OWN_PIECES: tl.constexpr, ROWS: tl.constexpr,
-        WIDTH: tl.constexpr, WIDE: tl.constexpr
+        WIDTH: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
     """A row of a list and its entries: one program for a tile of its own axis, keys if TRANSPOSED, else queries.
 
-    capacity > 0: entries are kept for so many tiles in each row. capacity == 0: where each row begins and ends stands
-    in `rows` already. `entries` is None: tiles are only counted. REFINED, or MASK for each pair, is asked about what
-    CLAIMS cannot decide; WIDTH tiles are decided at a time.
+    capacity > 0: entries are kept for so many tiles in each row or, if CAUSAL, for those of them that hold a pair with
+    q >= k, as the mask says. capacity == 0: where each row begins and ends stands in `rows` already. `entries` is None:
+    tiles are only counted. REFINED, or MASK for each pair, is asked about what CLAIMS cannot decide; WIDTH tiles are
+    decided at a time.
     """
     lengths = scalars_of(sizes, True)
     q_len, kv_len = lengths[3], lengths[4]
@@ -268,6 +294,9 @@ def list_tiles(
     if entries is not None:
         if capacity == 0:
             first, last = tl.load(row), tl.load(row + 3)
+        elif CAUSAL:
+            begin, room = _room(tile, pair, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
+            first, last = begin.to(tl.int32), (begin + room - 1).to(tl.int32)
     masked, full = first * 0, first * 0
     for at in range(0, tiles, WIDTH):
         others = at + tl.arange(0, WIDTH).to(tl.int64)
@@ -276,6 +305,9 @@ def list_tiles(
             TRANSPOSED
         )  # fmt: skip
         certain = certain & ((others + 1) * OTHER <= length)
+        if CAUSAL:
+            seen = _seen(mine, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
+            possible = possible & ((others >= tiles - seen) if TRANSPOSED else (others < seen))
         if REFINED is not None or MASK is not None:
             if tl.max((possible & (certain == 0)).to(tl.int32)) > 0:
                 if MASK is not None:

@@ -25,7 +25,7 @@ from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.errors import BindingError
-from attn_dsl.ir.nodes import Const, Load, Node, Param, post_order, substitute
+from attn_dsl.ir.nodes import Compare, CompareOp, Const, K, Load, Node, Param, Q, conjuncts, post_order, substitute
 from attn_dsl.ir.types import DType
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.fold import fold_all
@@ -233,16 +233,17 @@ class Lists:
 
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         dtype = torch.uint8 if other <= NARROW else torch.int32
-        room = dtype.itemsize * programs * other
+        count = own_batch * own_heads * self._room(source, shape) if self._causal(source) else programs * other
+        room = dtype.itemsize * count
         if run is not launch or device.type == "meta":  # nothing is made
             entries = torch.empty(1, dtype=dtype, device=device)
             fill(entries, other)
         elif room <= (CAPTURED_BYTES if capturing else PADDED_BYTES):
-            entries = torch.empty(programs * other, dtype=dtype, device=device)
+            entries = torch.empty(max(1, count), dtype=dtype, device=device)
             fill(entries, other)
         elif capturing:
             raise BindingError(
-                f"a list of {programs} x {other} tiles is too large to be made in a CUDA graph: make it before, with "
+                f"a list of {count} tiles is too large to be made in a CUDA graph: make it before, with "
                 "`schedule`, and hold it"
             )
         else:
@@ -303,7 +304,8 @@ class Lists:
             pieces = triton.next_power_of_2(shape.rows // q_piece) * (shape.keys // k_piece)
             pairs = refined.elements or pieces > PIECES
             width = 1 if pairs else min(width, max(1, PIECES // pieces))
-        key = ("list", shape, wide, q_piece, k_piece, width)
+        causal = self._causal(source)
+        key = ("list", shape, wide, q_piece, k_piece, width, causal)
         if key not in self._options:
             _, module = self.emitted
             own, other = (shape.keys, shape.rows) if shape.transposed else (shape.rows, shape.keys)
@@ -313,9 +315,31 @@ class Lists:
                 "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece,
                 "OWN_PIECES": triton.next_power_of_2(own // (k_piece if shape.transposed else q_piece)),
                 "ROWS": min(own & -own, max(1, PIECES // other)), "WIDTH": width, "WIDE": wide,
-                "num_warps": 1 if refined is None else 4,
+                "CAUSAL": causal, "num_warps": 1 if refined is None else 4,
             })  # fmt: skip
         return self._options[key]
+
+    def _causal(self, source: Source) -> bool:
+        """Whether it is known of which tiles the mask says q >= k."""
+        return self._is_causal and not isinstance(source.q_offset, Tensor)
+
+    @functools.cached_property
+    def _is_causal(self) -> bool:
+        later = {(CompareOp.GE, Q, K), (CompareOp.GT, Q, K), (CompareOp.LE, K, Q), (CompareOp.LT, K, Q)}
+        parts = conjuncts(self.variant.mask)
+        return any(isinstance(part, Compare) and (part.op, part.x, part.y) in later for part in parts)
+
+    def _room(self, source: Source, shape: Shape) -> int:
+        """Tiles of a head that hold a pair with q >= k."""
+        (q_len, kv_len), start = source.sizes[3:5], source.q_offset
+        assert isinstance(start, int)
+        tiles = -(-kv_len // shape.keys)
+        rows = range(start, start + q_len, shape.rows)
+        if not shape.transposed:
+            ends = (min(q + shape.rows, start + q_len) - 1 for q in rows)
+            return sum(max(0, min(tiles, end // shape.keys + 1)) for end in ends)
+        q_tiles = len(rows)
+        return sum(max(0, q_tiles - max(k - start, 0) // shape.rows) for k in range(0, kv_len, shape.keys))
 
     def _pieces(self, source: Source, shape: Shape) -> tuple[int, int]:
         """The largest pieces, powers of two, within which every quotient of a position is one number."""
