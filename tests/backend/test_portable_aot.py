@@ -14,7 +14,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
 from attn_dsl.backend.portable.launch import Call, backward, forward
+from attn_dsl.backend.portable.launch_permute import permuted
+from attn_dsl.backend.portable.launch_sort import sorted_positions
 from attn_dsl.backend.portable.run import Compiler
+from attn_dsl.passes.order_by_data import BLOCK
 
 TABLE = """attention bias
 tensor table: float32[H, 257]
@@ -89,3 +92,20 @@ def test_lengths_and_windows_do_not_specialize_kernels() -> None:
 def test_kernels_for_hopper_multiply_on_the_tensor_cores_asynchronously() -> None:
     out = compiled("causal", 90, 128)[0]
     assert "wgmma.mma_async" in out.asm["ptx"] and "cp.async" in out.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_orders_are_set_up_and_taken_without_spills(capability: int, tmp_path: Path) -> None:
+    run = Compiler(GPUTarget("cuda", capability, 32))
+    bucket = torch.empty(2, 16, 8192, dtype=torch.int32, device="meta")
+    order, _ = sorted_positions(bucket, BLOCK, ("first",), run=run)
+    sorted_positions(bucket, BLOCK, ("last",), ordered=False, run=run)
+    assert order is not None
+    rows = torch.empty(2, 16, 8192, 128, dtype=torch.bfloat16, device="meta")
+    permuted((rows, rows, rows), (order, order, order), scatter=False, run=run)
+    permuted((rows,), (order,), (torch.empty(2, 16, 8192, device="meta"),), scatter=True, run=run)
+    assert [kernel.metadata.name for kernel in run.compiled] == ["sort_positions"] * 2 + ["permute_rows"] * 2
+    for kernel in run.compiled:
+        assert spilled(kernel, capability, tmp_path) == 0
+        if kernel.metadata.name == "permute_rows":
+            assert "ld.global.v4.b32" in kernel.asm["ptx"] and "st.global.v4.b32" in kernel.asm["ptx"]
