@@ -7,9 +7,11 @@ import torch
 from portable_support import Problem, assert_close, differentiated, program_of
 
 import attn_dsl
-from attn_dsl.backend import order
+from attn_dsl.backend import order, sorting
 from attn_dsl.backend.execute import Options
 from attn_dsl.backend.hopper import launch_boxes
+from attn_dsl.backend.portable.launch_sort import sorted_positions
+from attn_dsl.passes.order_by_data import BLOCK, ENDS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,6 +35,12 @@ def agrees(problem: Problem) -> None:
     out, lse = attention(*inputs, q_offset=problem.q_offset, return_lse=True, **bindings)
     truth = problem.truth(upstream)
     assert_close(differentiated(out, lse, leaves, upstream), truth, 3e-2)
+    for _ in range(2):  # repeated, the second with the backward pass that the first prepared
+        leaves, bindings = problem.leaves()
+        inputs = leaves["query"], leaves["key"], leaves["value"]
+        again, lse = attention(*inputs, q_offset=problem.q_offset, return_lse=True, **bindings)
+        assert torch.equal(again, out)
+        assert_close(differentiated(again, lse, leaves, upstream), truth, 3e-2)
     with torch.no_grad():
         for _ in range(3):  # the second and third are replayed
             again = attention(*inputs, q_offset=problem.q_offset, **bindings)
@@ -102,3 +110,37 @@ def test_a_bucket_that_changes_is_sorted_anew() -> None:
     assert torch.allclose(out.double(), problem.truth().out, atol=3e-2)
     assert order.ordered(attention._executable, attention._binder.bind(query, key, value, None, 0, {"bucket": bucket}),
                          order.Options("gpu")) is not None  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [1000, 8192, 16384])
+@pytest.mark.parametrize("span", [1, 64, 2**31 - 1])
+def test_positions_are_sorted_by_one_kernel(length: int, span: int) -> None:
+    bucket = torch.randint(0, span, (2, 3, length), device="cuda", dtype=torch.int32)
+    elements, order_of = torch.sort(bucket, dim=-1, stable=True)
+    found, ends = sorted_positions(bucket, BLOCK, ENDS)
+    assert found is not None and torch.equal(found.long(), order_of)
+    for end in ENDS:
+        expected = sorting.encoded(end, sorting._places(end, elements))
+        assert all(torch.equal(x, y) for x, y in zip(ends[end], expected, strict=True))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_graph_sorts_for_itself_unless_a_schedule_is_held(held: bool) -> None:
+    attention = attn_dsl.compile("hash_buckets")
+    inputs = [rows(1, 2, 1024) for _ in range(3)]
+    bucket, other = (torch.randint(0, 16, (1, 2, 1024), device="cuda", dtype=torch.int32) for _ in range(2))
+    first, second = (attention(*inputs, bucket=x).clone() for x in (bucket, other))
+    attention(*inputs, bucket=bucket)
+    schedule = attention.schedule(*inputs, bucket=bucket) if held else None
+    if schedule is not None:
+        assert "positions sorted by `bucket`" in schedule.text()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(*inputs, bucket=bucket, schedule=schedule)
+    for _ in range(100):  # what was made before is forgotten by all but the schedule
+        attention(*inputs, bucket=other.clone())
+    graph.replay()
+    assert torch.equal(out, first)
+    bucket.copy_(other)
+    graph.replay()
+    assert torch.equal(out, first if held else second)
