@@ -424,6 +424,8 @@ class Attention:
         except RuntimeError:
             raise BindingError(f"`device`: expected cpu or cuda, got {device!r}") from None
         check_dtype(dtype)
+        if device.type == "cuda" and dtype is torch.float64:
+            raise BindingError("`dtype`: expected float32, bfloat16 or float16, which a GPU computes in; got float64")
         if which not in (None, "forward", "backward"):
             raise BindingError(f"`which`: expected forward or backward, got {which!r}")
         if which is None and target is None and not standalone:

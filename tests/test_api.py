@@ -151,6 +151,7 @@ OTHERS: list[tuple[str, Callable[[attn_dsl.Attention], object]]] = [
     ("q_offset", lambda attn: attn.cost(1, 4, 1, 1, 1, q_offset=-1)),
     ("device", lambda attn: attn.source("tpu")),
     ("dtype", lambda attn: attn.source(dtype=torch.int8)),
+    ("dtype", lambda attn: attn.source("cuda", torch.float64)),
     ("which", lambda attn: attn.source("cuda", which="both")),
     ("part", lambda attn: attn_dsl.merge([torch.ones(1)])),
     ("source", lambda attn: attn_dsl.compile(None)),
