@@ -32,7 +32,7 @@ def assembly(text: str, operands: list[Any], dtype: Any) -> Any:
 
 
 def _named_barrier(kind: str, number: int, expected: int) -> None:
-    own = machine.agent()
+    own = machine.running()
     if not 0 <= number < 16:
         raise Fault(f"there is no barrier {number}")
     own.hand_over()
@@ -70,7 +70,7 @@ def _halves(operands: list[Any], dtypes: Any) -> tuple[Value, Value]:
 
 
 def _wait_for_stores(operands: list[Any], dtype: Any) -> Value:
-    own = machine.agent()
+    own = machine.running()
     own.hand_over(lambda: all(task.done for task in own.stores), "the copy engine")
     own.settle(own.stores)
     own.stores.clear()
@@ -81,7 +81,7 @@ def _publish(operands: list[Any], dtype: Any) -> Value:
     """A store of the third operand at an address, unless the second is negative."""
     address, condition, number = operands
     if condition >= 0:
-        own = machine.agent()
+        own = machine.running()
         own.hand_over()
         own.program.machine.tensors.store(Value(address.data, tl.pointer_type(tl.int32)), number)
     return _NOTHING
@@ -90,7 +90,7 @@ def _publish(operands: list[Any], dtype: Any) -> Value:
 def _spin(operands: list[Any], dtype: Any) -> Value:
     """Until the number at an address is the second operand."""
     address, number = operands
-    own = machine.agent()
+    own = machine.running()
     place, tensors = Value(address.data, tl.pointer_type(tl.int32)), own.program.machine.tensors
     own.hand_over(lambda: bool(tensors.load(place) == number), f"a number in global memory to be {int(number)}")
     return _NOTHING

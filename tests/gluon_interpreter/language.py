@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gluon
 from gluon_interpreter import machine, values
 from gluon_interpreter.assembly import assembly
 from gluon_interpreter.faults import Fault
-from gluon_interpreter.machine import Agent, Pending, Task
+from gluon_interpreter.machine import Partition, Pending, Task
 from gluon_interpreter.shared import Barrier, Memory, Piece, places
 from gluon_interpreter.tensors import Descriptor
 from gluon_interpreter.values import Array, Number, Value, common, elementwise, size_of, valued
@@ -59,20 +59,20 @@ def device_range(*bounds: Any) -> Any:
 
 
 def program_id(axis: int) -> Value:
-    return Value(machine.agent().program.number, tl.int32)
+    return Value(machine.running().program.number, tl.int32)
 
 
 def num_programs(axis: int) -> Value:
-    return Value(machine.agent().program.machine.programs, tl.int32)
+    return Value(machine.running().program.machine.programs, tl.int32)
 
 
 def warp_specialize(functions: list[tuple[Any, tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
     """The first partition goes on in the warps of the program, the others in new ones."""
-    own = machine.agent()
+    own = machine.running()
     program, told = own.program, own.tell()
     (first, given), *rest = functions
     others = [
-        Agent(program, f"partition {i} ({work.__name__})", count, told.copy(), _call(work, arguments))
+        Partition(program, f"partition {i} ({work.__name__})", count, told.copy(), _call(work, arguments))
         for i, ((work, arguments), count) in enumerate(zip(rest, warps, strict=True), 1)
     ]
     own.name = f"program {program.number}, partition 0 ({first.__name__})"
@@ -226,16 +226,16 @@ def inline_asm_elementwise(
 
 
 def load(pointer: Value, mask: Any = None, other: Any = None) -> Value:
-    return machine.agent().program.machine.tensors.load(pointer, mask, other)
+    return machine.running().program.machine.tensors.load(pointer, mask, other)
 
 
 def store(pointer: Value, value: Any, mask: Any = None) -> None:
-    machine.agent().program.machine.tensors.store(pointer, value, mask)
+    machine.running().program.machine.tensors.store(pointer, value, mask)
 
 
 def _atomic(function: Any) -> Callable[..., Value]:
     def apply(pointer: Value, value: Any, mask: Any = None, sem: str | None = None) -> Value:
-        own = machine.agent()
+        own = machine.running()
         own.hand_over()
         return own.program.machine.tensors.change(function, pointer, value, mask)
 
@@ -249,7 +249,7 @@ atomic_add, atomic_max = _atomic(np.add), _atomic(np.maximum)
 
 
 def allocate_shared_memory(dtype: tl.dtype, shape: Any, layout: Any) -> Memory:
-    program, shape = machine.agent().program, [int(n) for n in shape]
+    program, shape = machine.running().program, [int(n) for n in shape]
     where = places(shape, dtype, layout)
     piece = Piece(int(where.size) * size_of(dtype), f"shared memory {len(program.pieces)}, {dtype}{shape}")
     program.pieces.append(piece)
@@ -261,7 +261,7 @@ def thread_barrier() -> None:
 
 
 def fence_async_shared() -> None:
-    machine.agent().fence()
+    machine.running().fence()
 
 
 class mbarrier:
@@ -270,24 +270,24 @@ class mbarrier:
     @staticmethod
     def init(memory: Memory, count: int) -> None:
         place = int(memory.where.min())
-        machine.agent().writes(memory)
+        machine.running().writes(memory)
         memory.piece.barriers[place] = Barrier(f"{memory.piece.remembered.name} at {place // 8}", count)
 
     @staticmethod
     def expect(memory: Memory, bytes: int) -> None:
-        own = machine.agent()
+        own = machine.running()
         own.hand_over()
         memory.barrier.arrive(own.tell(), 1, bytes)
 
     @staticmethod
     def arrive(memory: Memory, count: int = 1) -> None:
-        own = machine.agent()
+        own = machine.running()
         own.hand_over()
         memory.barrier.arrive(own.tell(), count)
 
     @staticmethod
     def wait(memory: Memory, phase: Any) -> None:
-        own, barrier, parity = machine.agent(), memory.barrier, int(phase)
+        own, barrier, parity = machine.running(), memory.barrier, int(phase)
         own.hand_over(lambda: barrier.passes(parity), f"parity {parity} of {barrier.name}, {barrier.over} phases over")
         own.clock.join(barrier.known())
 
@@ -296,7 +296,7 @@ class mbarrier:
 
 
 def async_load(descriptor: Descriptor, corner: Any, barrier: Memory, target: Memory) -> None:
-    own, at, signal = machine.agent(), [int(c) for c in corner], barrier.barrier
+    own, at, signal = machine.running(), [int(c) for c in corner], barrier.barrier
     task = own.issue("the copy to shared memory")
 
     def move() -> None:
@@ -312,7 +312,7 @@ def async_load(descriptor: Descriptor, corner: Any, barrier: Memory, target: Mem
 
 
 def _from_shared(what: str, descriptor: Descriptor, corner: Any, source: Memory, add: bool) -> None:
-    own, at = machine.agent(), [int(c) for c in corner]
+    own, at = machine.running(), [int(c) for c in corner]
     task = own.issue(what)
     block: list[Array] = []
 
@@ -342,7 +342,7 @@ class tma:
     @staticmethod
     def store_wait(pendings: int) -> None:
         """Until all but the last `pendings` have read their shared memory."""
-        own = machine.agent()
+        own = machine.running()
         awaited = own.stores[: len(own.stores) - pendings]
         own.hand_over(lambda: all(task.passed > 0 for task in awaited), "the copy engine to read shared memory")
         own.settle(awaited)
@@ -355,7 +355,7 @@ def warpgroup_mma(
     a: Any, b: Memory, acc: Any, *, use_acc: Any = True, is_async: bool = False
 ) -> Any:  # fmt: skip
     """a b + acc, once the tensor cores come to it; they take products in the order of their issue."""
-    own = machine.agent()
+    own = machine.running()
     task = own.issue("the product", after=own.products[-1] if own.products else None)
     pending = Pending(task)
     add = bool(use_acc)
@@ -379,7 +379,7 @@ def warpgroup_mma(
 
 
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Any = None) -> Any:
-    own = machine.agent()
+    own = machine.running()
     awaited: list[Task] = own.products[: len(own.products) - num_outstanding]
     own.hand_over(lambda: all(task.done for task in awaited), "the tensor cores")
     own.settle(awaited)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from gluon_interpreter.shared import Memory, Named, Piece
     from gluon_interpreter.tensors import Tensors
 
-_running = threading.local()
+_own = threading.local()
 
 
-def agent() -> Agent:
+def running() -> Partition:
     """The one whose text is executed."""
-    found: Agent = _running.agent
+    found: Partition = _own.partition
     return found
 
 
@@ -39,7 +39,7 @@ class Task:
 
     number: int
     what: str
-    owner: Agent
+    owner: Partition
     clock: Clock
     at: Site
     steps: list[Callable[[], None]]
@@ -102,7 +102,7 @@ class Program:
                 raise Fault(f"the end of program {self.number} has not waited for {task.what} at {text(task.at)}")
 
 
-class Agent:
+class Partition:
     """A partition of warps of a program."""
 
     def __init__(self, program: Program, name: str, warps: int, clock: Clock, work: Callable[[], None]) -> None:
@@ -110,7 +110,7 @@ class Agent:
         self.program, self.name, self.threads = program, f"program {program.number}, {name}", 32 * warps
         self.number = machine.numbered()
         self.clock = clock
-        self.clock.agents[self.number] = 0
+        self.clock.partitions[self.number] = 0
         self.products: list[Task] = []
         self.stores: list[Task] = []
         self.unfenced: list[Access] = []
@@ -120,11 +120,11 @@ class Agent:
         self._turn = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self._thread.start()
-        machine.agents.append(self)
+        machine.partitions.append(self)
 
     def _run(self, work: Callable[[], None]) -> None:
         self._turn.acquire()
-        _running.agent = self
+        _own.partition = self
         machine = self.program.machine
         try:
             if machine.fault is None:
@@ -150,10 +150,10 @@ class Agent:
             raise Stopped
         self.until = None
 
-    # What the agent does in memory.
+    # What the partition does in memory.
 
     def _access(self, what: str, memory: Memory) -> Access:
-        return access(f"{what} of {self.name}", memory.region, self.number, self.clock.agents[self.number])
+        return access(f"{what} of {self.name}", memory.region, self.number, self.clock.partitions[self.number])
 
     def reads(self, memory: Memory) -> None:
         memory.piece.remembered.read(self._access("the read", memory), self.clock, asynchronous=False)
@@ -171,7 +171,7 @@ class Agent:
     def tell(self) -> Clock:
         """What those know who hear of this moment."""
         told = self.clock.copy()
-        self.clock.agents[self.number] += 1
+        self.clock.partitions[self.number] += 1
         return told
 
     # Tasks.
@@ -188,11 +188,11 @@ class Agent:
         return task
 
     def settle(self, tasks: list[Task]) -> None:
-        """The tasks are over, and the agent knows."""
+        """The tasks are over, and the partition knows."""
         for task in tasks:
             self.clock.join(task.clock)
             for piece in task.pieces:
-                piece.remembered.settle(task.number, self.number, self.clock.agents[self.number])
+                piece.remembered.settle(task.number, self.number, self.clock.partitions[self.number])
 
 
 class Machine:
@@ -202,7 +202,7 @@ class Machine:
         self.random = random.Random(seed)
         self.resident = resident
         self.fault: BaseException | None = None
-        self.agents: list[Agent] = []
+        self.partitions: list[Partition] = []
         self.tasks: list[Task] = []
         self.tasks_made = 0
         self.back = threading.Semaphore(0)
@@ -225,9 +225,9 @@ class Machine:
         function = function_of(kernel)
         warps = options.get("num_warps", 4)
         following = 0
-        self.agents, self.tasks = [], []
-        while following < programs or self.agents or self.tasks:
-            while following < programs and len({a.program.number for a in self.agents}) < self.resident:
+        self.partitions, self.tasks = [], []
+        while following < programs or self.partitions or self.tasks:
+            while following < programs and len({p.program.number for p in self.partitions}) < self.resident:
                 self._begin(Program(self, following), warps, lambda: function(*given, **known))
                 following += 1
             self._advance()
@@ -237,23 +237,23 @@ class Machine:
     def _begin(self, program: Program, warps: int, kernel: Callable[[], None]) -> None:
         def work() -> None:
             kernel()
-            program.ends(agent().clock)
+            program.ends(running().clock)
 
-        Agent(program, "all warps", warps, Clock(), work)
+        Partition(program, "all warps", warps, Clock(), work)
 
     def _advance(self) -> None:
         """Let one that can do something."""
-        able: list[Agent | Task] = [a for a in self.agents if a.until is None or a.until()]
+        able: list[Partition | Task] = [p for p in self.partitions if p.until is None or p.until()]
         able += [task for task in self.tasks if task.ready]
         if not able:
-            waiting = "\n".join(f"  {a.name} waits for {a.waits}" for a in self.agents)
+            waiting = "\n".join(f"  {p.name} waits for {p.waits}" for p in self.partitions)
             self.fault = Deadlock(f"nobody can go on:\n{waiting}")
             return
         chosen = self.random.choice(able)
-        if isinstance(chosen, Agent):
+        if isinstance(chosen, Partition):
             chosen.go()
             if chosen.over:
-                self.agents.remove(chosen)
+                self.partitions.remove(chosen)
         else:
             try:
                 chosen.step()
@@ -263,10 +263,10 @@ class Machine:
                 self.tasks.remove(chosen)
 
     def _stop(self) -> None:
-        for left in list(self.agents):
+        for left in list(self.partitions):
             while not left.over:
                 left.go()
-        self.agents, self.tasks = [], []
+        self.partitions, self.tasks = [], []
         fault, self.fault = self.fault, None
         assert fault is not None
         raise fault

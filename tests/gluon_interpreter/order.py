@@ -1,8 +1,8 @@
-"""Which accesses of shared memory come before which: vector clocks of agents, and what a piece of memory remembers.
+"""Which accesses of shared memory come before which: vector clocks of partitions, and what a piece of memory remembers.
 
-An agent is a partition of warps that executes the kernel's text in order. What the copy engine or the tensor cores do
-for it, a task, is ordered after what the agent did before it was issued; it comes before what an agent does that has
-waited for it, or has heard of it from one that has.
+A partition of warps executes the kernel's text in order. What the copy engine or the tensor cores do for it, a task, is
+ordered after what the partition did before it was issued; it comes before what a partition does that has waited for it,
+or has heard of it from one that has.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gluon_interpreter.faults import Race, Site, site, text
 
 @dataclass
 class Clock:
-    """What is known to be over: of each agent all up to a number of its own, and a set of tasks, as bits."""
+    """What is known to be over: of each partition all up to a number of its own, and a set of tasks, as bits."""
 
-    agents: dict[int, int] = field(default_factory=dict)
+    partitions: dict[int, int] = field(default_factory=dict)
     tasks: int = 0
 
     def copy(self) -> Clock:
-        return Clock(dict(self.agents), self.tasks)
+        return Clock(dict(self.partitions), self.tasks)
 
     def join(self, other: Clock) -> None:
-        for agent, time in other.agents.items():
-            if time > self.agents.get(agent, -1):
-                self.agents[agent] = time
+        for partition, time in other.partitions.items():
+            if time > self.partitions.get(partition, -1):
+                self.partitions[partition] = time
         self.tasks |= other.tasks
 
 
@@ -75,12 +75,12 @@ def overlap(a: Region, b: Region) -> tuple[bool, bool]:
 
 @dataclass
 class Access:
-    """A read or a write of a region. `task` is negative for what an agent does itself, the generic proxy; such a write
-    is seen by the copy engine and the tensor cores once its agent has `fenced`."""
+    """A read or a write of a region. `task` is negative for what a partition does itself, the generic proxy; such a
+    write is seen by the copy engine and the tensor cores once its partition has `fenced`."""
 
     what: str
     region: Region
-    agent: int
+    partition: int
     time: int
     task: int
     at: Site
@@ -89,7 +89,7 @@ class Access:
     def before(self, clock: Clock) -> bool:
         if self.task >= 0:
             return bool(clock.tasks >> self.task & 1)
-        return clock.agents.get(self.agent, -1) >= self.time
+        return clock.partitions.get(self.partition, -1) >= self.time
 
 
 class Remembered:
@@ -109,7 +109,7 @@ class Remembered:
                         f"{self.name}: {access.what} at {text(access.at)} reads what was written at {text(write.at)} by"
                         " a warp that has not called fence_async_shared since"
                     )
-        self.reads[access.region.number, access.agent, access.task] = access
+        self.reads[access.region.number, access.partition, access.task] = access
 
     def write(self, access: Access, clock: Clock) -> None:
         for other in [*self.writes, *self.reads.values()]:
@@ -119,14 +119,14 @@ class Remembered:
         self.reads = {key: x for key, x in self.reads.items() if not overlap(x.region, access.region)[1]}
         self.writes.append(access)
 
-    def settle(self, task: int, agent: int, time: int) -> None:
-        """The reads of a task that its agent has waited for count as the agent's own."""
+    def settle(self, task: int, partition: int, time: int) -> None:
+        """The reads of a task that its partition has waited for count as the partition's own."""
         for key in [key for key in self.reads if key[2] == task]:
             access = self.reads.pop(key)
-            own = self.reads.get((key[0], agent, -1))
+            own = self.reads.get((key[0], partition, -1))
             if own is None or own.time < time:
-                access.agent, access.time, access.task = agent, time, -1
-                self.reads[key[0], agent, -1] = access
+                access.partition, access.time, access.task = partition, time, -1
+                self.reads[key[0], partition, -1] = access
 
     def _check(self, first: Access, second: Access, clock: Clock) -> None:
         if not first.before(clock):
@@ -135,5 +135,5 @@ class Remembered:
             )
 
 
-def access(what: str, region: Region, agent: int, time: int, task: int = -1, at: Site | None = None) -> Access:
-    return Access(what, region, agent, time, task, at or site())
+def access(what: str, region: Region, partition: int, time: int, task: int = -1, at: Site | None = None) -> Access:
+    return Access(what, region, partition, time, task, at or site())

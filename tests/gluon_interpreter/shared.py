@@ -120,11 +120,11 @@ class Memory:
         return decoded(self.words(), self.dtype)
 
     def load(self, layout: Any = None) -> Value:
-        machine.agent().reads(self)
+        machine.running().reads(self)
         return Value(self.numbers(), self.dtype)
 
     def store(self, value: Value) -> None:
-        machine.agent().writes(self)
+        machine.running().writes(self)
         if value.dtype != self.dtype or value.shape != self.where.shape:
             raise Fault(f"a store of {value.dtype} {value.shape} to {self.dtype} {self.where.shape}")
         self.put(encoded(value.data, self.dtype))
