@@ -81,11 +81,15 @@ class Problem:
         return found, bindings
 
     def portable(self, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
-        """By the kernels."""
+        """By the portable kernels."""
+        return self.by("portable", upstream, **options)
+
+    def by(self, backend: str, upstream: tuple[Tensor, Tensor] | None = None, **options: Any) -> Result:
+        """By a backend, everything that can take a gradient being ready for one."""
         leaves, bindings = self.leaves()
         inputs = leaves["query"], leaves["key"], leaves["value"]
         call = self.program.binder.bind(*inputs, self.scale, self.q_offset, bindings)
-        out, lse = operators.attention(self.program, call, Options("portable", **options))
+        out, lse = operators.attention(self.program, call, Options(backend, **options))
         return differentiated(out, lse, leaves, upstream)
 
     def truth(self, upstream: tuple[Tensor, Tensor] | None = None, dtype: torch.dtype = torch.float64) -> Result:

@@ -90,9 +90,7 @@ def _lowered(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unwatched(call: Call) -> bool:
     """Whether no mode, transform or subclass wants to see the operator."""
-    if torch._C._len_torch_dispatch_stack() or transforms.transformed():
-        return False
-    return all(type(x) in _PLAIN for x in _tensors(call))
+    return not transforms.watched() and all(type(x) in _PLAIN for x in _tensors(call))
 
 
 def _tensors(call: Call) -> list[Tensor]:

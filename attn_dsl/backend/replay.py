@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from attn_dsl.backend import execute
 from attn_dsl.backend.binding import Call
 from attn_dsl.backend.execute import PORTABLE, Gradients, Options, Program, fitted, portable_call, reordered
-from attn_dsl.backend.transforms import NO_SECOND, refuse_batches
+from attn_dsl.backend.transforms import NO_SECOND, refuse_batches, watched
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Replay as HopperForward
@@ -36,7 +36,7 @@ class Replays:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.names = tuple(tensor.name for tensor in program.variant.tensors)
+        self.names = program.tensor_names
         self.parameters = frozenset(parameter.name for parameter in program.variant.parameters)
         self.known: dict[Key, Replay | None] = {}
         """None where such calls go the long way each time."""
@@ -131,9 +131,8 @@ def _of_rows(program: Program, bound: PortableCall, options: Options) -> Portabl
 
 
 def _watched() -> bool:
-    """Whether a mode or transform wants to see operators."""
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    return bool(modes or forward_ad._current_level >= 0)
+    """Whether a mode or transform wants to see operators, or tensors may have tangents."""
+    return watched() or forward_ad._current_level >= 0
 
 
 def _lowers(*inputs: Tensor) -> bool:
@@ -288,15 +287,23 @@ class _Again(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         needs = ctx.needs_input_grad[5:]
-        wanted = frozenset([name for name, needed in zip(replay.names, needs, strict=True) if needed])
+        wanted = wanted_of(replay.names, needs)
         rows = out, shifted, grad_out, grad_lse
         found = replay.backward.gradients(query, key, value, rest, q_offset, *rows, wanted)
-        captured = found.captured
-        shares = [
-            fitted(captured.get(name), x) if needed else None
-            for name, x, needed in zip(replay.names, rest, needs, strict=True)
-        ]
-        return (None, None, found.query, found.key, found.value, *shares)
+        return (None, None, found.query, found.key, found.value, *shares_of(found, replay.names, rest, needs))
+
+
+def wanted_of(names: Sequence[str], needs: Sequence[bool]) -> frozenset[str]:
+    """The captured tensors whose gradients are asked for."""
+    return frozenset([name for name, needed in zip(names, needs, strict=True) if needed])
+
+
+def shares_of(
+    found: Gradients, names: Sequence[str], tensors: Sequence[Tensor], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients of captured tensors as autograd takes them, None where none is asked for."""
+    given = zip(names, tensors, needs, strict=True)
+    return [fitted(found.captured.get(name), x) if needed else None for name, x, needed in given]
 
 
 def once(

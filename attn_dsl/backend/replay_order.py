@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import sorting
-from attn_dsl.backend.execute import Gradients, Options, Program, fitted, portable_call
+from attn_dsl.backend.execute import Gradients, Options, Program, portable_call
 from attn_dsl.backend.layouts import Layout, Permutation
 from attn_dsl.backend.portable.launch_permute import Permuting
-from attn_dsl.backend.replay import once
+from attn_dsl.backend.replay import once, shares_of, wanted_of
 from attn_dsl.backend.sorting import Sort
 
 if TYPE_CHECKING:
@@ -239,11 +239,6 @@ class _Again(torch.autograd.Function):
         elif grad_out.stride(-1) != 1:  # that of a sum is one number everywhere; no kernel is compiled for that
             grad_out = grad_out.contiguous()
         needs, names = ctx.needs_input_grad[4:], replay.forward.names
-        wanted = frozenset([name for name, needed in zip(names, needs, strict=True) if needed])
         rows = out, shifted, grad_out, grad_lse
-        found = replay.gradients((query, key, value), rest, ctx.known, *rows, wanted)
-        shares = [
-            fitted(found.captured.get(name), x) if needed else None
-            for name, x, needed in zip(names, rest, needs, strict=True)
-        ]
-        return (None, found.query, found.key, found.value, *shares)
+        found = replay.gradients((query, key, value), rest, ctx.known, *rows, wanted_of(names, needs))
+        return (None, found.query, found.key, found.value, *shares_of(found, names, rest, needs))

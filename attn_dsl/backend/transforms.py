@@ -30,6 +30,11 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def watched() -> bool:
+    """Whether a mode or a transform wants to see operators."""
+    return bool(torch._C._len_torch_dispatch_stack() or transformed())
+
+
 def refuse_tangents(tensors: Sequence[Tensor]) -> None:
     """Raises NotImplementedError where one of them is a dual tensor."""
     if forward_ad._current_level >= 0 and any(_has_tangent(x) for x in tensors):

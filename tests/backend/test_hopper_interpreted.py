@@ -17,7 +17,7 @@ from gpu_support import larger, within_budget
 from hopper_on_cpu import take_over
 from odd_variants import agree as close
 from odd_variants import drawn
-from portable_support import Problem, Result, assert_close, compiled, differentiated, program_of
+from portable_support import Problem, Result, assert_close, compiled, program_of
 from torch import Tensor
 from variant_cases import SHIPPED, Case
 
@@ -48,11 +48,11 @@ def called(
     problem: Problem, upstream: tuple[Tensor, Tensor] | None = None, backend: str = HOPPER, **options: Any
 ) -> Result:
     """By the Hopper kernels, with gradients of everything that can have one if there is `upstream`."""
-    leaves, bindings = problem.leaves() if upstream is not None else ({}, problem.all_bindings)
-    inputs = [leaves.get(name, getattr(problem, name)) for name in INPUTS]
-    call = problem.program.binder.bind(*inputs, problem.scale, problem.q_offset, bindings)
-    out, lse = operators.attention(problem.program, call, Options(backend, **options))
-    return differentiated(out, lse, leaves, upstream)
+    if upstream is not None:
+        return problem.by(backend, upstream, **options)
+    inputs = (getattr(problem, name) for name in INPUTS)
+    call = problem.program.binder.bind(*inputs, problem.scale, problem.q_offset, problem.all_bindings)
+    return Result(*operators.attention(problem.program, call, Options(backend, **options)))
 
 
 def agree(problem: Problem, *, gradients: bool = True, logits: float = 8.0, **options: Any) -> None:
@@ -234,11 +234,7 @@ def test_packed_sequences(name: str, bindings: dict[str, Any], dim: int) -> None
 
 def on_cpu(problem: Problem, upstream: tuple[Tensor, Tensor]) -> Result:
     """In float32, by the backend for CPUs."""
-    wide = replace(problem, **{name: getattr(problem, name).float() for name in INPUTS})
-    leaves, bindings = wide.leaves()
-    call = wide.program.binder.bind(*(leaves[name] for name in INPUTS), None, 0, bindings)
-    out, lse = operators.attention(wide.program, call, Options("cpu"))
-    return differentiated(out, lse, leaves, upstream)
+    return replace(problem, **{name: getattr(problem, name).float() for name in INPUTS}).by("cpu", upstream)
 
 
 @pytest.mark.parametrize(("name", "page", "dim"), [

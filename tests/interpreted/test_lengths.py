@@ -6,11 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from portable_support import Problem, Result, assert_close, compiled, differentiated, program_of
+from portable_support import Problem, assert_close, compiled, program_of
 from torch import Tensor
 
-from attn_dsl.backend import operators
-from attn_dsl.backend.execute import Options
 from attn_dsl.passes.lengths import with_packing
 
 BIAS = "attention biased\ntensor w: float32[B, Q]\nscore = score * w[b, q] + 0.1 * b\nmask = q >= k\nsink = 0.5\n"
@@ -26,14 +24,6 @@ def ends(*lengths: int) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
-def run(problem: Problem, backend: str, upstream: tuple[Tensor, Tensor]) -> Result:
-    leaves, bindings = problem.leaves()
-    inputs = leaves["query"], leaves["key"], leaves["value"]
-    call = problem.program.binder.bind(*inputs, None, 0, bindings)
-    out, lse = operators.attention(problem.program, call, Options(backend))
-    return differentiated(out, lse, leaves, upstream)
-
-
 @pytest.mark.parametrize(("name", "keys"), [
     ("noop", (9, 33, 0, 2, 7)), ("sliding_window", (5, 1, 40, 0, 17)), ("gpt_oss", (5, 1, 40, 0, 17)),
     (BIAS, (7, 33, 0, 2, 20)),
@@ -45,6 +35,6 @@ def test_packed_sequences_equal_the_loop_forward_and_backward(name: str, keys: t
     packing = {"query_ends": ends(*queries), "key_ends": ends(*keys), "longest_query": 40, "longest_key": 40}
     problem = Problem(compiled(with_packing(program_of(name).variant)), *inputs, {**CASES[name], **packing})
     upstream = problem.upstream()
-    expected, found = (run(problem, backend, upstream) for backend in ("cpu", "portable"))
+    expected, found = (problem.by(backend, upstream) for backend in ("cpu", "portable"))
     assert found.out.transpose(1, 2).is_contiguous() and found.lse.transpose(1, 2).is_contiguous()
     assert_close(found, expected, 3e-5)

@@ -5,23 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from odd_variants import agree, drawn
-from portable_support import differentiated
-
-from attn_dsl.backend import operators
-from attn_dsl.backend.execute import Options
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_the_cpu_agrees_with_the_evaluator(seed: int) -> None:
     dtype = torch.float64 if seed % 3 else torch.float32
     problem, text = drawn(seed, dtype, (1, 2, 7, 33, 70))
-    leaves, bindings = problem.leaves()
-    call = problem.program.binder.bind(
-        leaves["query"], leaves["key"], leaves["value"], None, problem.q_offset, bindings
-    )  # fmt: skip
     upstream = problem.upstream()
-    out, lse = operators.attention(problem.program, call, Options("cpu"))
-    found = differentiated(out, lse, leaves, upstream)
+    found = problem.by("cpu", upstream)
     truth = problem.truth(upstream)
     rough = problem.truth(upstream, torch.float32) if dtype is torch.float32 else truth
     agree(found, truth, rough, 3e-5 if dtype is torch.float32 else 1e-6, text)
