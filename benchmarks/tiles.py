@@ -255,7 +255,7 @@ class Sectioned(launch_backward.Kernels):
 
     heads = 1
 
-    def section(self, pairs: int, tiles: int, machine: int) -> int:
+    def section(self, pairs: int, tiles: int, machine: int, ordered: bool = False) -> int:
         return min(self.heads, pairs)
 
 

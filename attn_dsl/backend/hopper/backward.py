@@ -331,15 +331,13 @@ class Head:
 def _place(shape, memory, problem):
     """(key tile, batch, key head, number of the first query head within the launch) of this program.
 
-    The first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the last, which then is
-    the first to reach each tile of queries; a program waits only for those of lower numbers, and the machine starts
-    programs in the order of their numbers.
+    The first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the programs of a head
+    add to a tile of dQ in the order of their numbers, in which the machine starts them; so none waits for one that may
+    never start.
     """
     sizes, tiles = problem.sizes, gl.cdiv(problem.sizes[4], 2 * KEYS)
     pairs = gl.num_programs(0) // tiles
     tile, pair = in_sections(gl.program_id(0), tiles, pairs, problem.section, problem.lead, LAST_FIRST=False)
-    if shape.ORDERED:
-        tile = tiles - 1 - tile
     own = pair * (sizes[1] // sizes[2])
     pair += memory.first
     return tile, pair // sizes[2], pair % sizes[2], own
@@ -363,6 +361,16 @@ def _visits(shape, f, problem, tile, b, h, start):
         else:
             segments = segments + ((_narrowed(found[i][0]), _narrowed(found[i][1])),)
     return segments, count(segments) + 0 * tile
+
+
+@gluon.jit
+def _number(shape, tiles, n):
+    """The number, of a program's tiles of queries, of the n-th that it takes.
+
+    ORDERED: the last comes first. Under a causal mask that is where the first tiles of keys, which are the longest and
+    start first, are ahead of all others, which then wait for nobody.
+    """
+    return tiles - 1 - n if shape.ORDERED else n
 
 
 @gluon.jit
@@ -400,7 +408,7 @@ def _produce(shape, f, memory, problem):
         h = hk * group + member
         segments, tiles = _visits(shape, f, problem, tile, b, h, start)
         for n in range(tiles):
-            first = nth(segments, n) * shape.QUERIES
+            first = nth(segments, _number(shape, tiles, n)) * shape.QUERIES
             begin = _at(f.QUERY_BOX, b, h, first, scalars, tensors)
             _await_room(shape, memory, passed + n)
             memory.queries.load(passed + n, memory.query, begin, memory.lse, own + member, first)
@@ -858,10 +866,11 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
                     copy)  # fmt: skip
         totals = _nothing(shape, f.ADD_KEY_SUMS)
         for n in range(tiles):
-            i = nth(segments, n)
+            number = _number(shape, tiles, n)
+            i = nth(segments, number)
             full = None
             if len(segments) == 2 and len(segments[0]) == 4:
-                full = n >= segments[0][3]
+                full = number >= segments[0][3]
             dk, dv, last, totals = _step(
                 shape, f, memory, head, own_keys, passed + n, i, full, dk, dv, last, totals, GROUP
             )  # fmt: skip
@@ -926,10 +935,10 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`, no
-    `lead` where ORDERED. `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One
-    program for 128 keys of each batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX:
-    tensors are grids [., ., Y, X, .], of which a tile is a box; B, H, HK, Q and KV are those of strips.
+    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`.
+    `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys of each
+    batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .],
+    of which a tile is a box; B, H, HK, Q and KV are those of strips.
     """
     BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
     shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,

@@ -120,7 +120,7 @@ def count_turns(
         turns, q_offset, parameters, sizes, tensors, scale, first, Q_RANGES: tl.constexpr, KEYS: tl.constexpr,
         QUERIES: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """turns [pairs, key tiles, query tiles] int32: how many later tiles of keys visit a tile of queries.
+    """turns [pairs, key tiles, query tiles] int32: how many earlier tiles of keys visit a tile of queries.
 
     One program for WIDTH tiles of queries of a head.
     """
@@ -135,8 +135,7 @@ def count_turns(
         b, h, start = b.to(tl.int64), h.to(tl.int64), start.to(tl.int64)
     i = part * WIDTH + tl.arange(0, WIDTH)
     seen = tl.zeros([WIDTH], tl.int32)
-    for n in range(key_tiles):
-        j = key_tiles - 1 - n
+    for j in range(key_tiles):
         k0 = j * KEYS
         if WIDE:
             k0 = k0.to(tl.int64)
@@ -168,8 +167,8 @@ def count_listed_turns(
     i = part * WIDTH + tl.arange(0, WIDTH)
     seen = tl.zeros([WIDTH], tl.int32)
     for top in range(0, key_tiles, LINES):
-        j = key_tiles - 1 - top - tl.arange(0, LINES)  # the last first
-        row, inside = rows_of_head + j * 4, j >= 0
+        j = top + tl.arange(0, LINES)
+        row, inside = rows_of_head + j * 4, j < key_tiles
         begin, last = tl.load(row, mask=inside, other=0), tl.load(row + 3, mask=inside, other=0)
         masked, full = tl.load(row + 1, mask=inside, other=0), tl.load(row + 2, mask=inside, other=0)
         visited = tl.zeros([LINES, WIDTH], tl.int32)

@@ -111,14 +111,16 @@ class Kernels:
         bounds = [bound for s in self.schedule.q.segments for bound in (s.begin, s.end)]
         return self.portable.lists is not None or any(node in (Var("k0"), Var("k1")) for node in post_order(*bounds))
 
-    def section(self, pairs: int, tiles: int, machine: int) -> int:
+    def section(self, pairs: int, tiles: int, machine: int, ordered: bool = False) -> int:
         """How many of so many pairs of batch and key head run side by side, with so many tiles of keys each.
 
-        Even: one, for the cache. Uneven: those of some rounds, so that the longest tiles of these come first.
+        Even: one, for the cache. Uneven: those of some rounds, so that the longest tiles of these come first. An order:
+        more, lest many programs of one head begin together, where the second waits for the first and so on.
         """
-        if not self.uneven:
+        if not self.uneven and not ordered:
             return 1
-        rounds = LOCAL_ROUNDS if self.boxes or is_confined(self.portable.variant) else ROUNDS
+        local = self.boxes or is_confined(self.portable.variant) or (self.uneven and ordered)
+        rounds = LOCAL_ROUNDS if local else ROUNDS
         return whole_sections(pairs, -(-rounds * machine // tiles))
 
     @functools.cached_property
@@ -368,13 +370,14 @@ class _Plan:
         tiles, machine = -(-kv_len // KEYS), multiprocessors(call.query.device)
         bytes = heads // kv_heads * -(-q_len // rows) * rows * d * 4
         pairs = _pairs_at_once(batch * kv_heads, tiles, bytes, machine)
+        section = self.kernels.section(pairs, tiles, machine, self.turns is not None)
         return _Layout(
             pairs,
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out, dq)),
-            call.sizes[:6], tuple(map(plain, call.sizes[6:])), self.kernels.section(pairs, tiles, machine),
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
         )  # fmt: skip
 
 
@@ -448,7 +451,7 @@ class _Launch:
             plan, layout, tuple(map(number, call.parameters)), tuple(map(plain, layout.sizes)),
             tuple(rest for _, *rest in described(call.tensors)), float(call.scale),
             tuple(shapes.get(name, ()) for name in plan.targets), group, tiles, key_tiles,
-            0 if plan.turns is not None else kernels.portable.lead(call, "k", KEYS),
+            kernels.portable.lead(call, "k", KEYS),
             tuple((first, min(layout.pairs, kv_pairs - first)) for first in starts),
             _Scratch.of(plan, layout.pairs * group, tiles, key_tiles),
             kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True),

@@ -132,7 +132,7 @@ class _Launch:
             (batch * own_heads, 2, own_tiles * rows),
             ((width, height, own_tiles, own_heads), Options({**box, "ROWS": ROWS})),
             ((width, height, own_heads, heads // own_heads), Options(gather)),
-            kernels.section(batch * kv_heads, key_tiles, multiprocessors(call.query.device)),
+            kernels.section(batch * kv_heads, key_tiles, multiprocessors(call.query.device), plan.turns is not None),
             (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts, batch * kv_heads * key_tiles,
              batch * own_heads * -(-height // DOWN) * -(-width // ACROSS)),
         )  # fmt: skip
