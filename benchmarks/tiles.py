@@ -128,9 +128,9 @@ def case_of(row: Row, batch: int, heads: int, length: int, dim: int, backward: b
         if strips is not None:
             return min(_strips(strips, program, call, options), key=lambda one: one[0])[1]
     found = order.ordered(program, call, options)
+    bound = portable_call(program, call, options) if found is None else found.bound
     if found is not None:
         program, call = found.program, found.call
-    bound = portable_call(program, call, options)
     return Case(program, bound, dict(call.sizes), dict(call.parameters), dict(call.tensors))
 
 

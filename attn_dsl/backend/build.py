@@ -32,6 +32,7 @@ from attn_dsl.backend.gpu import backward_route, route, run_backward
 from attn_dsl.backend.order import programs
 from attn_dsl.backend.portable import launch, launch_decode
 from attn_dsl.backend.portable.run import Compiler
+from attn_dsl.backend.sorting import DTYPES as DTYPES_OF_ORDERS
 from attn_dsl.backend.tuning import chosen
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Size
@@ -169,7 +170,9 @@ def _tensor(dtype: DType, shape: tuple[int, ...]) -> Tensor:
 def _steps(program: Program, request: Request, call: launch.Call, wanted: frozenset[str]) -> Iterator[Any]:
     """The passes of a call, each a function of the runner that is to take its kernels."""
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    yield lambda run: outputs.append(_forward(program, call, run))
+    places = [call.query.new_empty(call.query.shape[:3], dtype=dtype) for dtype in DTYPES_OF_ORDERS]
+    for rows in places if program.is_sorted else [None]:
+        yield lambda run, rows=rows: outputs.append(_forward(program, replace(call, rows=rows), run))
     if request.backward:
         out, lse, shifted = outputs[0]
         for grad_lse in (None, lse):

@@ -78,6 +78,8 @@ class Program:
         """This program in other orders of positions, by what tells them apart."""
         self.strips: tuple[Strips, int] | None = None
         """Of what grid, with how many columns of keys, where the program is one over strips of it."""
+        self.is_sorted = False
+        """Whether the program is one over sorted positions whose forward pass puts rows back (`Call.rows`)."""
         self.choices: dict[tuple[Any, ...], Choice] = {}
         """Which order calls take, by kind."""
         self.strips_of_keys: dict[tuple[Any, ...], StripsOfKeys | None] = {}
@@ -164,12 +166,18 @@ def forward(program: Program, call: Call, options: Options) -> Outputs:
     return run_forward(program, call, options) if ordered is None else ordered.forward()
 
 
-def run_forward(program: Program, call: Call, options: Options, results: Mapping[str, Tensor] | None = None) -> Outputs:
-    """`forward` in the order of the call; a GPU writes `out` where `results` say."""
+def run_forward(
+    program: Program,
+    call: Call,
+    options: Options,
+    results: Mapping[str, Tensor] | None = None,
+    rows: Tensor | None = None,
+) -> Outputs:
+    """`forward` in the order of the call; a GPU writes `out` where `results` say, and rows where `rows` say."""
     if options.backend == CPU:
         with made_on_cpu():
             return _cpu_forward(program, call)
-    return _gpu_forward(program, call, options, results or {})
+    return _gpu_forward(program, call, options, results or {}, rows)
 
 
 def backward(
@@ -281,10 +289,12 @@ def _cpu_backward(
 # ---------------------------------------------------------------- the GPU backends
 
 
-def _gpu_forward(program: Program, call: Call, options: Options, results: Mapping[str, Tensor]) -> Outputs:
+def _gpu_forward(
+    program: Program, call: Call, options: Options, results: Mapping[str, Tensor], rows: Tensor | None
+) -> Outputs:
     from attn_dsl.backend.gpu import forward
 
-    bound = replace(portable_call(program, call, options), results=results)
+    bound = replace(portable_call(program, call, options), results=results, rows=rows)
     out, lse, shifted = forward(program, bound, options.backend)
     return out, lse, lse.new_empty(0) if shifted is lse else shifted
 

@@ -53,7 +53,7 @@ def forward(program: execute.Program, call: portable.Call, backend: str) -> tupl
         return portable.forward(program.kernels, call)
     if backend == DECODE:
         return decode.forward(program.kernels, call)
-    found = route(program, call, decodes=backend != HOPPER and not call.results)
+    found = route(program, call, decodes=backend != HOPPER and not call.results and call.rows is None)
     if found.layout is not None:
         return decode.forward(program.kernels, call, layout=found.layout)
     if found.choice is not None and found.choice.config is not None:
@@ -244,7 +244,7 @@ def explain(program: Program, call: Call) -> str:
         lines.append(f"order      {chosen.why}")
     if ordered := order.ordered(of, call, Options(GPU)):
         lines[0] += f"; {ordered.laid_out}"
-        of, bound = ordered.program, execute.portable_call(ordered.program, ordered.call, Options(GPU))
+        of, bound = ordered.program, ordered.bound
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
     capability = _capability(call.query.device)
     lines.append(describe(of, bound, route(of, bound, decodes=ordered is None), capability))

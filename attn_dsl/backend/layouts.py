@@ -124,8 +124,8 @@ class Classes:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Row i is the row `queries[b, h, i]` of the caller's, and likewise for keys: integers [B, H, S], broadcast or
-    not."""
+    """Row i is the row `queries[b, h, i]` of the caller's, and likewise for keys: dense integers [B, H, S], B and H as
+    in the call or 1."""
 
     queries: Tensor
     keys: Tensor

@@ -29,7 +29,7 @@ from attn_dsl.backend.execute import (
     portable_call,
     program_for,
 )
-from attn_dsl.backend.layouts import Classes, Grid, Layout
+from attn_dsl.backend.layouts import Classes, Grid, Layout, Permutation
 from attn_dsl.backend.sorting import Sort
 from attn_dsl.ir.infix import infix
 from attn_dsl.ir.nodes import Index, K, Q
@@ -78,16 +78,28 @@ class Ordered:
         copied = [f"`{name}`" for name, x in given.items() if not self.layout.is_view(x)]
         return f"{', '.join(copied)} copied" if copied else "nothing copied"
 
+    @property
+    def rows(self) -> Tensor | None:
+        """Where a GPU writes the rows of results, where strides do not say it."""
+        return self.layout.queries if isinstance(self.layout, Permutation) else None
+
+    @property
+    def bound(self) -> PortableCall:
+        """The call as kernels of a GPU take it, whose results are in the order of the caller if it has `rows`."""
+        return replace(portable_call(self.program, self.call, self.options), rows=self.rows)
+
     def forward(self) -> Outputs:
         layout, rows = self.layout, self.given.query.shape[2]
         if self.options.backend == CPU:
             out, lse, none = execute.run_forward(self.program, self.call, self.options)
             return layout.join(out, rows), layout.join(lse, rows), none
+        if self.rows is not None:
+            return execute.run_forward(self.program, self.call, self.options, rows=self.rows)
         target = self.target(self.given.query)
-        results = {} if target is None else {"out": target[1]}
-        out, lse, shifted = execute.run_forward(self.program, self.call, self.options, results)
-        out = layout.join(out, rows) if target is None else target[0][:, :, :rows]
-        return out, layout.join(lse, rows), layout.join(shifted, rows) if shifted.numel() else shifted
+        assert target is not None
+        _, lse, shifted = execute.run_forward(self.program, self.call, self.options, {"out": target[1]})
+        lines = [layout.join(x, rows) if x.numel() else x for x in (lse, shifted)]
+        return target[0][:, :, :rows], lines[0], lines[1]
 
     def target(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
         """`Layout.target` for the output."""
@@ -479,5 +491,6 @@ def sorted_program(program: Program, order: Sorted, side: Index) -> Program:
     """The program over sorted positions, by the runs of queries or of keys."""
     key = (order.tensor.name, side.name)
     if key not in program.reordered:
-        program.reordered[key] = program_for(order.reordered(side))
+        inner = program.reordered[key] = program_for(order.reordered(side))
+        inner.is_sorted = side is Q
     return program.reordered[key]

@@ -1,8 +1,9 @@
 """Calls in another order of positions that were made before: nothing is chosen or planned again, only tensors are new.
 
-What strides say is read and written where it is. What is sorted is gathered in one launch and put back in one. For the
-backward pass the gathered query, key and value are kept in place of those given: that takes no more memory than keeping
-these, and saves reading and writing them again.
+What strides say is read and written where it is. What is sorted is gathered in one launch, and the forward pass puts
+each row of its results where it stands in the order of the caller. For the backward pass the gathered query, key and
+value are kept in place of those given: that takes no more memory than keeping these, and saves reading and writing them
+again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attn_dsl.backend import sorting
-from attn_dsl.backend.execute import Gradients, Options, Program, portable_call
+from attn_dsl.backend.execute import Gradients, Options, Program
 from attn_dsl.backend.layouts import Layout, Permutation
 from attn_dsl.backend.portable.launch_permute import Permuting
 from attn_dsl.backend.replay import once, shares_of, wanted_of
@@ -35,9 +36,10 @@ class Inner(Protocol):
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out, lse, shifted), as `portable.launch.forward`; `out`, where given, has the strides of the one that the
-        call was known by."""
+        """(out, lse, shifted), as `portable.launch.forward`; `out` and `rows` are given, with such strides, where the
+        call that this was made for has them."""
 
 
 class InnerBackward(Protocol):
@@ -58,6 +60,8 @@ class InnerBackward(Protocol):
         """Of calls of a kind in the order of their tensors; dq, dk and dv are `results` where these can be written."""
 
 
+KINDS = 64
+"""So many kinds of gradients of results are remembered."""
 Makes = Callable[[Program, "PortableCall", Options], Inner]
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -71,12 +75,12 @@ class Forward:
         self.program, self.start = ordered.program, ordered.call.q_offset
         self.names, self.heads = tuple(given.tensors), (given.query.shape[1], given.key.shape[1])
         target = ordered.target(torch.empty(0, dtype=given.query.dtype, device="meta"))
-        bound = portable_call(ordered.program, ordered.call, ordered.options)
+        bound = ordered.bound
         if target is not None:
             bound = replace(bound, results={"out": target[1]})
         self.out = None if target is None else tuple(target[0].shape)
         self.inner = made(ordered.program, bound, ordered.options)
-        self._gather, self._scatter = Permuting(3, scatter=False), Permuting(1, scatter=True)
+        self._gather = Permuting(3, scatter=False)
         self.backward_program, call = ordered.backward_program, ordered.call
         self.call = replace(call, query=_like(call.query), key=_like(call.key), value=_like(call.value), tensors={})
 
@@ -90,19 +94,23 @@ class Forward:
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(out, lse, shifted) in the order of the caller."""
-        layout, _, inner = self.found(tensors)
+        return self.saved(query, key, value, tensors)[0]
+
+    def saved(
+        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor]
+    ) -> tuple[Rows, Rows, Sort | None]:
+        """`outputs`, and for the backward pass: query, key and value, and the sort, if these are sorted."""
+        layout, known, inner = self.found(tensors)
         if isinstance(layout, Permutation):
-            inputs = self.gathered(layout, query, key, value)
-            made = self.inner.outputs(*inputs, inner, self.start)
-            lines = made[1:2] if made[2] is made[1] else made[1:]
-            found = self.scattered(layout, made[0], *lines)
-            return found[0], found[1], found[-1]
+            inputs = self._gathered(layout, query, key, value)
+            return self.inner.outputs(*inputs, inner, self.start, rows=layout.queries), inputs, known
         target, rows = layout.target(self.out or (), query), query.shape[2]
         assert target is not None
-        inputs = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
-        _, lse, shifted = self.inner.outputs(*inputs, inner, self.start, target[1])
+        split = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
+        _, lse, shifted = self.inner.outputs(*split, inner, self.start, target[1])
         joined = layout.join(lse, rows)
-        return target[0][:, :, :rows], joined, joined if shifted is lse else layout.join(shifted, rows)
+        results = target[0][:, :, :rows], joined, joined if shifted is lse else layout.join(shifted, rows)
+        return results, (query, key, value), None
 
     def found(self, tensors: Sequence[Tensor]) -> tuple[Layout, Sort | None, list[Tensor]]:
         """(layout, sort, captured tensors of the program in its order)."""
@@ -114,12 +122,9 @@ class Forward:
         named |= sorting.read(self.by, tensor, known, names)
         return known.layout(*self.heads), known, [named[name] for name in names]
 
-    def gathered(self, layout: Permutation, query: Tensor, key: Tensor, value: Tensor) -> Rows:
+    def _gathered(self, layout: Permutation, query: Tensor, key: Tensor, value: Tensor) -> Rows:
         query, key, value = self._gather((query, key, value), (layout.queries, layout.keys, layout.keys))
         return query, key, value
-
-    def scattered(self, layout: Permutation, out: Tensor, *lines: Tensor) -> list[Tensor]:
-        return self._scatter((out,), (layout.queries,), lines)
 
 
 def _like(x: Tensor) -> Tensor:
@@ -135,7 +140,8 @@ class Differentiable:
 
     def __init__(self, forward: Forward, backward: InnerBackward) -> None:
         self.forward, self.inner = forward, backward
-        self._gather, self._scatter = Permuting(2, scatter=False), Permuting(3, scatter=True)
+        self._gathers: dict[tuple[Any, ...], Permuting] = {}
+        self._scatter = Permuting(3, scatter=True)
 
     def run(
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
@@ -143,20 +149,6 @@ class Differentiable:
         """(out, lse), differentiable once."""
         out, lse = _Again.apply(self, query, key, value, *tensors)  # type: ignore[no-untyped-call]
         return out, lse
-
-    def outputs(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor, Rows, tuple[Tensor, ...], Sort | None]:
-        """(out, lse), and for the backward pass: query, key and value, lines of rows, and the sort."""
-        forward = self.forward
-        layout, known, inner = forward.found(tensors)
-        if known is None or not isinstance(layout, Permutation):
-            out, lse, shifted = forward.outputs(query, key, value, tensors, forward.start)
-            return out, lse, (query, key, value), (lse,) if shifted is lse else (lse, shifted), None
-        inputs = forward.gathered(layout, query, key, value)
-        made, *lines = forward.inner.outputs(*inputs, inner, forward.start)
-        out, lse = forward.scattered(layout, made, lines[0])
-        return out, lse, inputs, tuple(lines[:1] if lines[0] is lines[1] else lines), known
 
     def gradients(
         self,
@@ -169,20 +161,29 @@ class Differentiable:
         grad_lse: Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        """In the order of the caller; what is given is as `outputs` gave it, but `grad_out` and `grad_lse`."""
+        """Of `inputs` as `Forward.saved` gave them; all else, and what comes back, is in the order of the caller."""
         forward, own = self.forward, dict(zip(self.forward.names, tensors, strict=True))
         if known is None:
             return self._by_strides(inputs, own, out, shifted, grad_out, grad_lse, wanted)
         by, names = forward.by, forward.backward_program.tensor_names
         assert by is not None
         layout, own = known.layout(*forward.heads), own | sorting.read(by, own[by.tensor.name], known, names)
-        index, lines = layout.queries, () if grad_lse is None else (grad_lse.float().contiguous(),)
-        grad_out, out, *lines_made = self._gather((grad_out, out), (index, index), lines)
-        line, given = lines_made[0] if lines_made else None, [own[name] for name in names]
-        found = self.inner.gradients(*inputs, given, forward.start, out, shifted, grad_out, line, wanted)
+        lines = [shifted] if grad_lse is None else [shifted, grad_lse.float().contiguous()]
+        grad_out, out, shifted, *line = self._gathered(layout.queries, [grad_out, out], lines)
+        rows, given = (out, shifted, grad_out), [own[name] for name in names]
+        found = self.inner.gradients(*inputs, given, forward.start, *rows, line[0] if line else None, wanted)
         grads = [x.reshape(like.shape) for x, like in zip((found.query, found.key, found.value), inputs, strict=True)]
-        dq, dk, dv = self._scatter(grads, (index, layout.keys, layout.keys))
+        dq, dk, dv = self._scatter(grads, (layout.queries, layout.keys, layout.keys))
         return Gradients(dq, dk, dv, found.captured)
+
+    def _gathered(self, index: Tensor, tensors: Sequence[Tensor], lines: Sequence[Tensor]) -> list[Tensor]:
+        """In the sorted order; what comes from outside, gradients of results, may be of another kind in each call."""
+        kind = tuple([(x.stride(), x.data_ptr() % 16) for x in (*tensors, *lines)])
+        if kind not in self._gathers:
+            if len(self._gathers) >= KINDS:
+                self._gathers.clear()
+            self._gathers[kind] = Permuting(len(tensors), scatter=False)
+        return self._gathers[kind](tensors, [index] * len(tensors), lines)
 
     def _by_strides(
         self,
@@ -220,7 +221,8 @@ class _Again(torch.autograd.Function):
     def forward(
         ctx: Any, replay: Differentiable, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor]:
-        out, lse, inputs, lines, ctx.known = replay.outputs(query, key, value, rest)
+        (out, lse, shifted), inputs, ctx.known = replay.forward.saved(query, key, value, rest)
+        lines = (lse,) if shifted is lse else (lse, shifted)
         ctx.save_for_backward(out, *lines, *inputs, *rest)  # as much as by a first call, which a checkpoint may compare
         ctx.replay, ctx.lines = replay, len(lines)
         ctx.set_materialize_grads(False)

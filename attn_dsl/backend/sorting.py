@@ -18,6 +18,8 @@ from attn_dsl.backend.kept import Store
 from attn_dsl.backend.layouts import Permutation
 from attn_dsl.passes.order_by_data import BEYOND, BLOCK, ENDS, End, Sorted
 
+DTYPES = (torch.int16, torch.int32)
+"""Of orders on a GPU: of rows that one kernel sorts, and of longer ones."""
 Codes = tuple[Tensor, Tensor]
 """An end of runs: uint8 for each place, int32 for each block of places."""
 
@@ -175,7 +177,7 @@ def encoded(end: End, places: Tensor) -> Codes:
 
 
 def _spread(by: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
-    """The places [B or 1, H or 1, S] in the order, for so many heads."""
+    """The places [B or 1, H or 1, S] in the order, for so many heads, dense."""
     index = index.movedim(by.axis, -1)
     beside = [name for axis, name in enumerate(by.indices) if axis != by.axis]
     if beside in (["h", "b"], ["hk", "b"]):
@@ -183,5 +185,6 @@ def _spread(by: Sorted, index: Tensor, kv_heads: int, heads: int) -> Tensor:
     if "b" not in beside:
         index = index.unsqueeze(0)
     if not {"h", "hk"} & set(beside):
-        return index.unsqueeze(1)
-    return index.repeat_interleave(heads // kv_heads, 1) if "hk" in beside and heads != kv_heads else index
+        return index.unsqueeze(1).contiguous()
+    index = index.repeat_interleave(heads // kv_heads, 1) if "hk" in beside and heads != kv_heads else index
+    return index.contiguous()

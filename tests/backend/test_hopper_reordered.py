@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,26 +17,35 @@ from torch import Tensor
 
 import attn_dsl
 from attn_dsl.backend import gpu, operators, order, replay
-from attn_dsl.backend.execute import HOPPER, Options
-from attn_dsl.backend.hopper import launch_boxes
+from attn_dsl.backend.execute import HOPPER, Options, portable_call
+from attn_dsl.backend.hopper import launch, launch_boxes
 from attn_dsl.backend.layouts import Classes, Grid, Permutation
 from attn_dsl.backend.replay_order import Forward
 
 INPUTS = ("query", "key", "value")
+SEGMENTS = """attention segments()
+tensor segment: int32[B, KV]
+tensor bias: float32[H, Q]
+
+score = score + bias[h, q]
+mask = segment[b, q] == segment[b, k]
+"""
 
 
 @pytest.fixture(autouse=True)
-def _machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    take_over(monkeypatch, Machine(zlib.crc32(request.node.name.encode()) + int(os.environ.get("SEED", "0"))))
+def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine(zlib.crc32(request.node.name.encode()) + int(os.environ.get("SEED", "0")))
+    take_over(monkeypatch, found)
     monkeypatch.setattr(order, "GAIN", 100.0)
     monkeypatch.setattr(order, "SHORT", 1)
-    for name in ("hash_buckets", "dilated_window", "natten2d"):
+    for name in ("hash_buckets", SEGMENTS, "dilated_window", "natten2d"):
         program_of(name).choices.clear()
         program_of(name).strips_of_keys.clear()
+    return found
 
 
-def rows(batch: int, heads: int, length: int, dim: int) -> Tensor:
-    return torch.randn(batch, heads, length, dim, generator=torch.Generator().manual_seed(length + heads)).bfloat16()
+def rows(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(batch, heads, length, dim, generator=torch.Generator().manual_seed(length + heads)).to(dtype)
 
 
 def agree(problem: Problem, layout: type, **options: bool) -> None:
@@ -63,12 +73,83 @@ def agree(problem: Problem, layout: type, **options: bool) -> None:
             within_budget(differentiated(*results, leaves, upstream), truth, eager, 1.1)
 
 
-@pytest.mark.parametrize(("batch", "heads", "length"), [(1, 2, 300), (2, 1, 140)])
-def test_hash_buckets(batch: int, heads: int, length: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "heads", "length", "dim", "dtype"),
+    [
+        (1, 2, 300, 64, torch.bfloat16),
+        (2, 1, 140, 64, torch.bfloat16),
+        (2, 2, 200, 128, torch.bfloat16),
+        (1, 2, 129, 80, torch.float16),
+    ],
+)
+def test_hash_buckets(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     bucket = torch.randint(0, 5, (batch, heads, length), generator=generator, dtype=torch.int32)
-    inputs = (rows(batch, heads, length, 64) for _ in range(3))
+    inputs = (rows(batch, heads, length, dim, dtype) for _ in range(3))
     agree(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}), Permutation)
+
+
+def test_heads_that_share_an_order_with_a_term_of_rows() -> None:
+    query, key, value = (rows(2, heads, 150, 64).transpose(1, 2).contiguous().transpose(1, 2) for heads in (4, 2, 2))
+    segment = torch.randint(0, 4, (2, 150), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+    bias = torch.randn(4, 150, generator=torch.Generator().manual_seed(2))
+    agree(Problem(program_of(SEGMENTS), query, key, value, {"segment": segment, "bias": bias}), Permutation)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_a_forward_pass_puts_rows_back_without_a_launch_of_its_own(
+    repeats: bool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    run = machine.run
+    monkeypatch.setattr(machine, "run", lambda kernel, *given: (names.append(kernel.__name__), run(kernel, *given))[1])
+    program, x = program_of("hash_buckets"), rows(1, 2, 200, 64)
+    bucket = torch.randint(0, 5, (1, 2, 200), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    call = program.binder.bind(x, x, x, None, 0, {"bucket": bucket})
+    if repeats:
+        forward = replay._forward(program, call, Options(HOPPER))
+        assert forward is not None
+        forward.run(x, x, x, [bucket], 0)
+    else:
+        operators.attention(program, call, Options(HOPPER))
+    assert names.count("permute_rows") == repeats, "the first call of a kind gathers with PyTorch on a CPU"
+    assert names[-1] == "attention_forward"
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "heads", "length", "dims", "dtype", "shared"),
+    [
+        ("causal", 2, 3, 200, (64, 64), torch.bfloat16, (2, 3)),
+        ("causal", 2, 2, 257, (128, 128), torch.bfloat16, (1, 2)),
+        ("causal", 2, 2, 65, (96, 80), torch.float16, (2, 1)),
+        ("noop", 1, 2, 130, (128, 192), torch.bfloat16, (1, 1)),
+        ("noop", 1, 2, 192, (256, 256), torch.float16, (1, 2)),
+        (SEGMENTS, 2, 2, 190, (64, 64), torch.float16, (2, 2)),
+        ("causal", 1, 1, 700, (64, 64), torch.bfloat16, (1, 1)),
+    ],
+)
+def test_rows_are_written_where_they_are_wanted_to_the_last_bit(
+    name: str, batch: int, heads: int, length: int, dims: tuple[int, int], dtype: torch.dtype, shared: tuple[int, int]
+) -> None:
+    query, key, value = (rows(batch, heads, length, dim, dtype) for dim in (dims[0], *dims))
+    key = (key * torch.arange(length).view(-1, 1) / 64).to(dtype)  # so that long rows need their tiles twice
+    generator = torch.Generator().manual_seed(length)
+    tensors = {
+        "segment": torch.randint(0, 3, (batch, length), generator=generator, dtype=torch.int32),
+        "bias": torch.randn(heads, length, generator=generator),
+    }
+    program = program_of(name)
+    bindings = {tensor.name: tensors[tensor.name] for tensor in program.variant.tensors}
+    call = portable_call(program, program.binder.bind(query, key, value, None, 0, bindings), Options(HOPPER))
+    here = launch.forward(program.hopper, call)
+    for kind in (torch.int16, torch.int64):
+        places = torch.rand(*shared, length, generator=generator).argsort(-1).to(kind)
+        there = launch.forward(program.hopper, replace(call, rows=places))
+        assert (there[2] is there[1]) is (here[2] is here[1])
+        for x, y in zip(here, there, strict=True):
+            index = places.long().expand(batch, heads, length)
+            back = y.gather(2, index if y.dim() == 3 else index.unsqueeze(-1).expand(y.shape))
+            assert torch.equal(x, back)
 
 
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length"), [(1, 2, 1, 200), (2, 1, 1, 129)])

@@ -63,11 +63,56 @@ def test_a_dilated_window(batch: int, heads: int, kv_heads: int, length: int, ro
     agrees(Problem(program_of("dilated_window"), query, key, value, {"window": 600, "dilation": 4}))
 
 
-@pytest.mark.parametrize("length", [1024, 777])
-def test_hash_buckets(length: int) -> None:
-    inputs = (rows(2, 4, length) for _ in range(3))
-    bucket = torch.randint(0, 16, (2, 4, length), device="cuda", dtype=torch.int32)
+@pytest.mark.parametrize(
+    ("length", "dim", "rows_first"),
+    [(1024, 64, False), (777, 64, True), (1024, 128, False), (777, 128, True), (900, 80, False), (600, 256, False),
+     (16500, 64, False)],
+)  # fmt: skip
+def test_hash_buckets(length: int, dim: int, rows_first: bool) -> None:
+    """Of more than 16384 positions, whose order is int32, with fewer heads."""
+    batch, heads = (2, 4) if length < 10000 else (1, 1)
+    inputs = (rows(batch, heads, length, dim=dim, rows_first=rows_first) for _ in range(3))
+    bucket = torch.randint(0, 16, (batch, heads, length), device="cuda", dtype=torch.int32)
     agrees(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}))
+
+
+SEGMENTS = """attention segments()
+tensor segment: int32[B, KV]
+tensor bias: float32[H, Q]
+score = score + bias[h, q]
+mask = segment[b, q] == segment[b, k]
+"""
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_heads_that_share_an_order_with_a_term_of_rows(dim: int) -> None:
+    query, key, value = (rows(2, heads, 1001, dim=dim) for heads in (4, 2, 2))
+    attention = attn_dsl.compile(SEGMENTS)
+    segment = torch.randint(0, 9, (2, 1001), device="cuda", dtype=torch.int32)
+    bindings = {"segment": segment, "bias": torch.randn(4, 1001, device="cuda")}
+    truth = Problem(program_of(SEGMENTS), query, key, value, bindings).truth()
+    for _ in range(3):
+        out, lse = attention(query, key, value, return_lse=True, **bindings)
+        assert torch.allclose(out.double(), truth.out, atol=3e-2)
+        assert torch.allclose(lse.double(), truth.lse, atol=3e-2)
+
+
+def test_gradients_of_results_may_be_of_another_kind_in_each_call() -> None:
+    attention = attn_dsl.compile("hash_buckets")
+    bucket = torch.randint(0, 16, (2, 2, 600), device="cuda", dtype=torch.int32)
+    leaves = [rows(2, 2, 600).requires_grad_() for _ in range(3)]
+    dense, of_lse = rows(2, 2, 600), torch.randn(2, 2, 600, device="cuda")
+    apart = torch.empty(2 * 2 * 600 * 64 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(2, 2, 600, 64).copy_(dense)
+    kinds = [dense, dense.transpose(1, 2).contiguous().transpose(1, 2), apart]
+    found = []
+    for _ in range(3):  # the second prepares what the third repeats
+        for grad_out in kinds:
+            for given in ((grad_out,), (grad_out, of_lse)):
+                results = attention(*leaves, bucket=bucket, return_lse=True)
+                found.append(torch.autograd.grad(results[: len(given)], leaves, given))
+    for i, grads in enumerate(found[2:]):
+        for x, y in zip(grads, found[i % 2], strict=True):
+            assert torch.allclose(x.float(), y.float(), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("by_strips", [False, True])

@@ -66,6 +66,13 @@ def _output_layout(width):
 
 
 @gluon.constexpr_function
+def _lines_layout(width):
+    """Of [rows, width] in 16 bits, lines as long as can be: 16 bytes a lane."""
+    across = min(width // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
 def _width(WIDTHS, i):
     return WIDTHS[i]
 
@@ -122,12 +129,13 @@ class Shape:
     PERIOD: gl.constexpr  # columns of a box of keys, in a grid
     PAGE: gl.constexpr  # keys of a page; 0 where keys stand in one piece
     PACKED: gl.constexpr  # sequences stand one behind the other
+    SCATTER: gl.constexpr  # (differs by batch, by head, columns of the output) of where rows are written, or None
     LOGITS: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 FROZEN, PERIOD, PAGE, PACKED):  # fmt: skip
+                 FROZEN, PERIOD, PAGE, PACKED, SCATTER):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -144,6 +152,7 @@ class Shape:
         self.PERIOD = gl.constexpr(PERIOD)
         self.PAGE = gl.constexpr(PAGE)
         self.PACKED = gl.constexpr(PACKED)
+        self.SCATTER = gl.constexpr(SCATTER)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _output_layout(DV[0]), 2))
 
@@ -211,6 +220,7 @@ class Memory:
     out: tma.tensor_descriptor
     lse: gl.tensor
     shifted: gl.tensor
+    targets: gl.tuple
     queries: Ring
     keys: Ring
     values: Ring
@@ -218,13 +228,14 @@ class Memory:
     board: Board
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, out, lse, shifted, queries, keys, values, staging, board):
+    def __init__(self, query, key, value, out, lse, shifted, targets, queries, keys, values, staging, board):
         self.query = query
         self.key = key
         self.value = value
         self.out = out
         self.lse = lse
         self.shifted = shifted
+        self.targets = targets
         self.queries = queries
         self.keys = keys
         self.values = values
@@ -805,6 +816,8 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
     result = gl.where(empty, NEVER, (m + gl.log2(gl.where(empty, 1.0, l)) - lead) * LN2)
     if shape.PACKED:
         place = (begin + first + local).to(gl.int64) * sizes[1] + h
+    elif shape.SCATTER is not None:
+        place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + _target(shape, memory, problem, b, h, first + local)
     else:
         place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + first + local
     if f.ROW_TERM is not None:
@@ -812,6 +825,16 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
         result += row_term
     gl.store(memory.lse + place, result, mask=inside)
     return inverse
+
+
+@gluon.jit
+def _target(shape, memory, problem, b, h, row):
+    """The rows that rows of a head are written as, int64; 0 for those that it has not."""
+    pair = b * shape.SCATTER[0]
+    if shape.SCATTER[1]:
+        pair = pair * problem.sizes[1] + h
+    place = pair.to(gl.int64) * problem.sizes[3] + row
+    return gl.load(memory.targets[0] + place, mask=row < problem.sizes[3], other=0).to(gl.int64)
 
 
 @gluon.jit
@@ -897,13 +920,27 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
 def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: gl.constexpr):
     """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
     tile, b, h = memory.board.read(turn)
+    lines = _lines(shape, memory, problem, tile, b, h, GROUP)
     staging = memory.staging.index(GROUP)
     if shape.OWN_OUTPUT:
         tma.store_wait(0)  # of the tile before
     blocks = staging.reshape([shape.ROWS, memory.out.block_type.shape[len(memory.out.block_type.shape) - 1]])
     for i in gl.static_range(len(acc)):
         _block(blocks, shape.DV, i).store(acc[i].to(memory.keys.tiles.dtype))
-    fence_async_shared()
+    if shape.SCATTER is not None:
+        if keep:
+            _scatter(shape, problem, blocks, lines, tile, GROUP)
+    else:
+        fence_async_shared()
+        _copy(shape, f, memory, problem, staging, tile, b, h, keep, scalars, tensors, GROUP)
+    if not shape.OWN_OUTPUT:
+        tma.store_wait(0)
+        memory.queries.release(GROUP)
+
+
+@gluon.jit
+def _copy(shape, f, memory, problem, staging, tile, b, h, keep, scalars, tensors, GROUP: gl.constexpr):
+    """Let the copy engine write the warpgroup's block of a tile."""
     row = (tile * shape.GROUPS + GROUP) * shape.ROWS
     first = _query_at(shape, f, problem, b, h, row, scalars, tensors)
     whole = keep
@@ -916,9 +953,38 @@ def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: 
         width, heads = memory.out.shape[3], problem.sizes[1]
         place = (first[2].to(gl.int64) * heads + h) * width
         _store_rows(tensors[len(tensors) - 1][0] + place, left, width, heads, memory.staging, GROUP)
-    if not shape.OWN_OUTPUT:
-        tma.store_wait(0)
-        memory.queries.release(GROUP)
+
+
+@gluon.jit
+def _lines(shape, memory, problem, tile, b, h, GROUP: gl.constexpr):
+    """Where the rows of the warpgroup's block of a tile are written: pointers [ROWS] for each block of columns; none
+    where they stay in their order."""
+    result = ()
+    if shape.SCATTER is not None:
+        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+        head = (b * problem.sizes[1] + h).to(gl.int64) * problem.sizes[3]
+        for i in gl.static_range(len(shape.DV)):
+            layout: gl.constexpr = gl.SliceLayout(1, _lines_layout(_width(shape.DV, i)))
+            row = first + gl.arange(0, shape.ROWS, layout=layout)
+            target = head + _target(shape, memory, problem, b, h, row)
+            result = result + (memory.targets[1] + target * shape.SCATTER[2],)
+    return result
+
+
+@gluon.jit
+def _scatter(shape, problem, blocks, lines, tile, GROUP: gl.constexpr):
+    """Write the rows of the warpgroup's block of a tile, each to its line."""
+    first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    for i in gl.static_range(len(shape.DV)):
+        width: gl.constexpr = _width(shape.DV, i)
+        layout: gl.constexpr = _lines_layout(width)
+        row = first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, layout))
+        column = gl.arange(0, width, layout=gl.SliceLayout(0, layout))
+        if i > 0:
+            column += _width(shape.DV, 0)
+        inside = gl.expand_dims(row < problem.sizes[3], 1) & gl.expand_dims(column < shape.SCATTER[2], 0)
+        place = gl.expand_dims(lines[i], 1) + gl.expand_dims(column, 0)
+        gl.store(place, _block(blocks, shape.DV, i).load(layout), mask=inside)
 
 
 @gluon.jit
@@ -943,9 +1009,9 @@ def _store_rows(out, left, width, heads, blocks, GROUP: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
-                              "section", "lead"])  # fmt: skip
+                              "section", "lead", "targets"])  # fmt: skip
 def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, parameters, B, H, HK, Q, KV, DIM,
-                      extents, tensors, scale, section, lead,
+                      extents, tensors, scale, section, lead, targets,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
                       PLAIN: gl.constexpr, SHIFT: gl.constexpr, PEAK: gl.constexpr, SLOPE: gl.constexpr,
                       LOW: gl.constexpr, HIGH: gl.constexpr, HEAD: gl.constexpr, COLUMNS: gl.constexpr,
@@ -955,7 +1021,7 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
                       PARTS: gl.constexpr, FROZEN: gl.constexpr, QUERY_BOX: gl.constexpr = None,
                       KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0,
-                      PACKED: gl.constexpr = False):  # fmt: skip
+                      PACKED: gl.constexpr = False, SCATTER: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
@@ -965,10 +1031,11 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     how many keys a batch entry has; what lies past them is not even multiplied by 0. PAGE: key and value are pages
     [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile. PACKED: sequences stand
     one behind the other, [1, H, ., .], and so do lse and `shifted`, [rows of all, H]; their ends stand first in
-    `tensors`, and `out` once more behind them.
+    `tensors`, and `out` once more behind them. SCATTER: row i of `out`, lse and `shifted`, which are dense, is written
+    as row `rows[b, h, i]`, with `targets` dense integers `rows` [B, H, Q], B and H or 1, and once more `out`.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  FROZEN, key.block_type.shape[3], PAGE, PACKED)  # fmt: skip
+                  FROZEN, key.block_type.shape[3], PAGE, PACKED, SCATTER)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
                   SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
@@ -985,7 +1052,7 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
         staging = queries.tiles
     turns = board(counter, GROUPS)
     fence_async_shared()
-    memory = Memory(query, key, value, out, lse, shifted, queries, keys, values, staging, turns)
+    memory = Memory(query, key, value, out, lse, shifted, targets, queries, keys, values, staging, turns)
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     if GROUPS == 2:
         gl.warp_specialize([

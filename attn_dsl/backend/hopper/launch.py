@@ -195,6 +195,7 @@ class Kernels:
             call.value.shape[3],
             call.precise,
             self.page(call),
+            _scattered(call),
             self._is_bounded(call),
             self.finer(call),
             *(self.portable.masks_parts(call, ROWS, keys) for keys in (64, 128)),
@@ -445,7 +446,8 @@ class _Plan:
         parts = kernels.masks_parts(call, config, functions)
         of_call = {
             "D": blocks(call.query.shape[3], 16), "DV": blocks(call.value.shape[3], 64), "PARTS": parts,
-            "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "num_warps": 4,
+            "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "SCATTER": _scattered(call),
+            "num_warps": 4,
         }  # fmt: skip
         options = Options({**functions, **_options(config), **of_call})
         return _Plan(config, kernels, (d, dv), functions["ROW_TERM"] is not None, options, {})
@@ -505,7 +507,16 @@ def forward(
     launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
     inputs, kind = (call.query, call.key, call.value, call.tensors, call.q_offset), launched.kind
     listed = () if kind is None else kind.find(call.tensors, call.q_offset, call.query.device, run)
-    return launched(run, *inputs, _counter(call.query.device), listed, call.results.get("out"))
+    return launched(run, *inputs, _counter(call.query.device), listed, call.results.get("out"), call.rows)
+
+
+def _scattered(call: Call) -> tuple[int, int, int] | None:
+    """SCATTER of the kernel."""
+    if call.rows is None:
+        return None
+    assert call.rows.is_contiguous(), "rows stand where a dense tensor says"
+    batch, heads, _ = call.rows.shape
+    return int(batch == call.sizes[0]), int(heads == call.sizes[1]), call.value.shape[3]
 
 
 @dataclass(frozen=True)
@@ -546,8 +557,9 @@ class _Launch:
         counter: Tensor,
         listed: Sequence[Tensor],
         out: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`listed`: what `kind` finds."""
+        """`listed`: what `kind` finds. out, rows: as in the call."""
         device = query.device
         packed = self.plan.options["PACKED"]
         out = by_row(self.out, packed, query.dtype, device) if out is None else out
@@ -572,6 +584,7 @@ class _Launch:
                 *self.numbers,
                 captured,
                 *self.end,
+                () if rows is None else (rows, out),
             ),
             self.plan.options,
         )  # fmt: skip
@@ -585,13 +598,15 @@ class Replay:
         plan = kernels.plan(call, config)
         launched, count = _Launch.of(kernels, plan, plan.layout(call), call), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
+        where = [*call.results, *(["rows"] if call.rows is not None else [])]
 
         def function(
             run: Runner, query: Tensor, key: Tensor, value: Tensor, counter: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             behind = len(rest) - lists
-            q_offset, *out = offset + list(rest[count:behind])
-            return launched(run, query, key, value, rest[:count], q_offset, counter, rest[behind:], *out)
+            q_offset, *found = offset + list(rest[count:behind])
+            given = dict(zip(where, found, strict=True))
+            return launched(run, query, key, value, rest[:count], q_offset, counter, rest[behind:], **given)
 
         self._kind, lists = launched.kind, 0 if launched.kind is None else launched.kind.count
         self._launches = Launches(function)
@@ -610,14 +625,14 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward`; `out`, where given, has the strides of the one that the call was known by."""
+        """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
         inputs = [query, key, value, _counter(query.device), *tensors]
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
             inputs.append(q_offset)
-        if out is not None:
-            inputs.append(out)
+        inputs += [x for x in (out, rows) if x is not None]
         listed = () if self._kind is None else self._kind.find(tensors, q_offset, query.device)
         out, lse, shifted = self._launches(inputs, listed)
         return out, lse, shifted

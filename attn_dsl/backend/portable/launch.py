@@ -39,6 +39,7 @@ from attn_dsl.backend.portable.host import (
     tile_options,
     unit_of,
 )
+from attn_dsl.backend.portable.launch_permute import Permuting, permuted, scattered
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tiles import Tile, Tiles
@@ -335,7 +336,9 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
          plan.captured(plan.tiles.forward), number(float(call.scale)), layout.section),
         layout.options,
     )  # fmt: skip
-    return out, lse, shifted
+    if call.rows is None:
+        return out, lse, shifted
+    return scattered(functools.partial(permuted, scatter=True, run=run), call.rows, out, lse, shifted)
 
 
 @dataclass
@@ -350,6 +353,7 @@ class Replay:
     has_row: bool
     kind: listing.Kind | None
     runner: Repeated = field(default_factory=Repeated)
+    scatter: Permuting = field(default_factory=lambda: Permuting(1, scatter=True))
 
     @staticmethod
     def of(kernels: Kernels, call: Call) -> Replay:
@@ -378,8 +382,9 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `forward`; `out`, where given, has the strides of the one that the call was known by."""
+        """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
         device = query.device
         out = empty(self.out, query.dtype, device) if out is None else out
         lse = empty(self.out[:3], torch.float32, device)
@@ -391,7 +396,7 @@ class Replay:
             captured += described(self.kind.find(tensors, q_offset, device))
         arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
         self.runner(attention_forward, self.layout.programs, arguments, self.layout.options)
-        return out, lse, shifted
+        return (out, lse, shifted) if rows is None else scattered(self.scatter, rows, out, lse, shifted)
 
 
 def _forward_layout(plan: Plan, out: Tensor) -> _Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import triton
 from torch import Tensor
@@ -71,3 +71,15 @@ class Permuting:
         self, tensors: Sequence[Tensor], indices: Sequence[Tensor], lines: Sequence[Tensor] = ()
     ) -> list[Tensor]:
         return list(self._launches((*tensors, *indices, *lines)))
+
+
+def scattered(
+    scatter: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], list[Tensor]],
+    rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    shifted: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, lse, shifted) of a forward pass with row i as row `rows[b, h, i]`; `shifted` may be `lse` itself."""
+    out, *lines = scatter((out,), (rows,), (lse,) if shifted is lse else (lse, shifted))
+    return out, lines[0], lines[-1]
