@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from gluon_interpreter import Machine
 from triton.runtime.jit import JITFunction
 
@@ -14,7 +15,10 @@ MULTIPROCESSORS = 3
 
 
 def take_over(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
-    """Let calls that ask for the backend `hopper` or `portable` run on a machine, with first configurations."""
+    """Let calls that ask for the backend `hopper` or `portable` run on a machine, with first configurations.
+
+    What the backward kernels hand on to each other is NaN, or -1, before it is written.
+    """
     from attn_dsl.backend import gpu
     from attn_dsl.backend.hopper import check, launch, launch_backward
     from attn_dsl.backend.portable import launch as portable
@@ -24,7 +28,11 @@ def take_over(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
             return SimpleNamespace(hash="", asm={"ptx": ""})
         return machine.run(kernel, grid[0], arguments, options)
 
+    def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype, device=device)
+
     monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(launch_backward, "empty", poisoned)
     monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(check, "inspected", lambda name, kernel: check.Build(0, (), ()))
     monkeypatch.setattr(portable, "capability_of", lambda device: (9, 0))
