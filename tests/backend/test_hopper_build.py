@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from fake_gpu import ask, compilations, fake_gpu
 from portable_support import program_of
 
+from attn_dsl.backend import order
 from attn_dsl.backend.build import Request, build
 from attn_dsl.backend.execute import Program
 from attn_dsl.backend.hopper import check, launch
 from attn_dsl.backend.hopper.configs import candidates
 from attn_dsl.backend.portable.launch import Call
+from attn_dsl.ir.nodes import Q
 
 
 def call(of: Program, dim: int, *, length: int = 256, heads: int = 4, batch: int = 1, **more: Any) -> Call:
@@ -56,6 +59,21 @@ def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
     assert len(steps) >= choice.config.groups
     spills = [sum(bool(re.search(r"\b(LDL|STL)\b", text)) for text in step) for step in steps]
     assert max(spills) <= 2, "a step spills more than a scalar or two"
+
+
+@pytest.mark.parametrize("dim", [64, 128, 192])
+def test_rows_that_are_put_back_are_written_16_bytes_at_a_time(dim: int) -> None:
+    outer = program_of("hash_buckets")
+    of = order.sorted_program(outer, next(iter(outer.orders)), Q)
+    shapes = {torch.int32: (1, 4, 1), torch.uint8: (1, 4, 256)}
+    dtypes = [getattr(torch, tensor.dtype.value) for tensor in of.variant.tensors]
+    tensors = tuple(torch.empty(*shapes[dtype], dtype=dtype, device="meta") for dtype in dtypes)
+    rows = torch.empty(1, 4, 256, dtype=torch.int16, device="meta")
+    kernels, bound = launch.Kernels(of.kernels), replace(call(of, dim), tensors=tensors, rows=rows)
+    choice = kernels.choice(bound, launch.compile_ahead)
+    assert choice.build is not None and choice.build.spilled <= check.SPILLS, choice.rejected
+    written = re.findall(r"st\.global\.(v4)?", launch.build(kernels, bound).asm["ptx"])
+    assert choice.config is not None and written.count("v4") == choice.config.rows * dim // (128 * 8)
 
 
 @pytest.mark.parametrize(("dim", "products"), [(80, 5 + 8), (96, 6 + 8), (192, 12 + 2 * 4)])

@@ -929,7 +929,8 @@ def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: 
         _block(blocks, shape.DV, i).store(acc[i].to(memory.keys.tiles.dtype))
     if shape.SCATTER is not None:
         if keep:
-            _scatter(shape, problem, blocks, lines, tile, GROUP)
+            for i in gl.static_range(len(lines)):
+                _scatter(shape, problem, _block(blocks, shape.DV, i), lines[i], tile, GROUP, i * _width(shape.DV, 0))
     else:
         fence_async_shared()
         _copy(shape, f, memory, problem, staging, tile, b, h, keep, scalars, tensors, GROUP)
@@ -957,34 +958,32 @@ def _copy(shape, f, memory, problem, staging, tile, b, h, keep, scalars, tensors
 
 @gluon.jit
 def _lines(shape, memory, problem, tile, b, h, GROUP: gl.constexpr):
-    """Where the rows of the warpgroup's block of a tile are written: pointers [ROWS] for each block of columns; none
-    where they stay in their order."""
+    """Where the rows of the warpgroup's block of a tile are written, for each block of columns; none where they stay in
+    their order."""
     result = ()
     if shape.SCATTER is not None:
-        first = (tile * shape.GROUPS + GROUP) * shape.ROWS
-        head = (b * problem.sizes[1] + h).to(gl.int64) * problem.sizes[3]
         for i in gl.static_range(len(shape.DV)):
-            layout: gl.constexpr = gl.SliceLayout(1, _lines_layout(_width(shape.DV, i)))
-            row = first + gl.arange(0, shape.ROWS, layout=layout)
-            target = head + _target(shape, memory, problem, b, h, row)
-            result = result + (memory.targets[1] + target * shape.SCATTER[2],)
+            result = result + (_lines_of(shape, memory, problem, tile, b, h, GROUP, _width(shape.DV, i)),)
     return result
 
 
 @gluon.jit
-def _scatter(shape, problem, blocks, lines, tile, GROUP: gl.constexpr):
-    """Write the rows of the warpgroup's block of a tile, each to its line."""
-    first = (tile * shape.GROUPS + GROUP) * shape.ROWS
-    for i in gl.static_range(len(shape.DV)):
-        width: gl.constexpr = _width(shape.DV, i)
-        layout: gl.constexpr = _lines_layout(width)
-        row = first + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, layout))
-        column = gl.arange(0, width, layout=gl.SliceLayout(0, layout))
-        if i > 0:
-            column += _width(shape.DV, 0)
-        inside = gl.expand_dims(row < problem.sizes[3], 1) & gl.expand_dims(column < shape.SCATTER[2], 0)
-        place = gl.expand_dims(lines[i], 1) + gl.expand_dims(column, 0)
-        gl.store(place, _block(blocks, shape.DV, i).load(layout), mask=inside)
+def _lines_of(shape, memory, problem, tile, b, h, GROUP: gl.constexpr, WIDTH: gl.constexpr):
+    """Pointers [ROWS], for a block of so many columns."""
+    layout: gl.constexpr = gl.SliceLayout(1, _lines_layout(WIDTH))
+    row = (tile * shape.GROUPS + GROUP) * shape.ROWS + gl.arange(0, shape.ROWS, layout=layout)
+    head = (b * problem.sizes[1] + h).to(gl.int64) * problem.sizes[3]
+    return memory.targets[1] + (head + _target(shape, memory, problem, b, h, row)) * shape.SCATTER[2]
+
+
+@gluon.jit
+def _scatter(shape, problem, block, lines, tile, GROUP: gl.constexpr, FIRST: gl.constexpr):
+    """Write the rows of the warpgroup's block of a tile, each to its line, from column FIRST on."""
+    layout: gl.constexpr = _lines_layout(block.shape[1])
+    row = (tile * shape.GROUPS + GROUP) * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, layout))
+    column = FIRST + gl.arange(0, block.shape[1], layout=gl.SliceLayout(0, layout))
+    inside = gl.expand_dims(row < problem.sizes[3], 1) & gl.expand_dims(column < shape.SCATTER[2], 0)
+    gl.store(gl.expand_dims(lines, 1) + gl.expand_dims(column, 0), block.load(layout), mask=inside)
 
 
 @gluon.jit

@@ -58,7 +58,8 @@ EXPONENTS = 96
 GRAPHED = 4096
 """So many launches in graphs find a counter that is zero; those beyond zero theirs in the graph, at 2 microseconds."""
 TABLE_SPILLS = 128
-"""Bytes that may be spilled beyond `check.SPILLS`, once a query tile, where tables say where keys and sequences are."""
+"""Bytes that may be spilled beyond `check.SPILLS`, once a query tile, where tables say where keys and sequences are; or
+where rows are written, if no configuration does with less."""
 SMALL = 1e-12
 """A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -255,7 +256,11 @@ class Kernels:
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
         found = self.candidates(call)
         spills = check.SPILLS + TABLE_SPILLS * (self.portable.packed or self.portable.paged)
-        return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile), spills)
+        given = found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile)
+        choice = settle(*given, spills)
+        if choice.config is None and call.rows is not None:
+            choice = settle(*given, spills + TABLE_SPILLS)
+        return choice
 
 
 def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
