@@ -166,7 +166,7 @@ def test_what_is_compiled_for_another_length_leaves_nothing_to_its_calls(says: C
 
 def test_sections_fill_the_machine_where_programs_are_uneven() -> None:
     bound = call(2, 16, 8192, 128)
-    sections = {name: launches(program_of(name), bound)[1][2][-4] for name in ("causal", "noop")}
+    sections = {name: launches(program_of(name), bound)[1][2][-3] for name in ("causal", "noop")}
     assert sections == {"causal": 4, "noop": 1}
 
 

@@ -182,19 +182,6 @@ def test_sections_of_heads_give_what_one_launch_gives(
     assert (found.grads["query"] - whole.grads["query"]).abs().max() < (1e-30 if deterministic else 1e-2)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("name", ["noop", "causal", "prefix_lm"])
-def test_nobody_adds_to_sums_that_are_not_zeros_yet(
-    name: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Programs of one section of heads clear the sums of a later one, here as late as can be."""
-    monkeypatch.setattr(launch_backward, "LOCAL_ROUNDS", 1)
-    monkeypatch.setattr(launch_backward, "ROUNDS", 1)
-    take_over(monkeypatch, Machine(len(name), resident=6, late="_clear"))
-    problem = problem_of(name, B=3, H=4, HK=2, D=64, DV=64, Q=300, KV=300)
-    agree(replace(problem, program=fresh(problem.program)), deterministic=deterministic)
-
-
 READS = "attention reads\ntensor x: float32[H, KV]\ntensor y: float32[H, Q]\nscore = max(score, x[h, k]) + y[h, q]\n"
 
 

@@ -113,7 +113,6 @@ _TEXTS: dict[str, Callable[[list[Any], Any], Any]] = {
     _elementwise(lambda x, bits, bit: np.where((bits & bit) != 0, x, _INFINITE)),
     "tanh.approx.f32 $0, $1;": _elementwise(np.tanh),
     "cp.async.bulk.wait_group 0; mov.u32 $0, 0;": _wait_for_stores,
-    "fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0;": lambda operands, dtype: _NOTHING,
     "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p st.relaxed.gpu.global.u32 [$1], $3; mov.u32 $0, 0; }": _publish,
     "{ .reg .pred p; .reg .u32 v; AGAIN: ld.relaxed.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2;"
     " @p bra AGAIN; mov.u32 $0, 0; }": _spin,

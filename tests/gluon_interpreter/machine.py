@@ -196,15 +196,11 @@ class Partition:
 
 
 class Machine:
-    """A GPU on which `resident` programs of a launch run at a time. Its `run` is a runner of kernels.
+    """A GPU on which `resident` programs of a launch run at a time. Its `run` is a runner of kernels."""
 
-    late: a function, whose partitions go on where nobody else can.
-    """
-
-    def __init__(self, seed: int = 0, resident: int = 2, late: str | None = None) -> None:
+    def __init__(self, seed: int = 0, resident: int = 2) -> None:
         self.random = random.Random(seed)
         self.resident = resident
-        self.late = late
         self.fault: BaseException | None = None
         self.partitions: list[Partition] = []
         self.tasks: list[Task] = []
@@ -253,8 +249,7 @@ class Machine:
             waiting = "\n".join(f"  {p.name} waits for {p.waits}" for p in self.partitions)
             self.fault = Deadlock(f"nobody can go on:\n{waiting}")
             return
-        early = [x for x in able if self.late is None or isinstance(x, Task) or f"({self.late})" not in x.name]
-        chosen = self.random.choice(early or able)
+        chosen = self.random.choice(able)
         if isinstance(chosen, Partition):
             chosen.go()
             if chosen.over:

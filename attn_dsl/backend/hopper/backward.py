@@ -49,8 +49,6 @@ from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
 """Of one warpgroup."""
-LANES, AT_ONCE = gl.constexpr(32), gl.constexpr(1024)
-"""Of the warp that loads, and numbers that it clears at once."""
 
 
 @aggregate
@@ -218,10 +216,6 @@ class Memory:
     [pairs, key tiles, query tiles] and `done` [pairs, query tiles, group] int32: how many programs add to a tile of dQ
     before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `sums` half a tile of dQ.
     `free`: the consumers' word that they are done with a tile of dO, and with the tile of Q before.
-
-    The sums of dQ of the first `ahead` sections are zeros from the start. Those of each later one are cleared by the
-    programs of the section that is `ahead` of it, and `cleared` [sections] int32 counts the lanes that have done their
-    part.
     """
 
     query: tma.tensor_descriptor
@@ -235,8 +229,6 @@ class Memory:
     dv: tma.tensor_descriptor
     turns: gl.tensor
     done: gl.tensor
-    cleared: gl.tensor
-    ahead: gl.tensor
     first: gl.tensor
     queries: Ring
     grads: Ring
@@ -249,8 +241,8 @@ class Memory:
     shares: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, cleared, ahead, first, queries,
-                 grads, keys, values, loaded, free, exchange, sums, shares):  # fmt: skip
+    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
+                 values, loaded, free, exchange, sums, shares):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -262,8 +254,6 @@ class Memory:
         self.dv = dv
         self.turns = turns
         self.done = done
-        self.cleared = cleared
-        self.ahead = ahead
         self.first = first
         self.queries = queries
         self.grads = grads
@@ -424,37 +414,6 @@ def _produce(shape, f, memory, problem):
             memory.queries.load(passed + n, memory.query, begin, memory.lse, own + member, first)
             memory.grads.load(passed + n, memory.grad, begin, memory.delta, own + member, first)
         passed += tiles
-
-
-@gluon.jit
-def _clear(QUERIES: gl.constexpr, D: gl.constexpr, sums, cleared, ahead, section, group, q_len, kv_len):
-    """Zeros in this program's part of the sums of dQ of a later section."""
-    tiles = gl.cdiv(kv_len, 2 * KEYS)
-    pairs = gl.num_programs(0) // tiles
-    first = gl.program_id(0) // (section * tiles) * section
-    target = first + ahead * section
-    if target < pairs:
-        of_head = gl.cdiv(q_len, QUERIES) * (QUERIES * D // AT_ONCE)
-        parts = gl.minimum(section, pairs - target) * group * of_head
-        begin = (target * group).to(gl.int64) * of_head
-        lanes: gl.constexpr = gl.BlockedLayout([4], [LANES], [1], [0])
-        zeros = gl.zeros([AT_ONCE], gl.float32, lanes)
-        for part in range(gl.program_id(0) - first * tiles, parts, section * tiles):
-            gl.store(sums + (begin + part) * AT_ONCE + gl.arange(0, AT_ONCE, layout=lanes), zeros)
-        ones = gl.full([LANES], 1, gl.int32, gl.BlockedLayout([1], [LANES], [1], [0]))
-        gl.atomic_add(cleared + target // section + (ones - 1), ones, sem="release")
-
-
-@gluon.jit
-def _await_zeros(shape, memory, problem, pair):
-    """Wait until the sums of dQ of a pair's section are zeros, to which the copy engine may add."""
-    number = pair // problem.section
-    if number >= memory.ahead:
-        programs = problem.section * gl.cdiv(problem.sizes[4], 2 * KEYS)
-        _await(memory.cleared + number, LANES * programs)
-        gl.inline_asm_elementwise(
-            "fence.acq_rel.gpu; fence.proxy.async.global; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False,
-            pack=1)  # fmt: skip
 
 
 @gluon.jit
@@ -871,13 +830,12 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     k = gl.expand_dims(line, 1)
     dk = gl.zeros([KEYS, shape.D], gl.float32, shape.KEY_GRAD)
     dv = gl.zeros([KEYS, shape.DV], gl.float32, shape.VALUE_GRAD)
-    group = problem.sizes[1] // problem.sizes[2]
-    _await_zeros(shape, memory, problem, own // group)
     mbarrier.wait(memory.loaded.index(0), 0)
     mbarrier.wait(memory.loaded.index(1), 0)
     own_keys = memory.keys.index(GROUP).reshape([KEYS, shape.D])
     if shape.HOLD:
         own_keys = own_keys.load(gl.DotOperandLayout(0, shape.LOGITS, 2))
+    group = problem.sizes[1] // problem.sizes[2]
     passed = 0
     last = (0 * tile - 1, 0 * tile)
     for member in range(group):
@@ -961,9 +919,9 @@ def _ring(rows, numbers, PLACES: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors",
-                              "shares", "scale", "section", "lead", "ahead", "first"])  # fmt: skip
-def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, zeros, cleared, q_offset,
-                       parameters, B, H, HK, Q, KV, DIM, extents, tensors, shares, scale, section, lead, ahead, first,
+                              "shares", "scale", "section", "lead", "first"])  # fmt: skip
+def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
+                       KV, DIM, extents, tensors, shares, scale, section, lead, first,
                        FACTOR: gl.constexpr, GAIN: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr,
                        COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
                        PLAIN_FACTOR: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
@@ -977,11 +935,10 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`; a `lead` adds to all sums at
-    once, so that there `ahead` is as many as there are sections. `shares`: gradients of captured tensors, float32
-    [copies, ...], which are added to. One program for 128 keys of each batch and key head, which begin with pair
-    `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .], of which a tile is a box; B, H, HK, Q and
-    KV are those of strips.
+    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`.
+    `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys of each
+    batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .],
+    of which a tile is a box; B, H, HK, Q and KV are those of strips.
     """
     BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
     shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
@@ -998,13 +955,12 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, cleared, ahead, first, queries, grads,
-                    keys, values, _barriers(2, 1), _barriers(GRAD_STAGES, 2), exchange, sums, shares)  # fmt: skip
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
+                    values, _barriers(2, 1), _barriers(GRAD_STAGES, 2), exchange, sums, shares)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([
         (_consume, (shape, f, memory, problem, 0)),
         (_consume, (shape, f, memory, problem, 1)),
         (_produce, (shape, f, memory, problem)),
-        (_clear, (QUERIES, D, zeros, cleared, ahead, section, H // HK, Q, KV)),
-    ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip

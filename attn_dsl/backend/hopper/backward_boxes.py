@@ -10,14 +10,12 @@ import triton.language as tl
 from attn_dsl.backend.portable.device import captured, scalar, scalars_of
 
 
-@triton.jit(do_not_specialize=["width", "height", "own_tiles", "heads", "zeroed", "parameters", "sizes", "tensors",
-                               "scale"])  # fmt: skip
+@triton.jit(do_not_specialize=["width", "height", "own_tiles", "heads", "parameters", "sizes", "tensors", "scale"])
 def spread_rows(
-        given, numbers, sums, cleared, width, height, own_tiles, heads, zeroed, parameters, sizes, tensors, scale,
-        BOX: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr
+        given, numbers, sums, width, height, own_tiles, heads, parameters, sizes, tensors, scale, BOX: tl.constexpr,
+        COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """numbers [B * H, 2, Q rounded up to QUERIES] float32, H and Q being those of strips; zeros in `sums` of
-    the first `zeroed` pairs, and in `cleared` [B * H] int32.
+    """numbers [B * H, 2, Q rounded up to QUERIES] float32, H and Q being those of strips, and zeros in `sums`.
 
     given [B * heads, 2, own_tiles * QUERIES] has the numbers by positions. One program for ROWS places of a head. A
     place outside of the grid has the log-sum-exp of a row without keys.
@@ -35,10 +33,8 @@ def spread_rows(
     target = numbers + pair.to(tl.int64) * (2 * tiles * QUERIES) + part * ROWS + place
     tl.store(target, tl.load(source, mask=inside, other=float("inf")))
     tl.store(target + tiles * QUERIES, tl.load(source + own_tiles * QUERIES, mask=inside, other=0.0))
-    tl.store(cleared + pair, 0, mask=part == 0)
-    if pair < scalar(zeroed, False):
-        zeros = sums + tl.program_id(0).to(tl.int64) * (ROWS * D)
-        tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+    zeros = sums + tl.program_id(0).to(tl.int64) * (ROWS * D)
+    tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["width", "height", "heads", "strips", "parameters", "sizes", "tensors", "scale"])

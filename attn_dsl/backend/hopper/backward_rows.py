@@ -1,8 +1,8 @@
 """What is done row by row around the backward kernel, at the speed of the memory.
 
-Before: delta and lse as the kernel wants them, and zeros where its first programs will sum dQ. After: dQ from all sums,
-which lie in the order of the tensor cores' registers. What stands between the kernels is for the pairs of batch and
-head of one launch, from pair `first` of the call on.
+Before: delta and lse as the kernel wants them, and zeros where dQ will be summed. After: dQ from those sums, which lie
+in the order of the tensor cores' registers. What stands between the kernels is for the pairs of batch and head of one
+launch, from pair `first` of the call on.
 """
 
 import triton
@@ -21,15 +21,15 @@ def _rows(base, strides, b, h, rows, inside, D: tl.constexpr, DIM: tl.constexpr)
 
 
 @triton.jit(do_not_specialize=["q_offset", "out_strides", "grad_strides", "parameters", "sizes", "tensors", "shares",
-                               "scale", "zeroed", "first"])  # fmt: skip
+                               "scale", "first"])  # fmt: skip
 def prepare_rows(
-        out, grad_out, grad_lse, lse, numbers, sums, cleared, q_offset, out_strides, grad_strides, parameters, sizes,
-        tensors, shares, scale, zeroed, first, SLOPE: tl.constexpr, SINK: tl.constexpr, ROW: tl.constexpr,
-        SINK_GRAD: tl.constexpr, ADD_SINK: tl.constexpr, ADD_ROW_SUMS: tl.constexpr, ROWS: tl.constexpr,
-        QUERIES: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
+        out, grad_out, grad_lse, lse, numbers, sums, q_offset, out_strides, grad_strides, parameters, sizes, tensors,
+        shares, scale, first, SLOPE: tl.constexpr, SINK: tl.constexpr, ROW: tl.constexpr, SINK_GRAD: tl.constexpr,
+        ADD_SINK: tl.constexpr, ADD_ROW_SUMS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+        D: tl.constexpr, DV: tl.constexpr,
+        VALUE_DIM: tl.constexpr, UNIT: tl.constexpr
 ):  # fmt: skip
-    """numbers [pairs, 2, Q rounded up to QUERIES] float32, lse in base 2 and delta; zeros in `sums`, if any, of
-    the first `zeroed` pairs, and in `cleared` [pairs] int32.
+    """numbers [pairs, 2, Q rounded up to QUERIES] float32, lse in base 2 and delta, and zeros in `sums`, if any.
 
     lse is plus infinity where a row has no key or there is no row, so that its probabilities are 0; where the logits
     have a slope along k - q, `slope * (q - first q of the tile)` is added. One program for ROWS rows of a head.
@@ -81,10 +81,8 @@ def prepare_rows(
     tl.store(target, row)
     tl.store(target + padded, delta)
     if sums is not None:
-        tl.store(cleared + own, 0, mask=tile == 0)
-        if own < scalar(zeroed, False):
-            zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
-            tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+        zeros = sums + (own.to(tl.int64) * padded + tile * ROWS) * D
+        tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
 
 
 @triton.jit(do_not_specialize=["dq_strides", "sizes", "scale", "first"])

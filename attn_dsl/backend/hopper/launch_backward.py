@@ -56,13 +56,11 @@ WIDTH = 128
 """Query tiles of a program that counts turns."""
 LINES, CHUNK = 16, 8
 """Rows of a list, and entries of each, that such a program reads at a time."""
-SPILLS = 432
-"""Bytes that ptxas may spill: those of a kernel with a branch around its mask, most of them at the mask, and
-some 100 of what its partitions are handed at the start."""
-ORDERED_SPILLS = 704
-"""Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %,
-where partitions were handed less."""
-FUSED_SPILLS = 736
+SPILLS = 336
+"""Bytes that ptxas may spill: those of a kernel with a branch around its mask, most of them at the mask."""
+ORDERED_SPILLS = 576
+"""Bytes that ptxas may spill for an order: on an H200, 464 with a branch around the mask beat 144 without it by 7 %."""
+FUSED_SPILLS = 640
 """Bytes that ptxas may spill rather than leave a gradient to a pass of its own; most are at the head of a loop."""
 CHEAP = 4
 """Operations of a cheap mask: those of a window, where the mask on every tile of 128 queries still gains 1 percent."""
@@ -272,8 +270,7 @@ class _Layout:
     """What of a launch follows from shapes and strides.
 
     `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value; `strides`: of the
-    output, its gradient and that of the query. `pairs` of batch and key head are done at a time, `section` of them side
-    by side, which `lead` and `ahead` belong to (`backward.py`).
+    output, its gradient and that of the query. `pairs` of batch and key head are done at a time.
     """
 
     pairs: int
@@ -283,8 +280,6 @@ class _Layout:
     sizes: tuple[int, ...]
     extents: tuple[int, ...]
     section: int
-    lead: int
-    ahead: int
 
 
 @dataclass(frozen=True)
@@ -377,15 +372,13 @@ class _Plan:
         bytes = heads // kv_heads * -(-q_len // rows) * rows * d * 4
         pairs = _pairs_at_once(batch * kv_heads, tiles, bytes, machine)
         section = self.kernels.section(pairs, tiles, machine, self.turns is not None)
-        lead = self.kernels.portable.lead(call, "k", KEYS)
         return _Layout(
             pairs,
             (BlockShape.of(call.query, rows, d), BlockShape.of(call.key, 64, d), BlockShape.of(call.value, 64, dv),
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out, dq)),
-            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section, lead,
-            -(-pairs // section) if lead else ahead(section * tiles, machine),
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
         )  # fmt: skip
 
 
@@ -394,12 +387,6 @@ def _pairs_at_once(pairs: int, tiles: int, bytes: int, machine: int) -> int:
     if pairs * bytes <= SUMS:
         return pairs
     return min(pairs, max(SUMS // 4 // bytes, -(-FILLS * machine // tiles)))
-
-
-def ahead(programs: int, machine: int) -> int:
-    """How far the sections are, of so many programs each, whose sums those of one section clear: beyond those that run
-    at the same time, which would have to wait."""
-    return -(-machine // programs)
 
 
 def backward(
@@ -450,6 +437,7 @@ class _Launch:
     group: int
     tiles: int
     key_tiles: int
+    lead: int
     sections: tuple[tuple[int, int], ...]
     scratch: _Scratch
     kind: Kind | None
@@ -464,6 +452,7 @@ class _Launch:
             plan, layout, tuple(map(number, call.parameters)), tuple(map(plain, layout.sizes)),
             tuple(rest for _, *rest in described(call.tensors)), float(call.scale),
             tuple(shapes.get(name, ()) for name in plan.targets), group, tiles, key_tiles,
+            kernels.portable.lead(call, "k", KEYS),
             tuple((first, min(layout.pairs, kv_pairs - first)) for first in starts),
             _Scratch.of(plan, layout.pairs * group, tiles, key_tiles),
             kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True),
@@ -494,14 +483,13 @@ class _Launch:
         (of_q, of_k, of_v, of_grad), (of_dk, of_dv) = layout.inputs, layout.outputs
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
         of_call, with_lists = (self.parameters, (*self.sizes, *layout.extents), captured), captured + described(listed)
-        numbers, sums, turns, done, cleared, blocks = self.scratch.made(device)
-        zeroed = plain(layout.ahead * layout.section * self.group)
+        numbers, sums, turns, done, blocks = self.scratch.made(device)
         for first, pairs in self.sections:
             own, at = pairs * self.group, first * self.group
             run(
                 prepare_rows, own * self.tiles * (plan.config.queries // ROWS),
-                (out, grad_out, grad_lse, shifted, numbers, sums, cleared, q_offset, *layout.strides[:2], *of_call,
-                 described([x[0] for x in shares]), self.scale, zeroed, at),
+                (out, grad_out, grad_lse, shifted, numbers, sums, q_offset, *layout.strides[:2], *of_call,
+                 described([x[0] for x in shares]), self.scale, at),
                 plan.prepare,
             )  # fmt: skip
             if plan.turns is not None:
@@ -510,8 +498,8 @@ class _Launch:
             run(
                 attention_backward, pairs * self.key_tiles,
                 (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-                 sums, cleared, q_offset, self.parameters, *layout.sizes, layout.extents, with_lists,
-                 described(shares), self.scale, layout.section, layout.lead, layout.ahead, first),
+                 q_offset, self.parameters, *layout.sizes, layout.extents, with_lists, described(shares),
+                 self.scale, layout.section, self.lead, first),
                 plan.options,
             )  # fmt: skip
             finished = (sums, dq, layout.strides[2], self.sizes, self.scale, at)
@@ -611,9 +599,9 @@ def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> di
 
 @dataclass(frozen=True)
 class _Scratch:
-    """What the kernels of a launch hand on to each other: `numbers`, `sums` and `cleared` of `backward_rows.py`, the
-    former two also as `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an
-    order. These are their shapes."""
+    """What the kernels of a launch hand on to each other: `numbers` and `sums` of `backward_rows.py`, which are also
+    `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an order. These are their
+    shapes."""
 
     numbers: tuple[int, int, int]
     sums: tuple[int, int]
@@ -636,13 +624,12 @@ class _Scratch:
     def made(self, device: torch.device) -> _Made:
         """Without an order, `turns` and `done` are not read."""
         numbers, sums = empty(self.numbers, torch.float32, device), empty(self.sums, torch.float32, device)
-        cleared = empty(self.numbers[:1], torch.int32, device)
         turns = done = numbers
         if self.turns is not None:
             pairs, _, tiles = self.turns
             turns, done = empty(self.turns, torch.int32, device), empty((pairs, tiles, 2), torch.int32, device)
         blocks = self.row(numbers), self.row(numbers.select(1, 1)), self.block(sums)
-        return _Made(numbers, sums, turns, done, cleared, blocks)
+        return _Made(numbers, sums, turns, done, blocks)
 
 
 class _Made(NamedTuple):
@@ -650,7 +637,6 @@ class _Made(NamedTuple):
     sums: Tensor
     turns: Tensor
     done: Tensor
-    cleared: Tensor
     blocks: tuple[Block, Block, Block]
 
 

@@ -102,12 +102,11 @@ class _Launch:
     spread: tuple[tuple[int, ...], Options]
     gather: tuple[tuple[int, ...], Options]
     section: int
-    ahead: int
     programs: tuple[int, int, int, int]
 
     @staticmethod
     def of(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Launch:
-        from attn_dsl.backend.hopper.launch_backward import _Scratch, ahead
+        from attn_dsl.backend.hopper.launch_backward import _Scratch
 
         assert call.grid is not None
         (d, dim_v), rows, (width, of_queries, of_keys) = plan.dims, plan.config.queries, call.grid
@@ -121,8 +120,6 @@ class _Launch:
         grids += [(x, 64, columns, of_keys) for x, columns in zip(made, (d, dim_v), strict=True)]
         box = {"BOX": plan.options["QUERY_BOX"], "COLUMNS": of_queries, "QUERIES": rows, "D": d, "num_warps": 4}
         gather = {**box, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}
-        machine = multiprocessors(call.query.device)
-        section = kernels.section(batch * kv_heads, key_tiles, machine, plan.turns is not None)
         sizes, extents = tuple(map(plain, call.sizes[:6])), tuple(map(plain, call.sizes[6:]))
         given = (batch, own_heads, call.key.shape[1], length, length, dim)
         return _Launch(
@@ -135,7 +132,7 @@ class _Launch:
             (batch * own_heads, 2, own_tiles * rows),
             ((width, height, own_tiles, own_heads), Options({**box, "ROWS": ROWS})),
             ((width, height, own_heads, heads // own_heads), Options(gather)),
-            section, ahead(section * key_tiles, machine),
+            kernels.section(batch * kv_heads, key_tiles, multiprocessors(call.query.device), plan.turns is not None),
             (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts, batch * kv_heads * key_tiles,
              batch * own_heads * -(-height // DOWN) * -(-width // ACROSS)),
         )  # fmt: skip
@@ -158,17 +155,16 @@ class _Launch:
         listed = () if kind is None else kind.find(call.tensors, call.q_offset, device, run)
         parameters = tuple(map(number, call.parameters))
         of_call = (parameters, self.sizes, captured, scale)
-        numbers, sums, turns, done, cleared, blocks = self.scratch.made(device)
+        numbers, sums, turns, done, blocks = self.scratch.made(device)
         lines = torch.empty(self.lines, dtype=torch.float32, device=device)
         of_rows, of_places, of_keys, of_queries = self.programs
         run(
             prepare_rows, of_rows,
-            (out, grad_out, grad_lse, shifted, lines, None, None, call.q_offset, *self.strides, parameters, self.given,
-             (), (), scale, 0, 0),
+            (out, grad_out, grad_lse, shifted, lines, None, call.q_offset, *self.strides, parameters, self.given, (),
+             (), scale, 0),
             plan.prepare,
         )  # fmt: skip
-        zeroed = plain(self.ahead * self.section * (call.sizes[1] // call.sizes[2]))
-        run(spread_rows, of_places, (lines, numbers, sums, cleared, *self.spread[0], zeroed, *of_call), self.spread[1])
+        run(spread_rows, of_places, (lines, numbers, sums, *self.spread[0], *of_call), self.spread[1])
         if plan.turns is not None:
             done.zero_()
             plan.count(run, turns, len(turns), listed, call.q_offset, of_call[:3], scale)
@@ -176,8 +172,8 @@ class _Launch:
         run(
             attention_backward, of_keys,
             (q(call.query), k(call.key), v(call.value), g(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-             sums, cleared, call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + described(listed),
-             (), scale, self.section, 0, self.ahead, 0),
+             call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + described(listed), (), scale,
+             self.section, 0, 0),
             plan.options,
         )  # fmt: skip
         run(gather_queries, of_queries, (sums, dq, *self.gather[0], *of_call), self.gather[1])
