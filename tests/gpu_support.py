@@ -30,6 +30,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "gpt_oss": {"window": 64},
 }
 
+SEGMENTS = """attention segments()
+tensor segment: int32[B, KV]
+tensor bias: float32[H, Q]
+
+score = score + bias[h, q]
+mask = segment[b, q] == segment[b, k]
+"""
+"""A mask whose positions are sorted, in an order that all heads share."""
+
 
 def larger(name: str, **sizes: int) -> Case:
     const = frozenset({"random"}) if name == "bigbird" else frozenset()

@@ -170,8 +170,10 @@ def _tensor(dtype: DType, shape: tuple[int, ...]) -> Tensor:
 def _steps(program: Program, request: Request, call: launch.Call, wanted: frozenset[str]) -> Iterator[Any]:
     """The passes of a call, each a function of the runner that is to take its kernels."""
     outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-    places = [call.query.new_empty(call.query.shape[:3], dtype=dtype) for dtype in DTYPES_OF_ORDERS]
-    for rows in places if program.is_sorted else [None]:
+    places: list[Tensor | None] = [None]
+    if program.is_sorted:
+        places = [call.query.new_empty(call.query.shape[:3], dtype=dtype) for dtype in DTYPES_OF_ORDERS]
+    for rows in places:
         yield lambda run, rows=rows: outputs.append(_forward(program, replace(call, rows=rows), run))
     if request.backward:
         out, lse, shifted = outputs[0]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gluon_interpreter import Machine
-from gpu_support import within_budget
+from gpu_support import SEGMENTS, within_budget
 from hopper_on_cpu import take_over
 from portable_support import Problem, differentiated, program_of
 from torch import Tensor
@@ -23,13 +23,6 @@ from attn_dsl.backend.layouts import Classes, Grid, Permutation
 from attn_dsl.backend.replay_order import Forward
 
 INPUTS = ("query", "key", "value")
-SEGMENTS = """attention segments()
-tensor segment: int32[B, KV]
-tensor bias: float32[H, Q]
-
-score = score + bias[h, q]
-mask = segment[b, q] == segment[b, k]
-"""
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_support import SEGMENTS
 from portable_support import Problem, assert_close, differentiated, program_of
 
 import attn_dsl
@@ -74,14 +75,6 @@ def test_hash_buckets(length: int, dim: int, rows_first: bool) -> None:
     inputs = (rows(batch, heads, length, dim=dim, rows_first=rows_first) for _ in range(3))
     bucket = torch.randint(0, 16, (batch, heads, length), device="cuda", dtype=torch.int32)
     agrees(Problem(program_of("hash_buckets"), *inputs, {"bucket": bucket}))
-
-
-SEGMENTS = """attention segments()
-tensor segment: int32[B, KV]
-tensor bias: float32[H, Q]
-score = score + bias[h, q]
-mask = segment[b, q] == segment[b, k]
-"""
 
 
 @pytest.mark.parametrize("dim", [64, 128])

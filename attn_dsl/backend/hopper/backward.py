@@ -935,10 +935,10 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
-    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`.
-    `shares`: gradients of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys of each
-    batch and key head, which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .],
-    of which a tile is a box; B, H, HK, Q and KV are those of strips.
+    [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`. `shares`: gradients
+    of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys of each batch and key head,
+    which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .], of which a tile is
+    a box; B, H, HK, Q and KV are those of strips.
     """
     BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
     shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,

@@ -256,11 +256,8 @@ class Kernels:
     def _settle(self, call: Call, compile: Compile) -> Choice[Config]:
         found = self.candidates(call)
         spills = check.SPILLS + TABLE_SPILLS * (self.portable.packed or self.portable.paged)
-        given = found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile)
-        choice = settle(*given, spills)
-        if choice.config is None and call.rows is not None:
-            choice = settle(*given, spills + TABLE_SPILLS)
-        return choice
+        limits = (spills,) if call.rows is None else (spills, spills + TABLE_SPILLS)
+        return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile), limits)
 
 
 def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
@@ -269,20 +266,29 @@ def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tu
     return tuple(config for config in found if call.grid is None or config.keys % call.grid[2] == 0)
 
 
-def settle(found: Sequence[C], name: str, compiled: Callable[[C], Any], spills: int = check.SPILLS) -> Choice[C]:
-    """The first configuration whose kernel, of the variant of that name, has no defect."""
-    rejected: list[tuple[C, str]] = []
-    for config in found:
+def settle(found: Sequence[C], name: str, compiled: Callable[[C], Any], limits: Sequence[int]) -> Choice[C]:
+    """The first configuration whose kernel, of the variant of that name, has no defect.
+
+    limits: of the bytes that it may spill; the second counts if no configuration keeps the first, and so on. Each
+    configuration is compiled once.
+    """
+
+    @functools.cache
+    def inspected(config: C) -> check.Build | str:
         try:
-            kernel = compiled(config)
+            return check.inspected(name, compiled(config))
         except (CompilationError, PTXASError) as error:
-            defect: str | None = f"it does not compile ({type(error).__name__})"
-        else:
-            build = check.inspected(name, kernel)
-            defect = build.defect_beyond(spills)
-            if defect is None:
+            return f"it does not compile ({type(error).__name__})"
+
+    rejected: list[tuple[C, str]] = []
+    for spills in limits:
+        rejected.clear()
+        for config in found:
+            build = inspected(config)
+            defect = build if isinstance(build, str) else build.defect_beyond(spills)
+            if not isinstance(build, str) and defect is None:
                 return Choice(config, build, tuple(rejected))
-        rejected.append((config, str(defect)))
+            rejected.append((config, str(defect)))
     return Choice(None, None, tuple(rejected))
 
 

@@ -220,15 +220,12 @@ class Kernels:
         return not text.positional and self.portable.masks_parts(call, config.queries, KEYS // 2)
 
     def _settle(self, call: Call, ordered: bool, fused: frozenset[str], compile: Compile) -> Choice[Config]:
-        compiled = functools.cache(lambda config: _compiled(self, call, ordered, fused, config, compile))
         limits = (ORDERED_SPILLS,) if ordered else (SPILLS, FUSED_SPILLS) if fused else (SPILLS,)
         if call.grid is not None:  # what stands before the loop is much
             limits = (FUSED_SPILLS,)
-        for spills in limits:
-            found = settle(self.candidates(call, fused), self.portable.variant.name, compiled, spills)
-            if found.config is not None:
-                break
-        return found
+        found = self.candidates(call, fused)
+        compiled = functools.partial(_compiled, self, call, ordered, fused, compile=compile)
+        return settle(found, self.portable.variant.name, compiled, limits)
 
 
 def _whole(call: Call) -> bool:
