@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,10 @@ from gluon_interpreter import machine, values
 from gluon_interpreter.assembly import assembly
 from gluon_interpreter.faults import Fault
 from gluon_interpreter.machine import Partition, Pending, Task
+from gluon_interpreter.order import Clock
 from gluon_interpreter.shared import Barrier, Memory, Piece, places
 from gluon_interpreter.tensors import Descriptor
-from gluon_interpreter.values import Array, Number, Value, common, elementwise, size_of, valued
+from gluon_interpreter.values import Array, Number, Value, common, elementwise, encoded, size_of, valued
 
 NVMMASharedLayout, SwizzledSharedLayout = gluon.NVMMASharedLayout, gluon.SwizzledSharedLayout
 
@@ -27,11 +30,31 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"the interpreter does not know `{name}` of Triton's language")
 
 
-def _no_layout(*_: Any, **__: Any) -> None:
-    """Which thread has which element is the compiler's business: every layout of registers is None."""
+def warps_of(layout: Any) -> Any:
+    """Which thread has which element is the compiler's business: a layout of registers is the number of its warps."""
+    if hasattr(layout, "parent"):
+        return warps_of(layout.parent)
+    return 2 ** len(layout.warp_bases) if hasattr(layout, "warp_bases") else math.prod(layout.warps_per_cta)
 
 
-SliceLayout = BlockedLayout = DotOperandLayout = NVMMADistributedLayout = DistributedLinearLayout = _no_layout
+def BlockedLayout(size_per_thread: Any, threads_per_warp: Any, warps_per_cta: Any, order: Any) -> int:
+    return math.prod(warps_per_cta)
+
+
+def NVMMADistributedLayout(version: Any, warps_per_cta: Any, instr_shape: Any) -> int:
+    return math.prod(warps_per_cta)
+
+
+def DistributedLinearLayout(reg_bases: Any, lane_bases: Any, warp_bases: Any, block_bases: Any, shape: Any) -> int:
+    return 2 ** len(warp_bases)
+
+
+def SliceLayout(dim: int, parent: int | None) -> int | None:
+    return parent
+
+
+def DotOperandLayout(operand_index: int, parent: int | None, k_width: int) -> int | None:
+    return parent
 
 
 def constexpr(x: Any) -> Any:
@@ -90,10 +113,12 @@ def _call(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], 
 
 
 def arange(start: Any, end: Any, layout: Any = None) -> Value:
+    machine.running().spreads(layout)
     return Value(np.arange(int(start), int(end)), tl.int32)
 
 
 def full(shape: Any, value: Any, dtype: tl.dtype, layout: Any = None) -> Value:
+    machine.running().spreads(layout)
     return Value(np.full(tuple(shape), getattr(value, "data", value)), dtype)
 
 
@@ -110,6 +135,32 @@ def to_tensor(x: Any) -> Value:
 
 
 def convert_layout(x: Any, layout: Any, assert_trivial: bool = False) -> Any:
+    machine.running().spreads(layout)
+    return x
+
+
+def multiple_of(x: Value, values: Any) -> Value:
+    """x, of which the first element in each row, an address in bytes, is a multiple of the last value."""
+    first = x.data[..., 0] if x.data.ndim else x.data
+    return _promised(x, bool((first % np.ravel(values)[-1] == 0).all()), f"multiple of {values}")
+
+
+def max_contiguous(x: Value, values: Any) -> Value:
+    """x, whose rows go in runs of neighbours, of so many elements as the last value says."""
+    runs = x.data.reshape(-1, int(np.ravel(values)[-1]))
+    step = size_of(x.dtype.element_ty) if x.dtype.is_ptr() else 1
+    return _promised(x, bool((np.diff(runs, axis=1) == step).all()), f"contiguous by {values}")
+
+
+def max_constancy(x: Value, values: Any) -> Value:
+    """x, whose rows go in runs of equals, of so many elements as the last value says."""
+    runs = x.data.reshape(-1, int(np.ravel(values)[-1]))
+    return _promised(x, bool((runs == runs[:, :1]).all()), f"constant by {values}")
+
+
+def _promised(x: Value, kept: bool, what: str) -> Value:
+    if not kept:
+        raise Fault(f"the compiler is told that a tensor is {what}, and it is not")
     return x
 
 
@@ -348,6 +399,59 @@ class tma:
         own.settle(awaited)
 
 
+# ---------------------------------------------------------------- asynchronous copies of threads
+
+
+class async_copy:
+    """`cp.async`: what the threads of a partition copy themselves, element by element, through the generic proxy."""
+
+    @staticmethod
+    def async_load(
+        target: Memory, pointer: Value, mask: Any = None, cache_modifier: str = "", eviction_policy: str = ""
+    ) -> None:  # fmt: skip
+        own = machine.running()
+        task, tensors = own.issue("the asynchronous copy"), own.program.machine.tensors
+
+        def move() -> None:
+            task.writes(target, generic=True)
+            target.put(encoded(tensors.load(pointer, mask, 0).data, target.dtype))
+
+        if pointer.dtype.element_ty != target.dtype or list(pointer.shape) != target.shape:
+            raise Fault(f"a copy of {pointer.dtype.element_ty} {list(pointer.shape)} to {target.dtype} {target.shape}")
+        tensors.load(pointer, mask, 0)  # that there is something is found here, in the kernel's text
+        task.steps.append(move)
+        own.copies.add(task)
+        own.hand_over()
+
+    async_copy_global_to_shared = async_load
+
+    @staticmethod
+    def mbarrier_arrive(memory: Memory, increment_count: bool = True) -> None:
+        """Each thread arrives once all that it has copied is there. Who waits hears of the copies, and of nothing else
+        that the threads did before."""
+        own, barrier = machine.running(), memory.barrier
+        task = own.issue("the arrival after asynchronous copies", after=own.copies.pending)
+        task.clock = Clock(tasks=own.copies.issued | 1 << task.number)
+        if increment_count:
+            barrier.await_more(own.threads)
+        task.steps.append(lambda: barrier.arrive(task.clock, own.threads))
+        own.hand_over()
+
+    @staticmethod
+    def commit_group() -> None:
+        machine.running().copies.groups.append([])
+
+    @staticmethod
+    def wait_group(num_outstanding: int = 0) -> None:
+        """Until all but the last groups that were committed are there."""
+        own, groups = machine.running(), machine.running().copies.groups
+        over = builtins.max(len(groups) - 1 - num_outstanding, 0)
+        awaited = [task for group in groups[:over] for task in group]
+        own.hand_over(lambda: all(task.done for task in awaited), "asynchronous copies")
+        own.settle(awaited)
+        del groups[:over]
+
+
 # ---------------------------------------------------------------- the tensor cores
 
 
@@ -356,7 +460,7 @@ def warpgroup_mma(
 ) -> Any:  # fmt: skip
     """a b + acc, once the tensor cores come to it; they take products in the order of their issue."""
     own = machine.running()
-    task = own.issue("the product", after=own.products[-1] if own.products else None)
+    task = own.issue("the product", after=tuple(own.products[-1:]))
     pending = Pending(task)
     add = bool(use_acc)
 

@@ -35,7 +35,10 @@ class Stopped(BaseException):
 
 @dataclass
 class Task:
-    """Work of the copy engine or the tensor cores: `steps` happen one after the other, at any time after the issue."""
+    """What happens beside a partition: work of the copy engine or the tensor cores, copies that its threads issued.
+
+    `steps` happen one after the other, at any time after the issue and the tasks of `after`.
+    """
 
     number: int
     what: str
@@ -43,7 +46,7 @@ class Task:
     clock: Clock
     at: Site
     steps: list[Callable[[], None]]
-    after: Task | None = None
+    after: tuple[Task, ...] = ()
     pieces: list[Piece] = field(default_factory=list)
     passed: int = 0
 
@@ -53,21 +56,21 @@ class Task:
 
     @property
     def ready(self) -> bool:
-        return self.after is None or self.after.done
+        return all(task.done for task in self.after)
 
     def step(self) -> None:
         self.steps[self.passed]()
         self.passed += 1
 
-    def _access(self, memory: Memory) -> Access:
+    def _access(self, memory: Memory, generic: bool) -> Access:
         self.pieces.append(memory.piece)
-        return access(self.what, memory.region, self.owner.number, 0, self.number, self.at)
+        return Access(self.what, memory.region, self.owner.number, 0, self.number, self.at, generic)
 
     def reads(self, memory: Memory) -> None:
-        memory.piece.remembered.read(self._access(memory), self.clock, asynchronous=True)
+        memory.piece.remembered.read(self._access(memory, False), self.clock, asynchronous=True)
 
-    def writes(self, memory: Memory) -> None:
-        memory.piece.remembered.write(self._access(memory), self.clock)
+    def writes(self, memory: Memory, generic: bool = False) -> None:
+        memory.piece.remembered.write(self._access(memory, generic), self.clock)
 
 
 class Pending:
@@ -84,6 +87,22 @@ class Pending:
 
     __getattr__ = __getitem__ = __neg__ = __lt__ = __gt__ = __add__ = __radd__ = __sub__ = __rsub__ = _refuse
     __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+
+
+@dataclass
+class Copies:
+    """Asynchronous copies that the threads of a partition have issued: all, as bits, and those of each group."""
+
+    issued: int = 0
+    groups: list[list[Task]] = field(default_factory=lambda: [[]])
+
+    def add(self, task: Task) -> None:
+        self.issued |= 1 << task.number
+        self.groups[-1].append(task)
+
+    @property
+    def pending(self) -> tuple[Task, ...]:
+        return tuple(task for group in self.groups for task in group if not task.done)
 
 
 class Program:
@@ -113,7 +132,7 @@ class Partition:
         self.clock.partitions[self.number] = 0
         self.products: list[Task] = []
         self.stores: list[Task] = []
-        self.unfenced: list[Access] = []
+        self.copies = Copies()
         self.until: Callable[[], bool] | None = None
         self.waits = ""
         self.over = False
@@ -150,6 +169,11 @@ class Partition:
             raise Stopped
         self.until = None
 
+    def spreads(self, layout: int | None) -> None:
+        """Fault unless a layout, where it is known, is one of as many warps as there are."""
+        if layout is not None and 32 * layout != self.threads:
+            raise Fault(f"a layout of {layout} warps in {self.name}, which has {self.threads // 32}")
+
     # What the partition does in memory.
 
     def _access(self, what: str, memory: Memory) -> Access:
@@ -159,14 +183,11 @@ class Partition:
         memory.piece.remembered.read(self._access("the read", memory), self.clock, asynchronous=False)
 
     def writes(self, memory: Memory) -> None:
-        made = self._access("the write", memory)
-        memory.piece.remembered.write(made, self.clock)
-        self.unfenced.append(made)
+        memory.piece.remembered.write(self._access("the write", memory), self.clock)
 
     def fence(self) -> None:
-        for made in self.unfenced:
-            made.fenced = True
-        self.unfenced.clear()
+        for piece in self.program.pieces:
+            piece.remembered.fence(self.number, self.clock)
 
     def tell(self) -> Clock:
         """What those know who hear of this moment."""
@@ -176,7 +197,7 @@ class Partition:
 
     # Tasks.
 
-    def issue(self, what: str, *, after: Task | None = None) -> Task:
+    def issue(self, what: str, *, after: tuple[Task, ...] = ()) -> Task:
         machine = self.program.machine
         number = machine.tasks_made
         machine.tasks_made += 1

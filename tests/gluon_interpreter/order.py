@@ -3,6 +3,9 @@
 A partition of warps executes the kernel's text in order. What the copy engine or the tensor cores do for it, a task, is
 ordered after what the partition did before it was issued; it comes before what a partition does that has waited for it,
 or has heard of it from one that has.
+
+What warps write, themselves or by their asynchronous copies, goes through the generic proxy. The copy engine and the
+tensor cores see it where a fence lies between: one whose partition knew of the write, and of which the reader knows.
 """
 
 from __future__ import annotations
@@ -75,8 +78,8 @@ def overlap(a: Region, b: Region) -> tuple[bool, bool]:
 
 @dataclass
 class Access:
-    """A read or a write of a region. `task` is negative for what a partition does itself, the generic proxy; such a
-    write is seen by the copy engine and the tensor cores once its partition has `fenced`."""
+    """A read or a write of a region. `task` is negative for what a partition does itself. `fences`: when each partition
+    first fenced with knowledge of a write through the generic proxy."""
 
     what: str
     region: Region
@@ -84,12 +87,16 @@ class Access:
     time: int
     task: int
     at: Site
-    fenced: bool = False
+    generic: bool
+    fences: dict[int, int] = field(default_factory=dict)
 
     def before(self, clock: Clock) -> bool:
         if self.task >= 0:
             return bool(clock.tasks >> self.task & 1)
         return clock.partitions.get(self.partition, -1) >= self.time
+
+    def fenced(self, clock: Clock) -> bool:
+        return any(clock.partitions.get(partition, -1) >= time for partition, time in self.fences.items())
 
 
 class Remembered:
@@ -104,10 +111,10 @@ class Remembered:
         for write in self.writes:
             if overlap(write.region, access.region)[0]:
                 self._check(write, access, clock)
-                if asynchronous and write.task < 0 and not write.fenced:
+                if asynchronous and write.generic and not write.fenced(clock):
                     raise Race(
-                        f"{self.name}: {access.what} at {text(access.at)} reads what was written at {text(write.at)} by"
-                        " a warp that has not called fence_async_shared since"
+                        f"{self.name}: {access.what} at {text(access.at)} reads what was written at {text(write.at)},"
+                        " and knows of nobody that has called fence_async_shared since"
                     )
         self.reads[access.region.number, access.partition, access.task] = access
 
@@ -118,6 +125,11 @@ class Remembered:
         self.writes = [x for x in self.writes if not overlap(x.region, access.region)[1]]
         self.reads = {key: x for key, x in self.reads.items() if not overlap(x.region, access.region)[1]}
         self.writes.append(access)
+
+    def fence(self, partition: int, clock: Clock) -> None:
+        for write in self.writes:
+            if write.generic and write.before(clock):
+                write.fences.setdefault(partition, clock.partitions[partition])
 
     def settle(self, task: int, partition: int, time: int) -> None:
         """The reads of a task that its partition has waited for count as the partition's own."""
@@ -135,5 +147,6 @@ class Remembered:
             )
 
 
-def access(what: str, region: Region, partition: int, time: int, task: int = -1, at: Site | None = None) -> Access:
-    return Access(what, region, partition, time, task, at or site())
+def access(what: str, region: Region, partition: int, time: int) -> Access:
+    """Of a partition itself, now."""
+    return Access(what, region, partition, time, -1, site(), generic=True)

@@ -120,7 +120,9 @@ class Memory:
         return decoded(self.words(), self.dtype)
 
     def load(self, layout: Any = None) -> Value:
-        machine.running().reads(self)
+        own = machine.running()
+        own.spreads(layout)
+        own.reads(self)
         return Value(self.numbers(), self.dtype)
 
     def store(self, value: Value) -> None:
@@ -171,6 +173,10 @@ class Barrier:
             raise Fault(f"{self.name}: more arrivals than the {self.count} of its initialization")
         if phase.arrivals == 0 and phase.bytes == 0:
             self.phases.append(Phase(Clock(), self.count))
+
+    def await_more(self, count: int) -> None:
+        """Let the phase have so many arrivals more."""
+        self.phases[-1].arrivals += count
 
     def known(self) -> Clock:
         """What a wait that passes has heard."""

@@ -106,6 +106,7 @@ class Descriptor:
         sizes, strides, block = list(given.shape), list(given.strides), list(given.block_shape)
         nbytes = size_of(self.dtype) * int(np.prod(block))
         self.shape = [Value(n, tl.int32) for n in sizes]
+        self.strides = [Value(n, tl.int64) for n in strides]
         self.block_type = SimpleNamespace(shape=block, nbytes=nbytes)
         if base.data_ptr() % 16 or any(s * base.element_size() % 16 for s in strides[:-1]) or strides[-1] != 1:
             raise OutOfBounds(f"the copy engine takes no strides {strides} of {base.dtype} from {base.data_ptr():#x}")
