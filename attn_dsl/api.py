@@ -511,7 +511,7 @@ class Attention:
         program, chosen = self._executable, options(query.device)
         ordered = reordered(program, call, chosen)
         if ordered is not None and ordered.layout.both_passes:
-            program, call = ordered.program, ordered.call
+            program, call = ordered.program, ordered.in_order(ordered.call)
         with torch.cuda.device(query.device):
             return tuning.run(program, call, chosen, wanted=wanted, backward=backward)
 

@@ -199,15 +199,19 @@ class Case:
             tensor.add_(0)
         return self.forward()
 
-    def flex(self) -> tuple[Callable[[], Tensor], float, float]:
-        """(forward, milliseconds and KiB of the block mask)."""
+    def flex(self, eager: bool = False) -> tuple[Callable[[], Tensor], float, float]:
+        """(forward, milliseconds and KiB of the block mask: not a number where it is made by eager PyTorch)."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         make = torch.compile(create_block_mask, dynamic=False)
         batch, heads = (n if v else None for n, v in zip((self.batch, self.heads), self.row.varies, strict=True))
-        build = functools.partial(make, self.row.mask(self.tensors), batch, heads, self.length, self.length, "cuda")
-        mask, kibibytes = measured(build)
+        of = self.row.mask(self.tensors), batch, heads, self.length, self.length, "cuda"
         run = torch.compile(flex_attention, dynamic=False)
+        if eager:
+            mask = create_block_mask(*of)
+            return (lambda: run(*self.inputs, block_mask=mask)), math.nan, math.nan
+        build = functools.partial(make, *of)
+        mask, kibibytes = measured(build)
         setup = triton.testing.do_bench(build, warmup=5, rep=20, return_mode="median")
         return (lambda: run(*self.inputs, block_mask=mask)), setup, kibibytes
 
@@ -278,7 +282,7 @@ def run_row(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any
     forwards: dict[str, Callable[[], Tensor]] = {"attn_dsl": case.forward}
     found: dict[str, Any] = {"row": name, "length": case.length}
     if not options.alone:
-        forwards["flex"], found["flex_setup_ms"], found["flex_setup_kib"] = case.flex()
+        forwards["flex"], found["flex_setup_ms"], found["flex_setup_kib"] = case.flex(options.eager)
     if case.tensors:
         forwards["new"] = case.forward_anew
     passes = {
@@ -371,6 +375,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=40, help="milliseconds of a measurement")
     parser.add_argument("--alone", action="store_true", help="without flex_attention")
+    parser.add_argument(
+        "--eager", action="store_true", help="flex's block masks by eager PyTorch: to compile some takes minutes"
+    )
     parser.add_argument("--compile", action="store_true", help="measure nothing")
     parser.add_argument("--turn", help="a file to hold while measuring, for processes that compile side by side")
     parser.add_argument("--long", type=int, help="the length of a document mask whose schedule alone is made")

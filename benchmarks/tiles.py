@@ -131,6 +131,8 @@ def case_of(row: Row, batch: int, heads: int, length: int, dim: int, backward: b
     bound = portable_call(program, call, options) if found is None else found.bound
     if found is not None:
         program, call = found.program, found.call
+        if backward:
+            bound = portable_call(program, found.in_order(call), options)
     return Case(program, bound, dict(call.sizes), dict(call.parameters), dict(call.tensors))
 
 

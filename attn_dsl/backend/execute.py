@@ -79,7 +79,7 @@ class Program:
         self.strips: tuple[Strips, int] | None = None
         """Of what grid, with how many columns of keys, where the program is one over strips of it."""
         self.is_sorted = False
-        """Whether the program is one over sorted positions whose forward pass puts rows back (`Call.rows`)."""
+        """Whether the program is one over sorted positions, whose forward pass finds rows by `Call.rows`."""
         self.choices: dict[tuple[Any, ...], Choice] = {}
         """Which order calls take, by kind."""
         self.strips_of_keys: dict[tuple[Any, ...], StripsOfKeys | None] = {}
@@ -171,9 +171,9 @@ def run_forward(
     call: Call,
     options: Options,
     results: Mapping[str, Tensor] | None = None,
-    rows: Tensor | None = None,
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> Outputs:
-    """`forward` in the order of the call; a GPU writes `out` where `results` say, and rows where `rows` say."""
+    """`forward` in the order of the call; a GPU writes `out` where `results` say, and finds rows as in `Call.rows`."""
     if options.backend == CPU:
         with made_on_cpu():
             return _cpu_forward(program, call)
@@ -290,7 +290,7 @@ def _cpu_backward(
 
 
 def _gpu_forward(
-    program: Program, call: Call, options: Options, results: Mapping[str, Tensor], rows: Tensor | None
+    program: Program, call: Call, options: Options, results: Mapping[str, Tensor], rows: tuple[Tensor, Tensor] | None
 ) -> Outputs:
     from attn_dsl.backend.gpu import forward
 

@@ -243,11 +243,12 @@ def explain(program: Program, call: Call) -> str:
     if chosen := order.choice(of, call, Options(GPU)):
         lines.append(f"order      {chosen.why}")
     if ordered := order.ordered(of, call, Options(GPU)):
-        lines[0] += f"; {ordered.laid_out}"
         of, bound = ordered.program, ordered.bound
     wanted = frozenset(name for name, x in {**call.tensors, **call.parameters}.items() if _wants_gradient(x))
-    capability = _capability(call.query.device)
-    lines.append(describe(of, bound, route(of, bound, decodes=ordered is None), capability))
+    capability, found = _capability(call.query.device), route(of, bound, decodes=ordered is None)
+    if ordered:
+        lines[0] += f"; {ordered.laid_out(found.backend)}"
+    lines.append(describe(of, bound, found, capability))
     if ordered and ordered.by is not None:
         of, inner = ordered.in_backward
         bound = execute.portable_call(of, inner, Options(GPU))

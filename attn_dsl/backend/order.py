@@ -59,7 +59,7 @@ KEPT = 4096
 @dataclass(frozen=True)
 class Ordered:
     """A call in another order: the program over positions in that order, and its call; where positions are sorted, by
-    what, and the sort."""
+    what, and the sort: query, key and value are then as they were given."""
 
     layout: Layout
     program: Program
@@ -70,27 +70,35 @@ class Ordered:
     by: Sorted | None = None
     sort: Sort | None = None
 
-    @property
-    def laid_out(self) -> str:
-        """How the tensors come into this order."""
+    def laid_out(self, backend: str) -> str:
+        """How the tensors come into this order, for the kernels of the forward pass."""
+        if self.rows is not None and backend == HOPPER:
+            return "rows gathered by the forward kernel, `query`, `key`, `value` copied for the backward pass"
         given = {"query": self.given.query, "key": self.given.key, "value": self.given.value}
         copied = [f"`{name}`" for name, x in given.items() if not self.layout.is_view(x)]
         return f"{', '.join(copied)} copied" if copied else "nothing copied"
 
     @property
-    def rows(self) -> Tensor | None:
-        """Where a GPU writes the rows of results, where strides do not say it."""
-        return self.layout.queries if isinstance(self.layout, Permutation) else None
+    def rows(self) -> tuple[Tensor, Tensor] | None:
+        """Where a GPU finds the rows of queries and of keys, where strides do not say it."""
+        return (self.layout.queries, self.layout.keys) if isinstance(self.layout, Permutation) else None
 
     @property
     def bound(self) -> PortableCall:
-        """The call as kernels of a GPU take it, whose results are in the order of the caller if it has `rows`."""
+        """The call as kernels of a GPU take it, whose tensors are in the order of the caller if it has `rows`."""
         return replace(portable_call(self.program, self.call, self.options), rows=self.rows)
+
+    def in_order(self, call: Call) -> Call:
+        """The call with copies of query, key and value where strides do not say where rows are."""
+        if self.rows is None:
+            return call
+        key, value = (self.layout.split(x, keys=True) for x in (call.key, call.value))
+        return replace(call, query=self.layout.split(call.query), key=key, value=value)
 
     def forward(self) -> Outputs:
         layout, rows = self.layout, self.given.query.shape[2]
         if self.options.backend == CPU:
-            out, lse, none = execute.run_forward(self.program, self.call, self.options)
+            out, lse, none = execute.run_forward(self.program, self.in_order(self.call), self.options)
             return layout.join(out, rows), layout.join(lse, rows), none
         if self.rows is not None:
             return execute.run_forward(self.program, self.call, self.options, rows=self.rows)
@@ -111,13 +119,13 @@ class Ordered:
 
     @property
     def in_backward(self) -> tuple[Program, Call]:
-        """Those of the backward pass."""
+        """Those of the backward pass, with tensors in this order."""
         if self.by is None or self.sort is None:
             return self.program, self.call
         inner, given = self.backward_program, self.given.tensors
         found = sorting.read(self.by, given[self.by.tensor.name], self.sort, inner.tensor_names)
         tensors = {**given, **found}
-        return inner, replace(self.call, tensors={name: tensors[name] for name in inner.tensor_names})
+        return inner, self.in_order(replace(self.call, tensors={name: tensors[name] for name in inner.tensor_names}))
 
     def backward(
         self, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None, wanted: frozenset[str]
@@ -482,8 +490,8 @@ def _by_data(order: Sorted, program: Program, call: Call, options: Options) -> O
     found = sorting.sort(order, tensor, names)
     layout = found.layout(call.query.shape[1], call.key.shape[1])
     tensors = {**call.tensors, **sorting.read(order, tensor, found, names)}
-    made = _laid_out(layout, inner, program, call, options, call.parameters, tensors, 0)
-    return replace(made, by=order, sort=found)
+    bound = replace(call, tensors={name: tensors[name] for name in names})
+    return Ordered(layout, inner, bound, call, program, options, order, found)
 
 
 def sorted_program(program: Program, order: Sorted, side: Index) -> Program:

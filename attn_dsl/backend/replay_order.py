@@ -1,9 +1,7 @@
 """Calls in another order of positions that were made before: nothing is chosen or planned again, only tensors are new.
 
-What strides say is read and written where it is. What is sorted is gathered in one launch, and the forward pass puts
-each row of its results where it stands in the order of the caller. For the backward pass the gathered query, key and
-value are kept in place of those given: that takes no more memory than keeping these, and saves reading and writing them
-again.
+What strides say is read and written where it is. Of what is sorted the forward kernel reads and writes each row where
+it stands in the order of the caller; for the backward pass one launch gathers all that it reads.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ class Inner(Protocol):
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(out, lse, shifted), as `portable.launch.forward`; `out` and `rows` are given, with such strides, where the
         call that this was made for has them."""
@@ -80,7 +78,6 @@ class Forward:
             bound = replace(bound, results={"out": target[1]})
         self.out = None if target is None else tuple(target[0].shape)
         self.inner = made(ordered.program, bound, ordered.options)
-        self._gather = Permuting(3, scatter=False)
         self.backward_program, call = ordered.backward_program, ordered.call
         self.call = replace(call, query=_like(call.query), key=_like(call.key), value=_like(call.value), tensors={})
 
@@ -94,23 +91,21 @@ class Forward:
         self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor], q_offset: int | Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(out, lse, shifted) in the order of the caller."""
-        return self.saved(query, key, value, tensors)[0]
+        return self.sorted(query, key, value, tensors)[0]
 
-    def saved(
-        self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor]
-    ) -> tuple[Rows, Rows, Sort | None]:
-        """`outputs`, and for the backward pass: query, key and value, and the sort, if these are sorted."""
+    def sorted(self, query: Tensor, key: Tensor, value: Tensor, tensors: Sequence[Tensor]) -> tuple[Rows, Sort | None]:
+        """`outputs`, and the sort, if positions are sorted."""
         layout, known, inner = self.found(tensors)
         if isinstance(layout, Permutation):
-            inputs = self._gathered(layout, query, key, value)
-            return self.inner.outputs(*inputs, inner, self.start, rows=layout.queries), inputs, known
+            order = layout.queries, layout.keys
+            return self.inner.outputs(query, key, value, inner, self.start, rows=order), known
         target, rows = layout.target(self.out or (), query), query.shape[2]
         assert target is not None
         split = layout.split(query), layout.split(key, keys=True), layout.split(value, keys=True)
         _, lse, shifted = self.inner.outputs(*split, inner, self.start, target[1])
         joined = layout.join(lse, rows)
         results = target[0][:, :, :rows], joined, joined if shifted is lse else layout.join(shifted, rows)
-        return results, (query, key, value), None
+        return results, None
 
     def found(self, tensors: Sequence[Tensor]) -> tuple[Layout, Sort | None, list[Tensor]]:
         """(layout, sort, captured tensors of the program in its order)."""
@@ -121,10 +116,6 @@ class Forward:
         known = sorting.sort(self.by, tensor, names)
         named |= sorting.read(self.by, tensor, known, names)
         return known.layout(*self.heads), known, [named[name] for name in names]
-
-    def _gathered(self, layout: Permutation, query: Tensor, key: Tensor, value: Tensor) -> Rows:
-        query, key, value = self._gather((query, key, value), (layout.queries, layout.keys, layout.keys))
-        return query, key, value
 
 
 def _like(x: Tensor) -> Tensor:
@@ -161,7 +152,7 @@ class Differentiable:
         grad_lse: Tensor | None,
         wanted: frozenset[str],
     ) -> Gradients:
-        """Of `inputs` as `Forward.saved` gave them; all else, and what comes back, is in the order of the caller."""
+        """Of `inputs`, query, key and value; all is in the order of the caller."""
         forward, own = self.forward, dict(zip(self.forward.names, tensors, strict=True))
         if known is None:
             return self._by_strides(inputs, own, out, shifted, grad_out, grad_lse, wanted)
@@ -169,21 +160,24 @@ class Differentiable:
         assert by is not None
         layout, own = known.layout(*forward.heads), own | sorting.read(by, own[by.tensor.name], known, names)
         lines = [shifted] if grad_lse is None else [shifted, grad_lse.float().contiguous()]
-        grad_out, out, shifted, *line = self._gathered(layout.queries, [grad_out, out], lines)
+        query, key, value, grad_out, out, shifted, *line = self._gathered(layout, (*inputs, grad_out, out), lines)
         rows, given = (out, shifted, grad_out), [own[name] for name in names]
+        inputs = query, key, value
         found = self.inner.gradients(*inputs, given, forward.start, *rows, line[0] if line else None, wanted)
         grads = [x.reshape(like.shape) for x, like in zip((found.query, found.key, found.value), inputs, strict=True)]
         dq, dk, dv = self._scatter(grads, (layout.queries, layout.keys, layout.keys))
         return Gradients(dq, dk, dv, found.captured)
 
-    def _gathered(self, index: Tensor, tensors: Sequence[Tensor], lines: Sequence[Tensor]) -> list[Tensor]:
-        """In the sorted order; what comes from outside, gradients of results, may be of another kind in each call."""
+    def _gathered(self, layout: Permutation, tensors: Sequence[Tensor], lines: Sequence[Tensor]) -> list[Tensor]:
+        """Query, key, value and what belongs to queries, in the sorted order. Gradients of results are from outside,
+        and may be of another kind in each call."""
         kind = tuple([(x.stride(), x.data_ptr() % 16) for x in (*tensors, *lines)])
         if kind not in self._gathers:
             if len(self._gathers) >= KINDS:
                 self._gathers.clear()
             self._gathers[kind] = Permuting(len(tensors), scatter=False)
-        return self._gathers[kind](tensors, [index] * len(tensors), lines)
+        indices = [layout.queries, layout.keys, layout.keys, *[layout.queries] * (len(tensors) - 3)]
+        return self._gathers[kind](tensors, indices, lines)
 
     def _by_strides(
         self,
@@ -221,9 +215,11 @@ class _Again(torch.autograd.Function):
     def forward(
         ctx: Any, replay: Differentiable, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor
     ) -> tuple[Tensor, Tensor]:
-        (out, lse, shifted), inputs, ctx.known = replay.forward.saved(query, key, value, rest)
+        (out, lse, shifted), ctx.known = replay.forward.sorted(query, key, value, rest)
         lines = (lse,) if shifted is lse else (lse, shifted)
-        ctx.save_for_backward(out, *lines, *inputs, *rest)  # as much as by a first call, which a checkpoint may compare
+        ctx.save_for_backward(
+            out, *lines, query, key, value, *rest
+        )  # as much as by a first call, which a checkpoint may compare
         ctx.replay, ctx.lines = replay, len(lines)
         ctx.set_materialize_grads(False)
         return out, lse

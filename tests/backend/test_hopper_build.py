@@ -62,18 +62,25 @@ def test_the_preferred_configuration_is_sound(name: str, dim: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [64, 128, 192])
-def test_rows_that_are_put_back_are_written_16_bytes_at_a_time(dim: int) -> None:
+def test_rows_are_copied_from_and_to_where_they_are_16_bytes_at_a_time(dim: int) -> None:
     outer = program_of("hash_buckets")
     of = order.sorted_program(outer, next(iter(outer.orders)), Q)
     shapes = {torch.int32: (1, 4, 1), torch.uint8: (1, 4, 256)}
     dtypes = [getattr(torch, tensor.dtype.value) for tensor in of.variant.tensors]
     tensors = tuple(torch.empty(*shapes[dtype], dtype=dtype, device="meta") for dtype in dtypes)
     rows = torch.empty(1, 4, 256, dtype=torch.int16, device="meta")
-    kernels, bound = launch.Kernels(of.kernels), replace(call(of, dim), tensors=tensors, rows=rows)
+    kernels, bound = launch.Kernels(of.kernels), replace(call(of, dim), tensors=tensors, rows=(rows, rows))
     choice = kernels.choice(bound, launch.compile_ahead)
     assert choice.build is not None and choice.build.spilled <= check.SPILLS, choice.rejected
-    written = re.findall(r"st\.global\.(v4)?", launch.build(kernels, bound).asm["ptx"])
-    assert choice.config is not None and written.count("v4") == choice.config.rows * dim // (128 * 8)
+    ptx = launch.build(kernels, bound).asm["ptx"]
+    config, block = choice.config, launch.padded(dim)
+    assert config is not None
+    written = re.findall(r"st\.global\.(v4)?", ptx)
+    assert written.count("v4") == config.rows * dim // (128 * 8)
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x(\w+),[^;]*;", ptx)
+    assert set(copied) == {"10"}
+    places = config.rows + (2 + 2) * config.keys  # keys and values: of the first tile, in the loop, and of the last
+    assert len(copied) % (block // 64) == 0 and len(copied) * 128 * 8 >= places * block, len(copied)
 
 
 @pytest.mark.parametrize(("dim", "products"), [(80, 5 + 8), (96, 6 + 8), (192, 12 + 2 * 4)])

@@ -146,7 +146,7 @@ def test_no_tensor_is_copied_where_strides_can_say_it() -> None:
         x = tensor(2, 4, 48, rows_first=rows_first)
         call = program.binder.bind(x, x, x, None, 0, {"dilation": 4})
         found = order.ordered(program, call, PORTABLE)
-        assert found is not None and found.laid_out == "nothing copied"
+        assert found is not None and found.laid_out("portable") == "nothing copied"
         assert found.call.query.data_ptr() == x.data_ptr()
         assert found.forward()[0].shape == x.shape
 

@@ -4,17 +4,20 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.core import _aggregate as aggregate
 
 from attn_dsl.backend.hopper.device import meet
-from attn_dsl.backend.hopper.versions import async_load, reinterpret
+from attn_dsl.backend.hopper.versions import async_load, copy_rows, reinterpret
 
 SWIZZLED = gl.constexpr(64)
 """Columns of 16 bits that a tile in shared memory keeps side by side."""
 
 TOGETHER = gl.constexpr(4)
 """Pages whose numbers are found side by side."""
+LINES = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+"""Of rows that a warpgroup copies, 16 bytes a thread."""
 
 
 @gluon.jit
@@ -45,17 +48,22 @@ def boxes(tiles, ROWS: gl.constexpr):
 
 @aggregate
 class Ring:
-    """Tiles in shared memory with two barriers each: `full` is the producer's word, `free` that of the consumers."""
+    """Tiles in shared memory with two barriers each: `full` is the producer's word, `free` that of the consumers.
+
+    COPIED: by the threads of a producer that is a warpgroup (`collect`), not by the copy engine.
+    """
 
     tiles: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
+    COPIED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, tiles, full, free):
+    def __init__(self, tiles, full, free, COPIED):
         self.tiles = tiles
         self.full = full
         self.free = free
+        self.COPIED = gl.constexpr(COPIED)
 
     @gluon.jit
     def tile(self, place):
@@ -66,6 +74,8 @@ class Ring:
     def wait(self, place, round):
         """Until the place is filled for the `round`-th time, from 0."""
         mbarrier.wait(self.full.index(place), round & 1)
+        if self.COPIED:
+            fence_async_shared()  # products read what threads wrote
 
     @gluon.jit
     def release(self, place):
@@ -100,6 +110,19 @@ class Ring:
                     async_load(descriptor, [numbers[n], head, 0, chunk * SWIZZLED], self.full.index(place), box)
 
     @gluon.jit
+    def collect(self, place, round, lines, inside, WIDTH: gl.constexpr):
+        """As `load`, from rows of WIDTH columns that begin at `lines` [rows], of which those not `inside` are 0."""
+        columns: gl.constexpr = self.tiles.shape[4]
+        column = gl.expand_dims(gl.arange(0, columns, layout=gl.SliceLayout(0, LINES)), 0)
+        keep = gl.expand_dims(inside, 1)
+        if columns > WIDTH:
+            keep = keep & (column < WIDTH)
+        mbarrier.wait(self.free.index(place), (round & 1) ^ 1)
+        source = gl.multiple_of(gl.expand_dims(lines, 1) + column, [1, 16])  # bytes, as for the copy engine
+        copy_rows(self.tile(place), source, mask=keep)
+        async_copy.mbarrier_arrive(self.full.index(place), increment_count=False)
+
+    @gluon.jit
     def clip(self, place, left, CONSUMER: gl.constexpr, CONSUMERS: gl.constexpr):
         """Let the rows of a tile from `left` on be 0, for products of all consumers: each does its part of them."""
         rows: gl.constexpr = 16
@@ -117,7 +140,8 @@ class Ring:
 
 
 @gluon.jit
-def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr = 0, COLUMNS: gl.constexpr = 0):
+def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr = 0, COLUMNS: gl.constexpr = 0,
+         COPIED: gl.constexpr = False):  # fmt: skip
     """A ring of tiles that are blocks of a descriptor or, where ROWS are given, put together from them."""
     if ROWS == 0:
         shape: gl.constexpr = [PLACES] + descriptor.block_type.shape
@@ -127,9 +151,9 @@ def ring(descriptor, PLACES: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.con
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=128 if COPIED else 1)
         mbarrier.init(free.index(i), count=CONSUMERS)
-    return Ring(tiles, full, free)
+    return Ring(tiles, full, free, COPIED)
 
 
 @aggregate
@@ -139,7 +163,8 @@ class Board:
     Consumers may fail: a turn then comes again, for those whose bits are set in `again` (0: it is new to all).
 
     `counter`, in global memory, counts the tiles that were handed out beside the first one of each program. It is zero
-    before the kernel and after it: as many tiles are asked for as there are, and who asks last resets it.
+    before the kernel and after it: as many tiles are asked for as there are, and who asks last resets it. WARPS: of the
+    producer.
     """
 
     counter: gl.tensor
@@ -148,15 +173,17 @@ class Board:
     full: gl.shared_memory_descriptor
     free: gl.shared_memory_descriptor
     CONSUMERS: gl.constexpr
+    WARPS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, counter, words, failures, full, free, CONSUMERS):
+    def __init__(self, counter, words, failures, full, free, CONSUMERS, WARPS):
         self.counter = counter
         self.words = words
         self.failures = failures
         self.full = full
         self.free = free
         self.CONSUMERS = gl.constexpr(CONSUMERS)
+        self.WARPS = gl.constexpr(WARPS)
 
     @gluon.jit
     def following(self, tiles):
@@ -170,10 +197,10 @@ class Board:
     def write(self, turn, tile, b, h, again):
         place = turn % 2
         mbarrier.wait(self.free.index(place), ((turn // 2) & 1) ^ 1)
-        self.words.index(place * 4).store(_word_of_warp(tile))
-        self.words.index(place * 4 + 1).store(_word_of_warp(b))
-        self.words.index(place * 4 + 2).store(_word_of_warp(h))
-        self.words.index(place * 4 + 3).store(_word_of_warp(again))
+        self.words.index(place * 4).store(_word_of(tile, self.WARPS))
+        self.words.index(place * 4 + 1).store(_word_of(b, self.WARPS))
+        self.words.index(place * 4 + 2).store(_word_of(h, self.WARPS))
+        self.words.index(place * 4 + 3).store(_word_of(again, self.WARPS))
         mbarrier.arrive(self.full.index(place), count=1)
 
     @gluon.jit
@@ -185,7 +212,7 @@ class Board:
         if awaited & (bits == 0):
             turn += 1  # it has the place of the last one
             bits = self._failed(turn)
-        tile, b, h = [_read_by_warp(self.words, turn % 2 * 4 + i) for i in (0, 1, 2)]
+        tile, b, h = [_read_by(self.words, turn % 2 * 4 + i, self.WARPS) for i in (0, 1, 2)]
         return bits, tile, b, h
 
     @gluon.jit
@@ -194,8 +221,8 @@ class Board:
         mbarrier.wait(self.free.index(place), ((turn // 2) & 1) ^ 1)
         bits = 0
         for i in gl.static_range(self.CONSUMERS):
-            bits |= _read_by_warp(self.failures, place * self.CONSUMERS + i) << i
-            self.failures.index(place * self.CONSUMERS + i).store(_word_of_warp(0))
+            bits |= _read_by(self.failures, place * self.CONSUMERS + i, self.WARPS) << i
+            self.failures.index(place * self.CONSUMERS + i).store(_word_of(0, self.WARPS))
         return bits
 
     @gluon.jit
@@ -229,17 +256,17 @@ class Board:
 
 
 @gluon.jit
-def _word_of_warp(x):
-    return gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+def _word_of(x, WARPS: gl.constexpr):
+    return gl.full([1], x, gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
 
 
 @gluon.jit
-def _read_by_warp(words, i):
-    return gl.max(words.index(i).load(gl.BlockedLayout([1], [32], [1], [0])), 0)
+def _read_by(words, i, WARPS: gl.constexpr):
+    return gl.max(words.index(i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
 
 
 @gluon.jit
-def board(counter, CONSUMERS: gl.constexpr):
+def board(counter, CONSUMERS: gl.constexpr, WARPS: gl.constexpr = 1):
     words = gl.allocate_shared_memory(gl.int32, [8, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     failures = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(2 * CONSUMERS):
@@ -249,4 +276,4 @@ def board(counter, CONSUMERS: gl.constexpr):
     for i in gl.static_range(2):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=CONSUMERS)
-    return Board(counter, words, failures, full, free, CONSUMERS)
+    return Board(counter, words, failures, full, free, CONSUMERS, WARPS)

@@ -45,7 +45,7 @@ class Build:
 
 
 FEATURES = {
-    "bulk tensor loads": r"cp\.async\.bulk\.tensor",
+    "bulk tensor loads, or copies of rows": r"cp\.async\.(bulk\.tensor|cg)",
     "asynchronous products": r"wgmma\.mma_async",
     "register reallocation": r"setmaxnreg",
 }

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.channels import SWIZZLED, Board, Ring, board, boxes, corner, ring
+from attn_dsl.backend.hopper.channels import LINES, SWIZZLED, Board, Ring, board, boxes, corner, ring
 from attn_dsl.backend.hopper.device import (
     between,
     bits_between,
@@ -129,13 +129,13 @@ class Shape:
     PERIOD: gl.constexpr  # columns of a box of keys, in a grid
     PAGE: gl.constexpr  # keys of a page; 0 where keys stand in one piece
     PACKED: gl.constexpr  # sequences stand one behind the other
-    SCATTER: gl.constexpr  # (differs by batch, by head, columns of the output) of where rows are written, or None
+    SORTED: gl.constexpr  # whether rows of queries differ by batch, by head, those of keys, columns of both; or None
     LOGITS: gl.constexpr
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 FROZEN, PERIOD, PAGE, PACKED, SCATTER):  # fmt: skip
+                 FROZEN, PERIOD, PAGE, PACKED, SORTED):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -152,7 +152,7 @@ class Shape:
         self.PERIOD = gl.constexpr(PERIOD)
         self.PAGE = gl.constexpr(PAGE)
         self.PACKED = gl.constexpr(PACKED)
-        self.SCATTER = gl.constexpr(SCATTER)
+        self.SORTED = gl.constexpr(SORTED)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _output_layout(DV[0]), 2))
 
@@ -220,7 +220,7 @@ class Memory:
     out: tma.tensor_descriptor
     lse: gl.tensor
     shifted: gl.tensor
-    targets: gl.tuple
+    order: gl.tuple
     queries: Ring
     keys: Ring
     values: Ring
@@ -228,14 +228,14 @@ class Memory:
     board: Board
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, out, lse, shifted, targets, queries, keys, values, staging, board):
+    def __init__(self, query, key, value, out, lse, shifted, order, queries, keys, values, staging, board):
         self.query = query
         self.key = key
         self.value = value
         self.out = out
         self.lse = lse
         self.shifted = shifted
-        self.targets = targets
+        self.order = order
         self.queries = queries
         self.keys = keys
         self.values = values
@@ -452,20 +452,49 @@ def _pages(shape, table, b, row):
 
 
 @gluon.jit
-def _load(shape, f, ring, descriptor, at, b, hk, row, scalars, tensors):
-    """Fill a place with the key tile that begins at `row`, number `at` of all.
+def _load(shape, f, memory, problem, VALUES: gl.constexpr, at, b, hk, row, scalars, tensors):
+    """Fill a place with the tile of keys or VALUES that begins at `row`, number `at` of all.
 
     A page table stands first in `tensors`, and is read before the place is free.
     """
     place, round = at % shape.STAGES, at // shape.STAGES
+    ring = memory.values if VALUES else memory.keys
+    descriptor = memory.value if VALUES else memory.key
     if shape.PACKED:
         ring.load(place, round, descriptor, (0, hk, row))
+    elif shape.SORTED is not None:
+        begin = _begin_of_order(b, hk, problem.sizes[2], problem.sizes[4], shape.SORTED[2], shape.SORTED[3])
+        source = memory.order[4] if VALUES else memory.order[3]
+        width: gl.constexpr = shape.SORTED[5] if VALUES else shape.SORTED[4]
+        _collect(ring, place, round, descriptor, source, memory.order[1] + begin, b, hk, row, problem.sizes[4], width)
     elif shape.PAGE == 0:
         ring.load(place, round, descriptor, _at(f.KEY_BOX, b, hk, row, scalars, tensors))
     elif shape.PAGE < shape.KEYS:
         ring.gather(place, round, descriptor, _pages(shape, tensors[0], b, row), hk)
     else:
         ring.load(place, round, descriptor, (_pages(shape, tensors[0], b, row), hk, row % shape.PAGE))
+
+
+@gluon.jit
+def _load_queries(shape, f, memory, problem, turn, tile, b, h, scalars, tensors, GROUP: gl.constexpr):
+    """Fill the place of a warpgroup's queries."""
+    row = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    if shape.SORTED is not None:
+        begin = _begin_of_order(b, h, problem.sizes[1], problem.sizes[3], shape.SORTED[0], shape.SORTED[1])
+        _collect(memory.queries, GROUP, turn, memory.query, memory.order[2], memory.order[0] + begin, b, h, row,
+                 problem.sizes[3], shape.SORTED[4])  # fmt: skip
+    else:
+        memory.queries.load(GROUP, turn, memory.query, _query_at(shape, f, problem, b, h, row, scalars, tensors))
+
+
+@gluon.jit
+def _collect(ring, place, round, descriptor, source, order, b, h, row, length, WIDTH: gl.constexpr):
+    """Fill a place with the tile that begins at `row` of those that `order` names, of [., ., length, WIDTH]."""
+    at = row + gl.arange(0, ring.tiles.shape[3], layout=gl.SliceLayout(1, LINES))
+    inside = at < length
+    number = gl.load(order + at, mask=inside, other=0).to(gl.uint32).to(gl.int64)
+    head = b * descriptor.strides[0] + h * descriptor.strides[1]
+    ring.collect(place, round, source + head + number * descriptor.strides[2], inside, WIDTH)
 
 
 @gluon.jit
@@ -498,21 +527,20 @@ def _produce(shape, f, memory, problem):
         visits = _visits(shape, f, tile, b, h, problem.start(b), scalars, tensors)
         hk = h // group
         row = first_key + visits.nth(0) * shape.KEYS
-        _load(shape, f, memory.keys, memory.key, passed, b, hk, row, scalars, tensors)
+        _load(shape, f, memory, problem, False, passed, b, hk, row, scalars, tensors)
         for g in gl.static_range(shape.GROUPS):
-            begin = _query_at(shape, f, problem, b, h, (tile * shape.GROUPS + g) * shape.ROWS, scalars, tensors)
-            memory.queries.load(g, turn, memory.query, begin)
+            _load_queries(shape, f, memory, problem, turn, tile, b, h, scalars, tensors, g)
         for n in range(1, visits.tiles):
             at = passed + n
             following = first_key + visits.nth(n) * shape.KEYS
-            _load(shape, f, memory.keys, memory.key, at, b, hk, following, scalars, tensors)
-            _load(shape, f, memory.values, memory.value, at - 1, b, hk, row, scalars, tensors)
+            _load(shape, f, memory, problem, False, at, b, hk, following, scalars, tensors)
+            _load(shape, f, memory, problem, True, at - 1, b, hk, row, scalars, tensors)
             row = following
         if again == 0:
             number = memory.board.following(total)  # while the consumers have two tiles of keys left
         turn += 1
         passed += visits.tiles
-        _load(shape, f, memory.values, memory.value, passed - 1, b, hk, row, scalars, tensors)
+        _load(shape, f, memory, problem, True, passed - 1, b, hk, row, scalars, tensors)
         if shape.FROZEN:
             awaited = (number >= total) & (visits.tiles > gl.maximum(visits.masked_tiles, 1))
             again, tile, b, h = memory.board.failed(turn, awaited)
@@ -816,7 +844,7 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
     result = gl.where(empty, NEVER, (m + gl.log2(gl.where(empty, 1.0, l)) - lead) * LN2)
     if shape.PACKED:
         place = (begin + first + local).to(gl.int64) * sizes[1] + h
-    elif shape.SCATTER is not None:
+    elif shape.SORTED is not None:
         place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + _target(shape, memory, problem, b, h, first + local)
     else:
         place = (b * sizes[1] + h).to(gl.int64) * sizes[3] + first + local
@@ -829,12 +857,18 @@ def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP
 
 @gluon.jit
 def _target(shape, memory, problem, b, h, row):
-    """The rows that rows of a head are written as, int64; 0 for those that it has not."""
-    pair = b * shape.SCATTER[0]
-    if shape.SCATTER[1]:
-        pair = pair * problem.sizes[1] + h
-    place = pair.to(gl.int64) * problem.sizes[3] + row
-    return gl.load(memory.targets[0] + place, mask=row < problem.sizes[3], other=0).to(gl.int64)
+    """The rows of the caller's tensors that rows of a head are, int64; 0 for those that it has not."""
+    begin = _begin_of_order(b, h, problem.sizes[1], problem.sizes[3], shape.SORTED[0], shape.SORTED[1])
+    return gl.load(memory.order[0] + (begin + row), mask=row < problem.sizes[3], other=0).to(gl.int64)
+
+
+@gluon.jit
+def _begin_of_order(b, h, heads, length, BY_BATCH: gl.constexpr, BY_HEAD: gl.constexpr):
+    """Where the rows of a head begin in a dense tensor of rows [., ., length], int64."""
+    pair = b * BY_BATCH
+    if BY_HEAD:
+        pair = pair * heads + h
+    return pair.to(gl.int64) * length
 
 
 @gluon.jit
@@ -927,7 +961,7 @@ def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: 
     blocks = staging.reshape([shape.ROWS, memory.out.block_type.shape[len(memory.out.block_type.shape) - 1]])
     for i in gl.static_range(len(acc)):
         _block(blocks, shape.DV, i).store(acc[i].to(memory.keys.tiles.dtype))
-    if shape.SCATTER is not None:
+    if shape.SORTED is not None:
         if keep:
             for i in gl.static_range(len(lines)):
                 _scatter(shape, problem, _block(blocks, shape.DV, i), lines[i], tile, GROUP, i * _width(shape.DV, 0))
@@ -961,7 +995,7 @@ def _lines(shape, memory, problem, tile, b, h, GROUP: gl.constexpr):
     """Where the rows of the warpgroup's block of a tile are written, for each block of columns; none where they stay in
     their order."""
     result = ()
-    if shape.SCATTER is not None:
+    if shape.SORTED is not None:
         for i in gl.static_range(len(shape.DV)):
             result = result + (_lines_of(shape, memory, problem, tile, b, h, GROUP, _width(shape.DV, i)),)
     return result
@@ -973,7 +1007,7 @@ def _lines_of(shape, memory, problem, tile, b, h, GROUP: gl.constexpr, WIDTH: gl
     layout: gl.constexpr = gl.SliceLayout(1, _lines_layout(WIDTH))
     row = (tile * shape.GROUPS + GROUP) * shape.ROWS + gl.arange(0, shape.ROWS, layout=layout)
     head = (b * problem.sizes[1] + h).to(gl.int64) * problem.sizes[3]
-    return memory.targets[1] + (head + _target(shape, memory, problem, b, h, row)) * shape.SCATTER[2]
+    return memory.order[5] + (head + _target(shape, memory, problem, b, h, row)) * shape.SORTED[5]
 
 
 @gluon.jit
@@ -982,7 +1016,7 @@ def _scatter(shape, problem, block, lines, tile, GROUP: gl.constexpr, FIRST: gl.
     layout: gl.constexpr = _lines_layout(block.shape[1])
     row = (tile * shape.GROUPS + GROUP) * shape.ROWS + gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, layout))
     column = FIRST + gl.arange(0, block.shape[1], layout=gl.SliceLayout(0, layout))
-    inside = gl.expand_dims(row < problem.sizes[3], 1) & gl.expand_dims(column < shape.SCATTER[2], 0)
+    inside = gl.expand_dims(row < problem.sizes[3], 1) & gl.expand_dims(column < shape.SORTED[5], 0)
     gl.store(gl.expand_dims(lines, 1) + gl.expand_dims(column, 0), block.load(layout), mask=inside)
 
 
@@ -1008,19 +1042,19 @@ def _store_rows(out, left, width, heads, blocks, GROUP: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors", "scale",
-                              "section", "lead", "targets"])  # fmt: skip
+                              "section", "lead", "order"])  # fmt: skip
 def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, parameters, B, H, HK, Q, KV, DIM,
-                      extents, tensors, scale, section, lead, targets,
+                      extents, tensors, scale, section, lead, order,
                       FACTOR: gl.constexpr, UNIFORM: gl.constexpr, ROWS: gl.constexpr, RESIDUE: gl.constexpr,
                       PLAIN: gl.constexpr, SHIFT: gl.constexpr, PEAK: gl.constexpr, SLOPE: gl.constexpr,
                       LOW: gl.constexpr, HIGH: gl.constexpr, HEAD: gl.constexpr, COLUMNS: gl.constexpr,
                       MASK: gl.constexpr, ROW_TERM: gl.constexpr, SINK: gl.constexpr, KV_RANGES: gl.constexpr,
                       D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
-                      STAGES: gl.constexpr, REGISTERS: gl.constexpr, PIN: gl.constexpr, CARRY_WIDE: gl.constexpr,
-                      PING_PONG: gl.constexpr, OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr,
-                      PARTS: gl.constexpr, FROZEN: gl.constexpr, QUERY_BOX: gl.constexpr = None,
-                      KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None, PAGE: gl.constexpr = 0,
-                      PACKED: gl.constexpr = False, SCATTER: gl.constexpr = None):  # fmt: skip
+                      STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+                      PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
+                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, PARTS: gl.constexpr, FROZEN: gl.constexpr,
+                      QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None,
+                      PAGE: gl.constexpr = 0, PACKED: gl.constexpr = False, SORTED: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
 
     query [B, H, Q, DIM], key [B, HK, KV, DIM], value [B, HK, KV, .] and out are tensor descriptors of blocks of 64 rows
@@ -1030,39 +1064,42 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     how many keys a batch entry has; what lies past them is not even multiplied by 0. PAGE: key and value are pages
     [pages, HK, PAGE, .], in blocks [1, 1, PAGE, SWIZZLED] where these are smaller than a tile. PACKED: sequences stand
     one behind the other, [1, H, ., .], and so do lse and `shifted`, [rows of all, H]; their ends stand first in
-    `tensors`, and `out` once more behind them. SCATTER: row i of `out`, lse and `shifted`, which are dense, is written
-    as row `rows[b, h, i]`, with `targets` dense integers `rows` [B, H, Q], B and H or 1, and once more `out`.
+    `tensors`, and `out` once more behind them. SORTED: row i of queries is row `rows[b, h, i]` of query, `out`, lse and
+    `shifted`, of which all but query are dense; row i of keys is row `key_rows[b, hk, i]` of key and value. `order` is
+    (rows [B, H, Q], key_rows [B, HK, KV], query, key, value, out): dense integers, batch and heads as they are or 1.
     """
     shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  FROZEN, key.block_type.shape[3], PAGE, PACKED, SCATTER)  # fmt: skip
+                  FROZEN, key.block_type.shape[3], PAGE, PACKED, SORTED)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
                   SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
-    queries = ring(query, GROUPS, 1)
+    copied: gl.constexpr = SORTED is not None
+    queries = ring(query, GROUPS, 1, COPIED=copied)
     if PAGE > 0 and PAGE < KEYS:
         keys = ring(key, STAGES, GROUPS, KEYS, query.block_type.shape[3])
         values = ring(value, STAGES, GROUPS, KEYS, out.block_type.shape[3])
     else:
-        keys = ring(key, STAGES, GROUPS)
-        values = ring(value, STAGES, GROUPS)
+        keys = ring(key, STAGES, GROUPS, COPIED=copied)
+        values = ring(value, STAGES, GROUPS, COPIED=copied)
     if OWN_OUTPUT:
         staging = gl.allocate_shared_memory(out.dtype, [GROUPS] + out.block_type.shape, out.layout)
     else:
         staging = queries.tiles
-    turns = board(counter, GROUPS)
+    producers: gl.constexpr = 4 if copied else 1
+    turns = board(counter, GROUPS, producers)
     fence_async_shared()
-    memory = Memory(query, key, value, out, lse, shifted, targets, queries, keys, values, staging, turns)
+    memory = Memory(query, key, value, out, lse, shifted, order, queries, keys, values, staging, turns)
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     if GROUPS == 2:
         gl.warp_specialize([
             (_consume, (shape, f, memory, problem, 0)),
             (_consume, (shape, f, memory, problem, 1)),
             (_produce, (shape, f, memory, problem)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        ], [4, producers], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (shape, f, memory, problem, 0)),
             (_consume, (shape, f, memory, problem, 1)),
             (_consume, (shape, f, memory, problem, 2)),
             (_produce, (shape, f, memory, problem)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+        ], [4, 4, producers], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -59,7 +59,7 @@ GRAPHED = 4096
 """So many launches in graphs find a counter that is zero; those beyond zero theirs in the graph, at 2 microseconds."""
 TABLE_SPILLS = 128
 """Bytes that may be spilled beyond `check.SPILLS`, once a query tile, where tables say where keys and sequences are; or
-where rows are written, if no configuration does with less."""
+where rows are, if no configuration does with less."""
 SMALL = 1e-12
 """A factor above this is known to be positive, and may be divided by."""
 _TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -196,7 +196,7 @@ class Kernels:
             call.value.shape[3],
             call.precise,
             self.page(call),
-            _scattered(call),
+            _sorted(call),
             self._is_bounded(call),
             self.finer(call),
             *(self.portable.masks_parts(call, ROWS, keys) for keys in (64, 128)),
@@ -457,10 +457,10 @@ class _Plan:
         parts = kernels.masks_parts(call, config, functions)
         of_call = {
             "D": blocks(call.query.shape[3], 16), "DV": blocks(call.value.shape[3], 64), "PARTS": parts,
-            "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "SCATTER": _scattered(call),
+            "PAGE": kernels.page(call), "PACKED": kernels.portable.packed, "SORTED": _sorted(call),
             "num_warps": 4,
         }  # fmt: skip
-        options = Options({**functions, **_options(config), **of_call})
+        options = Options({**functions, **_options(config, copies=call.rows is not None), **of_call})
         return _Plan(config, kernels, (d, dv), functions["ROW_TERM"] is not None, options, {})
 
     def layout(self, call: Call) -> _Layout:
@@ -521,13 +521,13 @@ def forward(
     return launched(run, *inputs, _counter(call.query.device), listed, call.results.get("out"), call.rows)
 
 
-def _scattered(call: Call) -> tuple[int, int, int] | None:
-    """SCATTER of the kernel."""
+def _sorted(call: Call) -> tuple[int, ...] | None:
+    """SORTED of the kernel."""
     if call.rows is None:
         return None
-    assert call.rows.is_contiguous(), "rows stand where a dense tensor says"
-    batch, heads, _ = call.rows.shape
-    return int(batch == call.sizes[0]), int(heads == call.sizes[1]), call.value.shape[3]
+    assert all(x.is_contiguous() for x in call.rows), "rows stand where a dense tensor says"
+    differs = [x.shape[i] == y.shape[i] for x, y in zip(call.rows, (call.query, call.key), strict=True) for i in (0, 1)]
+    return *map(int, differs), call.query.shape[3], call.value.shape[3]
 
 
 @dataclass(frozen=True)
@@ -568,7 +568,7 @@ class _Launch:
         counter: Tensor,
         listed: Sequence[Tensor],
         out: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`listed`: what `kind` finds. out, rows: as in the call."""
         device = query.device
@@ -595,7 +595,7 @@ class _Launch:
                 *self.numbers,
                 captured,
                 *self.end,
-                () if rows is None else (rows, out),
+                () if rows is None else (*rows, query, key, value, out),
             ),
             self.plan.options,
         )  # fmt: skip
@@ -609,15 +609,16 @@ class Replay:
         plan = kernels.plan(call, config)
         launched, count = _Launch.of(kernels, plan, plan.layout(call), call), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
-        where = [*call.results, *(["rows"] if call.rows is not None else [])]
+        gives_out, gives_rows = "out" in call.results, call.rows is not None
 
         def function(
             run: Runner, query: Tensor, key: Tensor, value: Tensor, counter: Tensor, *rest: Tensor
         ) -> tuple[Tensor, Tensor, Tensor]:
             behind = len(rest) - lists
             q_offset, *found = offset + list(rest[count:behind])
-            given = dict(zip(where, found, strict=True))
-            return launched(run, query, key, value, rest[:count], q_offset, counter, rest[behind:], **given)
+            out = found.pop(0) if gives_out else None
+            rows = tuple(found) if gives_rows else None
+            return launched(run, query, key, value, rest[:count], q_offset, counter, rest[behind:], out, rows)
 
         self._kind, lists = launched.kind, 0 if launched.kind is None else launched.kind.count
         self._launches = Launches(function)
@@ -636,14 +637,14 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
         inputs = [query, key, value, _counter(query.device), *tensors]
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
             inputs.append(q_offset)
-        inputs += [x for x in (out, rows) if x is not None]
+        inputs += [x for x in (out, *(rows or ())) if x is not None]
         listed = () if self._kind is None else self._kind.find(tensors, q_offset, query.device)
         out, lse, shifted = self._launches(inputs, listed)
         return out, lse, shifted
@@ -682,9 +683,12 @@ def _counter(device: torch.device) -> Tensor:
     return found
 
 
-def _options(config: Config) -> dict[str, Any]:
+def _options(config: Config, *, copies: bool) -> dict[str, Any]:
+    """copies: the producer is a warpgroup that copies rows."""
+    registers, own = config.copying if copies else (config.registers, 24)
     return {
-        "GROUPS": config.groups, "KEYS": config.keys, "STAGES": config.stages, "REGISTERS": config.registers,
+        "GROUPS": config.groups, "KEYS": config.keys, "STAGES": config.stages, "REGISTERS": registers,
+        "PRODUCER_REGISTERS": own,
         "PIN": config.pin, "CARRY_WIDE": config.carry_wide, "PING_PONG": config.ping_pong,
         "OWN_OUTPUT": config.own_output, "RESCALE_LATE": config.rescale_late, "FROZEN": config.frozen,
     }  # fmt: skip

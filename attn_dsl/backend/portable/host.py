@@ -36,9 +36,10 @@ class Call:
     extents: sizes that only captured tensors know, in the order of `Kernels.extents`. q_offset: a number or [B].
     precise: exact instead of hardware functions. float32_precision: `ieee` or `tf32`. capability: compute capability to
     compile for, where it is not that of the tensors' device. results: tensors to write `out`, `dq`, `dk` and `dv` to,
-    dense in their last axis; what is not there is written to a new one. rows: dense integers [B, H, Q],
-    B and H as in the call or 1, each once; row i of `out` and lse is written as row `rows[b, h, i]`. grid: positions
-    are those of a grid of so many columns, read in boxes with so many columns of queries and of keys. dims: (B, H, HK,
+    dense in their last axis; what is not there is written to a new one. rows: dense integers [B, H, Q] and
+    [B, HK, KV], B and heads as in the call or 1, each once: row i of the positions of queries is row `rows[0][b, h, i]`
+    of query, `out` and lse, and row i of those of keys row `rows[1][b, hk, i]` of key and value. grid: positions are
+    those of a grid of so many columns, read in boxes with so many columns of queries and of keys. dims: (B, H, HK,
     Q, KV, D), where the shapes of query and key do not say them.
     """
 
@@ -55,7 +56,7 @@ class Call:
     tiles: Tiles | None = None
     capability: tuple[int, int] | None = None
     results: Mapping[str, Tensor] = field(default_factory=dict)
-    rows: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
     grid: tuple[int, int, int] | None = None
     dims: tuple[int, ...] | None = None
 

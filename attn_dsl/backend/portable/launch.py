@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -308,6 +308,9 @@ def outputs(call: Call, packed: bool) -> tuple[Tensor, Tensor]:
 def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor, Tensor, Tensor]:
     """(out [B, H, Q, DV], lse [B, H, Q], shifted [B, H, Q]): `shifted` is the float32 log-sum-exp without the score's
     row terms, which `backward` wants; it is `lse` itself where there are none."""
+    if call.rows is not None:
+        scatter = functools.partial(permuted, scatter=True, run=run)
+        return scattered(scatter, call.rows[0], *forward(kernels, gathered(call, run), run))
     plan = Plan.of(kernels, call, frozenset(), run)
     query, key, value = call.query, call.key, call.value
     out, lse = outputs(call, kernels.packed)
@@ -336,9 +339,16 @@ def forward(kernels: Kernels, call: Call, run: Runner = launch) -> tuple[Tensor,
          plan.captured(plan.tiles.forward), number(float(call.scale)), layout.section),
         layout.options,
     )  # fmt: skip
-    if call.rows is None:
-        return out, lse, shifted
-    return scattered(functools.partial(permuted, scatter=True, run=run), call.rows, out, lse, shifted)
+    return out, lse, shifted
+
+
+def gathered(call: Call, run: Runner = launch) -> Call:
+    """A call with `rows` as one without, whose tensors are in their order."""
+    assert call.rows is not None
+    queries, keys = call.rows
+    given = call.query, call.key, call.value
+    query, key, value = permuted(given, (queries, keys, keys), scatter=False, run=run)
+    return replace(call, query=query, key=key, value=value, rows=None)
 
 
 @dataclass
@@ -353,10 +363,13 @@ class Replay:
     has_row: bool
     kind: listing.Kind | None
     runner: Repeated = field(default_factory=Repeated)
+    gather: Permuting = field(default_factory=lambda: Permuting(3, scatter=False))
     scatter: Permuting = field(default_factory=lambda: Permuting(1, scatter=True))
 
     @staticmethod
     def of(kernels: Kernels, call: Call) -> Replay:
+        if call.rows is not None:
+            call = gathered(call)
         query, value = call.query, call.value
         plan = Plan.of(kernels, call, frozenset(), launch)
         shape = (*query.shape[:3], value.shape[3])
@@ -382,10 +395,12 @@ class Replay:
         tensors: Sequence[Tensor],
         q_offset: int | Tensor,
         out: Tensor | None = None,
-        rows: Tensor | None = None,
+        rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
         device = query.device
+        if rows is not None:
+            query, key, value = self.gather((query, key, value), (rows[0], rows[1], rows[1]))
         out = empty(self.out, query.dtype, device) if out is None else out
         lse = empty(self.out[:3], torch.float32, device)
         shifted = torch.empty_like(lse) if self.has_row else lse
@@ -396,7 +411,7 @@ class Replay:
             captured += described(self.kind.find(tensors, q_offset, device))
         arguments = (query, key, value, out, lse, shifted, q_offset, *self.fixed, captured, *self.end)
         self.runner(attention_forward, self.layout.programs, arguments, self.layout.options)
-        return (out, lse, shifted) if rows is None else scattered(self.scatter, rows, out, lse, shifted)
+        return (out, lse, shifted) if rows is None else scattered(self.scatter, rows[0], out, lse, shifted)
 
 
 def _forward_layout(plan: Plan, out: Tensor) -> _Layout:
