@@ -6,6 +6,7 @@
 Each case is a process. All compile at once; then one after the other measures, its implementations in turns of an order
 of chance, for some rounds: milliseconds are medians over rounds of what `triton.testing.do_bench` finds. The whole
 backward pass counts, with what comes before and after its kernel. TFLOP/s are of pairs that the mask keeps, 10 D each.
+With --rest each measurement begins on a board that has cooled, which is then not at its limit of power.
 
     attn_dsl        what a call takes; `deterministic` and `portable`: the same with that option, or those kernels
     frozen          with tensors that take no gradient, where `attn_dsl` has them take one
@@ -112,7 +113,9 @@ def prepared(entry: Entry) -> tuple[gpu.Case, dict[str, Run], dict[str, str]]:
     return case, runs, failed
 
 
-def measured(entry: Entry, rounds: int, rep: int, patience: float, ready: Any, turn: Any, results: Any) -> None:
+def measured(
+    entry: Entry, rounds: int, rep: int, rest: float, patience: float, ready: Any, turn: Any, results: Any
+) -> None:
     """In a process of its own: compile, wait for the others, and measure while no one else does."""
     case, runs, failed = prepared(entry)
     with contextlib.suppress(threading.BrokenBarrierError):
@@ -121,11 +124,12 @@ def measured(entry: Entry, rounds: int, rep: int, patience: float, ready: Any, t
     with turn:
         for _ in range(rounds):
             for name, run in random.sample(list(runs.items()), len(runs)):
+                time.sleep(rest)
                 times[name].append(triton.testing.do_bench(run, rep // 4, rep, return_mode="median"))
     medians = {name: statistics.median(found) for name, found in times.items()}
     work = 10 * case.shape.D * case.pairs
     results.put({
-        "case": str(entry), "failed": failed,
+        "case": str(entry), "rest": rest, "failed": failed,
         "ms": {name: round(ms, 4) for name, ms in medians.items()},
         "tflops": {name: round(work / ms / 1e9, 1) for name, ms in medians.items()},
         "ratio": {name: round(ms / medians["attn_dsl"], 3) for name, ms in medians.items() if name != "attn_dsl"},
@@ -137,6 +141,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants, separated by commas")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rep", type=int, default=100, help="milliseconds that each measurement repeats for")
+    parser.add_argument("--rest", type=float, default=0.0, help="seconds without work before each measurement")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which nothing more is waited for")
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait for those that still compile")
     parser.add_argument("--json", type=argparse.FileType("w"), default=sys.stdout)
@@ -145,7 +150,7 @@ def main() -> None:
     entries = [entry for entry in ENTRIES if wanted is None or entry.variant in wanted]
     context, deadline = multiprocessing.get_context("spawn"), time.monotonic() + options.limit
     ready, turn, results = context.Barrier(len(entries)), context.Lock(), context.Queue()
-    shared = (options.rounds, options.rep, options.patience, ready, turn, results)
+    shared = (options.rounds, options.rep, options.rest, options.patience, ready, turn, results)
     workers = [context.Process(target=measured, args=(entry, *shared), daemon=True) for entry in entries]
     for worker in workers:
         worker.start()
