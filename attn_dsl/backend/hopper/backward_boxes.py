@@ -47,14 +47,15 @@ def gather_queries(
 
     One program for DOWN rows of ACROSS columns of a head.
     """
-    WIDTH: tl.constexpr = D if QUERIES == 128 else D // 2
     across, down = tl.cdiv(width, ACROSS), tl.cdiv(height, DOWN)
     piece, pair = tl.program_id(0) % (across * down), tl.program_id(0) // (across * down)
     b, head = pair // heads, pair % heads
     first = piece % across * ACROSS
     number = tl.arange(0, ACROSS * DOWN)
     y, x = piece // across * DOWN + number // ACROSS, first + number % ACROSS
-    column = tl.arange(0, D)[None, :]
+    column = tl.arange(0, D)
+    # [half, n / 8, warp, lane / 4, lane % 4, row / 8, n % 2], as in `finish_queries`; halves of columns follow each other
+    by_column = (column // 8 * 512 + column % 8 // 2 * 4 + column % 2)[None, :]
     scalars, tensors = scalars_of(parameters + sizes + (scale,), False), captured(tensors, False)
     tiles = tl.cdiv(scalar(sizes[3], False), QUERIES)
     total = tl.zeros([ACROSS * DOWN, D], tl.float32)
@@ -63,19 +64,12 @@ def gather_queries(
         if (x0 < first + ACROSS) & (x0 + COLUMNS > first):
             place = (y - y0) * COLUMNS + x - x0
             keep = (y < height) & (x < width) & (x >= x0) & (x < x0 + COLUMNS)
-            tile, row = (place // QUERIES)[:, None], (place % QUERIES)[:, None]
-            own = ((b * strips + strip) * heads + head).to(tl.int64)
-            if QUERIES == 128:
-                half, c = row // 64, column
-            else:
-                half, c = column // WIDTH, column % WIDTH
-            row = row % 64
-            # [n / 8, warp, lane / 4, lane % 4, row / 8, n % 2], as in `finish_queries`
-            inner = (((c // 8 * 4 + row // 16) * 8 + row % 8) * 4 + c % 8 // 2) * 4 + row // 8 % 2 * 2 + c % 2
-            at = sums + (own * tiles * 2 + tile * 2 + half) * (64 * WIDTH) + inner
-            total += tl.load(at, mask=keep[:, None], other=0.0)
+            own = sums + ((b * strips + strip) * heads + head).to(tl.int64) * (tiles * QUERIES * D)
+            row = place % 64
+            by_row = place // 64 * (64 * D) + row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2
+            total += tl.load(own + (by_row[:, None] + by_column), mask=keep[:, None], other=0.0)
     keep = ((y < height) & (x < width))[:, None]
     if D != DIM:
-        keep = keep & (column < DIM)
-    places = dq + (pair.to(tl.int64) * height * width + (y * width + x)[:, None]) * DIM + column
+        keep = keep & (column < DIM)[None, :]
+    places = dq + pair.to(tl.int64) * height * width * DIM + ((y * width + x)[:, None] * DIM + column[None, :])
     tl.store(places, (total * scale).to(dq.dtype.element_ty), mask=keep)

@@ -167,8 +167,7 @@ class Kernels:
         asked in any case."""
         text = self.emitted(call.precise, fused)[0]
         listed = self.portable.lists is not None
-        scattered = listed or call.grid is not None
-        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), self.has_cheap_mask, scattered)
+        found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), self.has_cheap_mask, listed)
         asks = (
             listed
             or "full" in text.functions
