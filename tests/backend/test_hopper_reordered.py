@@ -133,7 +133,8 @@ def test_rows_are_read_and_written_where_they_are_to_the_last_bit(
     program = program_of(name)
     bindings = {tensor.name: tensors[tensor.name] for tensor in program.variant.tensors}
     call = portable_call(program, program.binder.bind(query, key, value, None, 0, bindings), Options(HOPPER))
-    here = launch.forward(program.hopper, call)
+    config = program.hopper.choice(call).config
+    here = launch.forward(program.hopper, call, config=config)
     for kind, strided in ((torch.int16, False), (torch.int64, True)):
         of_queries, of_keys = (torch.rand(*shared, length, generator=generator).argsort(-1) for _ in range(2))
         moved = [x.new_empty(batch, length, heads, x.shape[3]).transpose(1, 2) for x in (query, key, value)]
@@ -141,7 +142,8 @@ def test_rows_are_read_and_written_where_they_are_to_the_last_bit(
             x.scatter_(2, places.expand(batch, heads, length).unsqueeze(-1).expand(y.shape), y)
         caller = dict(zip(INPUTS, moved if strided else [x.contiguous() for x in moved], strict=True))
         order_of_rows = of_queries.to(kind), of_keys.to(kind)
-        there = launch.forward(program.hopper, replace(call, **caller, rows=order_of_rows))
+        moved_call = replace(call, **caller, rows=order_of_rows)
+        there = launch.forward(program.hopper, moved_call, config=config)
         assert (there[2] is there[1]) is (here[2] is here[1])
         for x, y in zip(here, there, strict=True):
             index = of_queries.expand(batch, heads, length)

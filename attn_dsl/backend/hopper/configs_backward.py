@@ -58,8 +58,8 @@ def candidates(dim: int, value_dim: int, cheap: bool = False, listed: bool = Fal
 
     None above 128: dK and dV would not fit the registers. cheap: so is the mask. Tiles of 128 queries then do without
     the branch around it, across which ptxas moves nothing: on an H200 that gains 7 percent of causal, 8 of ALiBi.
-    listed: hardly a tile is full. At head dimension 128 the mask on every tile, with room for it, then gains 4 percent of
-    documents and 2 of BigBird.
+    listed: hardly a tile is full. At head dimension 128 the mask on every tile, with room for it, then gains 4 percent
+    of documents and 2 of BigBird.
     """
     if max(dim, value_dim) > 128:
         return ()

@@ -262,7 +262,8 @@ class Kernels:
 
 def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
     """Those for the dimensions of a call, whose tiles of keys are boxes of a grid if there is one."""
-    found = candidates(padded(call.query.shape[3]), padded(call.value.shape[3]), ramped=ramped, frozen=frozen)
+    dims, copied = (padded(call.query.shape[3]), padded(call.value.shape[3])), call.rows is not None
+    found = candidates(*dims, ramped=ramped, frozen=frozen, copied=copied)
     return tuple(config for config in found if call.grid is None or config.keys % call.grid[2] == 0)
 
 
