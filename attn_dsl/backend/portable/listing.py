@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
 from attn_dsl.backend.portable.host import Call, Scalar, described, number
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
+from attn_dsl.backend.portable.tape import Launches
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Compare, CompareOp, Const, K, Load, Node, Param, Q, conjuncts, post_order, substitute
@@ -39,7 +40,7 @@ NARROW = 2**8
 CAPTURED_BYTES = 2**28
 """The same while a CUDA graph is captured, which nothing can wait for."""
 KEPT = 64
-"""For so many kinds of calls the size of pieces is remembered."""
+"""For so many kinds of calls the size of pieces is remembered, and what is launched."""
 PIECES = 4096
 """Pieces or pairs that a program looks at together."""
 WIDTH = 128
@@ -164,6 +165,7 @@ class Lists:
         self._known_pieces: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
+        self._launches: dict[tuple[Any, ...], Launches] = {}
 
     @functools.cached_property
     def emitted(self) -> tuple[Emitted, ModuleType]:
@@ -184,7 +186,10 @@ class Lists:
         listed = self._lists_made.find((shape, *place), sources, device, lambda: self.make(source, shape, wide))
         if not self.runs:
             return listed.tensors
-        ends = self._ends_made.find(place, sources, device, lambda: self.make_ends(source)).tensors
+        ends = self._ends_made.find(
+            place, sources, device,
+            lambda: Ends(self._repeated(source, ("ends",), lambda run, given: self.make_ends(given, run).tensors)),
+        ).tensors  # fmt: skip
         return *ends, *listed.tensors
 
     def _made_of(self, source: Source) -> tuple[tuple[Any, ...], list[Tensor]]:
@@ -223,38 +228,65 @@ class Lists:
         q_tiles, k_tiles = -(-q_len // shape.rows), -(-kv_len // shape.keys)
         own, other = (k_tiles, q_tiles) if shape.transposed else (q_tiles, k_tiles)
         device = source.device
-        rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
-        arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
-        options = self._list_options(source, shape, wide)
         programs = own_batch * own_heads * own
-
-        def fill(entries: Tensor | None, capacity: int) -> None:
-            run(list_tiles, programs, (rows, entries, *arguments, own_heads, capacity), options)
-
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         dtype = torch.uint8 if other <= NARROW else torch.int32
         count = own_batch * own_heads * self._room(source, shape) if self._causal(source) else programs * other
         room = dtype.itemsize * count
-        if run is not launch or device.type == "meta":  # nothing is made
-            entries = torch.empty(1, dtype=dtype, device=device)
-            fill(entries, other)
-        elif room <= (CAPTURED_BYTES if capturing else PADDED_BYTES):
+
+        def filled(run: Runner, source: Source, count: int) -> tuple[Tensor, Tensor]:
+            """(rows, entries), for which there is room."""
+            rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
             entries = torch.empty(max(1, count), dtype=dtype, device=device)
-            fill(entries, other)
+            arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
+            options = self._list_options(source, shape, wide)
+            run(list_tiles, programs, (rows, entries, *arguments, own_heads, other), options)
+            return rows, entries
+
+        if run is not launch or device.type == "meta":  # nothing is made
+            rows, entries = filled(run, source, 1)
+        elif room <= (CAPTURED_BYTES if capturing else PADDED_BYTES):
+            rows, entries = self._repeated(source, (shape, wide), lambda run, given: filled(run, given, count))
         elif capturing:
             raise BindingError(
                 f"a list of {count} tiles is too large to be made in a CUDA graph: make it before, with "
                 "`schedule`, and hold it"
             )
         else:
-            fill(None, 0)
+            rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
+            arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
+            options = self._list_options(source, shape, wide)
+            run(list_tiles, programs, (rows, None, *arguments, own_heads, 0), options)
             flat = rows.view(programs, 4)
             counts = flat[:, 1] + flat[:, 2]
             ends = counts.cumsum(0, dtype=torch.int32)
             flat[:, 0], flat[:, 3] = ends - counts, ends - 1
             entries = torch.empty(max(1, int(ends[-1])), dtype=dtype, device=device)
-            fill(entries, 0)
+            run(list_tiles, programs, (rows, entries, *arguments, own_heads, 0), options)
         return TileList(shape, rows.expand(batch, heads, -1, -1), entries)
+
+    def _repeated(
+        self, source: Source, place: tuple[Any, ...], make: Callable[[Runner, Source], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """What `make` gives, by the launches of the last time where tensors alone are new."""
+        moves = isinstance(source.q_offset, Tensor)
+        inputs = [*source.tensors, *([source.q_offset] if isinstance(source.q_offset, Tensor) else [])]
+        if not inputs or not inputs[0].is_cuda or any(isinstance(x, Tensor) for x in source.parameters):
+            return make(launch, source)
+        numbers = source.sizes, tuple([(type(x), x) for x in source.parameters]), None if moves else source.q_offset
+        key = (*place, *numbers, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in inputs])
+        found = self._launches.get(key)
+        if found is None:
+            sizes, parameters, start, device = source.sizes, source.parameters, source.q_offset, source.device
+
+            def function(run: Runner, *given: Tensor) -> tuple[Tensor, ...]:
+                tensors, offset = (given[:-1], given[-1]) if moves else (given, start)
+                return make(run, Source(sizes, tensors, parameters, offset, device))
+
+            if len(self._launches) >= KEPT:
+                self._launches.clear()
+            found = self._launches[key] = Launches(function)
+        return tuple(found(inputs))
 
     def _arguments(
         self, source: Source, shape: Shape, wide: bool, batch: int, heads: int, run: Runner
