@@ -6,8 +6,9 @@
     python benchmarks/sparse.py --long 1048576                    the schedule of a document mask, B=1 H=1
 
 Times are milliseconds: medians over rounds in which all take turns, of the medians of `triton.testing.do_bench`.
-`new` is a forward pass whose tensors have changed, so that its schedule is made anew; `set-up` is what that takes the
-GPU alone, replayed as a CUDA graph, and `KiB` the memory that stays. For flex_attention the times leave out the block
+`new` is a forward pass whose tensors have changed, so that its schedule is made anew: by the clock, which counts the
+host, and replayed as a CUDA graph (`new_graph`). `set-up` is what that takes the GPU alone, in a graph, too, and `KiB`
+the memory that stays. For flex_attention the times leave out the block
 mask, whose making is `set-up`. TFLOP/s count pairs that the mask keeps, 4 D a pair forward, 10 D backward. `error` is
 the largest deviation from float64 on some rows. A line of a table for each pass as soon as it is measured, and one JSON
 object a row.
@@ -199,6 +200,10 @@ class Case:
             tensor.add_(0)
         return self.forward()
 
+    def graph_anew(self) -> Callable[[], None]:
+        """`forward_anew` as a CUDA graph."""
+        return graph_of(self.forward_anew, 1).replay
+
     def flex(self, eager: bool = False) -> tuple[Callable[[], Tensor], float, float]:
         """(forward, milliseconds and KiB of the block mask: not a number where it is made by eager PyTorch)."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -239,13 +244,18 @@ class Case:
 
 def replayed(run: Callable[[], Any], times: int = 20) -> float:
     """Milliseconds of a run in a CUDA graph."""
+    graph = graph_of(run, times)
+    return float(triton.testing.do_bench(graph.replay, warmup=10, rep=30, return_mode="median")) / times
+
+
+def graph_of(run: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(times):
             run()
-    return float(triton.testing.do_bench(graph.replay, warmup=10, rep=30, return_mode="median")) / times
+    return graph
 
 
 def measured(run: Callable[[], Any]) -> tuple[Any, float]:
@@ -275,7 +285,7 @@ def backwards_of(case: Case, forwards: dict[str, Callable[[], Tensor]]) -> dict[
     def backward_of(out: Tensor) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(out, case.inputs, case.upstream, retain_graph=True)
 
-    return {name: backward_of(run()) for name, run in forwards.items() if name != "new"}
+    return {name: backward_of(run()) for name, run in forwards.items() if not name.startswith("new")}
 
 
 def run_row(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -301,7 +311,10 @@ def run_row(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any
         for which in options.passes.split(","):
             flops, make = passes[which]
             with torch.set_grad_enabled(which == "backward"):
-                found[f"{which}_ms"] = taken = times(make(), options.rounds, options.rep)
+                runs = make()
+                if which == "forward" and case.tensors:
+                    runs["new_graph"] = case.graph_anew()
+                found[f"{which}_ms"] = taken = times(runs, options.rounds, options.rep)
             work = flops * case.pairs * case.dim / 1e9
             found[f"{which}_tflops"] = {n: work / ms for n, ms in taken.items()}
             print(line(found, which), flush=True)
@@ -350,7 +363,7 @@ def run_long(length: int) -> dict[str, Any]:
 
 
 HEAD = (
-    "| mask | pass | attn_dsl | flex | times flex | new tensors, times flex | set-up ms, KiB | flex's |\n"
+    "| mask | pass | attn_dsl | flex | times flex | new tensors, in a graph, times flex | set-up ms, KiB | flex's |\n"
     "|---|---|---|---|---|---|---|---|"
 )
 
@@ -359,7 +372,9 @@ def line(row: dict[str, Any], which: str) -> str:
     """Of a table with `HEAD`."""
     speed, ms = row[f"{which}_tflops"], row[f"{which}_ms"]
     ratio = f"{ms['flex'] / ms['attn_dsl']:.2f}" if "flex" in ms else "-"
-    anew = f"{ms['flex'] / ms['new']:.2f}" if "flex" in ms and "new" in ms else "-"
+    anew = (
+        ", ".join(f"{ms['flex'] / ms[name]:.2f}" for name in ("new", "new_graph") if {"flex", name} <= ms.keys()) or "-"
+    )
     flex = f"{speed['flex']:.0f}" if "flex" in speed else "-"
     own = f"{row['setup_ms']:.4f}, {row['setup_kib']:.0f}"
     other = f"{row.get('flex_setup_ms', 0):.1f}, {row.get('flex_setup_kib', 0):.0f}"
