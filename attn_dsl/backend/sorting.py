@@ -1,9 +1,9 @@
 """Positions sorted by what a tensor holds, and the runs of equal elements in that order (`passes/order_by_data.py`).
 
-A sort is made once for tensors that do not change (`kept.py`), whatever layers and calls read them. On a GPU one kernel
-makes what a forward pass wants, and one what a backward pass wants beside; rows of more than 16384 positions are sorted
-by PyTorch. What stays is the order, 2 bytes a position, or 4 in such rows, and for each end of runs that a pass asks
-about a byte a position and 4 for each block of them; the elements themselves are not kept.
+A sort is made once for tensors that do not change (`kept.py`), whatever layers and calls read them. On a GPU two
+kernels make what a forward pass wants, and two what a backward pass wants beside; rows of more than 16384 positions are
+sorted by PyTorch. What stays is the order, 2 bytes a position, or 4 in such rows, and for each end of runs that a pass
+asks about a byte a position and 4 for each block of them; the elements themselves are not kept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from attn_dsl.backend.layouts import Permutation
 from attn_dsl.passes.order_by_data import BEYOND, BLOCK, ENDS, End, Sorted
 
 DTYPES = (torch.int16, torch.int32)
-"""Of orders on a GPU: of rows that one kernel sorts, and of longer ones."""
+"""Of orders on a GPU: of rows that our kernels sort, and of longer ones."""
 Codes = tuple[Tensor, Tensor]
 """An end of runs: uint8 for each place, int32 for each block of places."""
 
@@ -118,7 +118,7 @@ def made(by: Sorted, tensor: Tensor, names: Sequence[str]) -> Sort:
 
 
 def _by_kernel(by: Sorted, tensor: Tensor) -> bool:
-    """Whether one kernel sorts, which pays for rows that are not long."""
+    """Whether our kernels sort, which pays for rows that are not long."""
     if not tensor.is_cuda or tensor.dim() > 3:
         return False
     from attn_dsl.backend.portable.launch_sort import LONGEST

@@ -152,7 +152,7 @@ def test_a_bucket_that_changes_is_sorted_anew() -> None:
 
 @pytest.mark.parametrize("length", [1000, 8192, 16384])
 @pytest.mark.parametrize("span", [1, 64, 2**31 - 1])
-def test_positions_are_sorted_by_one_kernel(length: int, span: int) -> None:
+def test_positions_are_sorted_by_kernels(length: int, span: int) -> None:
     bucket = torch.randint(0, span, (2, 3, length), device="cuda", dtype=torch.int32)
     elements, order_of = torch.sort(bucket, dim=-1, stable=True)
     found, ends = sorted_positions(bucket, BLOCK, ENDS)

@@ -1,4 +1,4 @@
-"""Launch the kernel that sorts positions."""
+"""Launch the kernels that sort positions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import empty
 from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.backend.portable.sort import sort_positions
+from attn_dsl.backend.portable.sort import count_bins, sort_positions
 
 LONGEST = 2**14
-"""Positions of a row; of rows with values from a wide range every program reads all that there are."""
-CHUNK, PART, BINS = 512, 32, 256
-"""Parts of 64 take 248 registers where these take 72."""
-_known: dict[int, Options] = {}
+"""Positions of a row; of rows with values from a wide range every program sorts all that there are."""
+SECTION, BINS = 1024, 256
+"""Positions of a program, and numbers that it keeps of them for as long as the kernels run: half a byte a position."""
+COUNT_WARPS, SORT_WARPS = 8, 8
+"""Where 4 warps sort, ptxas spills 16 bytes on sm_80, and wants 127 registers instead of 103 on sm_90."""
+_known: dict[int, tuple[Options, Options]] = {}
 
 
 def sorted_positions(
@@ -35,11 +37,22 @@ def sorted_positions(
     }
     nothing = (None, None)
     if block not in _known:
-        _known[block] = Options({"CHUNK": CHUNK, "PART": PART, "BINS": BINS, "BLOCK": block, "num_warps": 4})
+        _known[block] = _options(block)
+    counting, sorting = _known[block]
+    sections = -(-length // SECTION)
+    counts = empty((outer * inner, sections, BINS), torch.int16, tensor.device)
+    ranges = empty((outer * inner, sections, 2), tensor.dtype, tensor.device)
+    shape = tuple(map(plain, tensor.stride())), plain(inner), plain(length)
+    run(count_bins, outer * inner * sections, (tensor, counts, ranges, *shape), counting)
     run(
-        sort_positions, outer * inner * -(-length // CHUNK),
-        (tensor, order, *made.get("first", nothing), *made.get("last", nothing), tuple(map(plain, tensor.stride())),
-         plain(inner), plain(length)),
-        _known[block],
+        sort_positions, outer * inner * sections,
+        (tensor, counts, ranges, order, *made.get("first", nothing), *made.get("last", nothing), *shape), sorting,
     )  # fmt: skip
     return order, made
+
+
+def _options(block: int) -> tuple[Options, Options]:
+    """Of both kernels."""
+    both = {"SECTION": SECTION, "BINS": BINS}
+    sorting = {**both, "SECTIONS": LONGEST // SECTION, "THREADS": 32 * SORT_WARPS, "BLOCK": block}
+    return Options({**both, "num_warps": COUNT_WARPS}), Options({**sorting, "num_warps": SORT_WARPS})
