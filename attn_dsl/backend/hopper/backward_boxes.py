@@ -54,12 +54,12 @@ def gather_queries(
     number = tl.arange(0, ACROSS * DOWN)
     y, x = piece // across * DOWN + number // ACROSS, first + number % ACROSS
     # [half, n / 8, warp, lane / 4, lane % 4, row / 8, n % 2], as in `finish_queries`, of both halves. Eight columns of
-    # each row stand together here, so that a warp reads lines of the memory.
-    eight, column = tl.arange(0, D // 8)[:, None, None], tl.arange(0, 8)[None, None, :]
+    # some rows are next to each other: as an axis of their own, they are what lanes of a warp read.
+    eight, column = tl.arange(0, D // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
     by_column = eight * 512 + column // 2 * 4 + column % 2
     scalars, tensors = scalars_of(parameters + sizes + (scale,), False), captured(tensors, False)
     tiles = tl.cdiv(scalar(sizes[3], False), QUERIES)
-    total = tl.zeros([D // 8, ACROSS * DOWN, 8], tl.float32)
+    total = tl.zeros([ACROSS * DOWN, D // 8, 8], tl.float32)
     for strip in range(strips):
         _, y0, x0 = BOX(b, strip * heads + head, 0, scalars, tensors)
         if (x0 < first + ACROSS) & (x0 + COLUMNS > first):
@@ -68,8 +68,8 @@ def gather_queries(
             own = sums + ((b * strips + strip) * heads + head).to(tl.int64) * (tiles * QUERIES * D)
             row = place % 64
             by_row = place // 64 * (64 * D) + row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2
-            total += tl.load(own + (by_row[None, :, None] + by_column), mask=keep[None, :, None], other=0.0)
-    total = tl.reshape(tl.permute(total, (1, 0, 2)), [ACROSS * DOWN, D])
+            total += tl.load(own + (by_row[:, None, None] + by_column), mask=keep[:, None, None], other=0.0)
+    total = tl.reshape(total, [ACROSS * DOWN, D])
     column = tl.arange(0, D)
     keep = ((y < height) & (x < width))[:, None]
     if D != DIM:
