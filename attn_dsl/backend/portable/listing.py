@@ -151,6 +151,17 @@ class Ends:
         return f"ends of runs of equal values: {self.bytes} bytes"
 
 
+@functools.lru_cache(maxsize=KEPT)
+def _room(q_len: int, kv_len: int, start: int, shape: Shape) -> int:
+    """Tiles of a head that hold a pair with q >= k."""
+    tiles, rows = -(-kv_len // shape.keys), range(start, start + q_len, shape.rows)
+    if not shape.transposed:
+        ends = (min(q + shape.rows, start + q_len) - 1 for q in rows)
+        return sum(max(0, min(tiles, end // shape.keys + 1)) for end in ends)
+    q_tiles = len(rows)
+    return sum(max(0, q_tiles - max(k - start, 0) // shape.rows) for k in range(0, kv_len, shape.keys))
+
+
 class Lists:
     """The lists of a variant's calls, and the kernels that make them."""
 
@@ -231,7 +242,8 @@ class Lists:
         programs = own_batch * own_heads * own
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         dtype = torch.uint8 if other <= NARROW else torch.int32
-        count = own_batch * own_heads * self._room(source, shape) if self._causal(source) else programs * other
+        each = _room(*source.sizes[3:5], source.q_offset, shape) if self._causal(source) else own * other
+        count = own_batch * own_heads * each
         room = dtype.itemsize * count
 
         def filled(run: Runner, source: Source, count: int) -> tuple[Tensor, Tensor]:
@@ -360,18 +372,6 @@ class Lists:
         later = {(CompareOp.GE, Q, K), (CompareOp.GT, Q, K), (CompareOp.LE, K, Q), (CompareOp.LT, K, Q)}
         parts = conjuncts(self.variant.mask)
         return any(isinstance(part, Compare) and (part.op, part.x, part.y) in later for part in parts)
-
-    def _room(self, source: Source, shape: Shape) -> int:
-        """Tiles of a head that hold a pair with q >= k."""
-        (q_len, kv_len), start = source.sizes[3:5], source.q_offset
-        assert isinstance(start, int)
-        tiles = -(-kv_len // shape.keys)
-        rows = range(start, start + q_len, shape.rows)
-        if not shape.transposed:
-            ends = (min(q + shape.rows, start + q_len) - 1 for q in rows)
-            return sum(max(0, min(tiles, end // shape.keys + 1)) for end in ends)
-        q_tiles = len(rows)
-        return sum(max(0, q_tiles - max(k - start, 0) // shape.rows) for k in range(0, kv_len, shape.keys))
 
     def _pieces(self, source: Source, shape: Shape) -> tuple[int, int]:
         """The largest pieces, powers of two, within which every quotient of a position is one number."""
