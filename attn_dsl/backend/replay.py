@@ -205,7 +205,8 @@ class Backward:
         route = backward_route(self.program, bound, wanted, self.options.deterministic)
         if route.choice is None or route.choice.config is None or route.fused != wanted:
             return None
-        from attn_dsl.backend.hopper.launch_backward import Replay, loadable
+        from attn_dsl.backend.hopper.launch import loadable
+        from attn_dsl.backend.hopper.launch_backward import Replay
 
         if loadable(out) is not out or loadable(grad_out) is not grad_out:
             return None

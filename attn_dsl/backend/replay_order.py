@@ -217,9 +217,8 @@ class _Again(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         (out, lse, shifted), ctx.known = replay.forward.sorted(query, key, value, rest)
         lines = (lse,) if shifted is lse else (lse, shifted)
-        ctx.save_for_backward(
-            out, *lines, query, key, value, *rest
-        )  # as much as by a first call, which a checkpoint may compare
+        # As much as by a first call, which a checkpoint may compare.
+        ctx.save_for_backward(out, *lines, query, key, value, *rest)
         ctx.replay, ctx.lines = replay, len(lines)
         ctx.set_materialize_grads(False)
         return out, lse

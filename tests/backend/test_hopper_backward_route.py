@@ -176,7 +176,7 @@ def test_sections_fill_the_machine_where_programs_are_uneven() -> None:
     ids=["with room", "not aligned", "broadcast"],
 )
 def test_gradients_that_the_copy_engine_does_not_take_are_copied(spread: Tensor) -> None:
-    from attn_dsl.backend.hopper.launch_backward import loadable
+    from attn_dsl.backend.hopper.launch import loadable
 
     found = loadable(spread)
     assert all(stride % 8 == 0 and stride > 0 for stride in found.stride()[:3]) and found.stride(3) == 1

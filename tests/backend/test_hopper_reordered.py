@@ -151,6 +151,24 @@ def test_rows_are_read_and_written_where_they_are_to_the_last_bit(
             assert torch.equal(x, back)
 
 
+def test_rows_that_cannot_be_copied_16_bytes_at_a_time_are_copied_before() -> None:
+    program, (heads, length, dim) = program_of("hash_buckets"), (2, 140, 64)
+    query, key, value = (rows(1, n, length, dim) for n in (heads, 1, heads))
+    bucket = torch.randint(0, 3, (1, heads, length), generator=torch.Generator().manual_seed(3), dtype=torch.int32)
+    apart = torch.empty(query.numel() + 1, dtype=query.dtype)[1:].view(query.shape).copy_(query)
+    wide = torch.empty(1, heads, length, dim + 1, dtype=value.dtype)[..., 1:].copy_(value)
+    odd, even = (apart, key.expand_as(query), wide), (query, key.expand_as(query).contiguous(), value)
+    found: list[tuple[Tensor, ...]] = []
+    for inputs in (even, odd):
+        call = program.binder.bind(*inputs, None, 0, {"bucket": bucket})
+        found.append(operators.attention(program, call, Options(HOPPER)))
+        repeated = replay._forward(program, call, Options(HOPPER))
+        assert repeated is not None
+        found.append(repeated.run(*inputs, [bucket], 0))
+    for results in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results, found[0], strict=True))
+
+
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length"), [(1, 2, 1, 200), (2, 1, 1, 129)])
 def test_a_dilated_window(batch: int, heads: int, kv_heads: int, length: int) -> None:
     inputs = rows(batch, heads, length, 64), *(rows(batch, kv_heads, length, 64) for _ in range(2))

@@ -44,8 +44,9 @@ class Config:
     @property
     def copying(self) -> tuple[int, int]:
         """Registers of a consumer's thread, and of a producer's that is a warpgroup and copies rows."""
-        registers = min(self.registers, 232)
-        return registers, 65536 // (128 * (self.groups + 1)) // 8 * 8 * (self.groups + 1) - self.groups * registers
+        warpgroups, registers = self.groups + 1, min(self.registers, 232)
+        each = 65536 // (128 * warpgroups) // 8 * 8  # before they are dealt out anew
+        return registers, warpgroups * each - self.groups * registers
 
     def shared_bytes(self, dim: int, value_dim: int, itemsize: int = 2) -> int:
         """Shared memory of the tiles; barriers and the compiler's own need some 2 KiB more."""

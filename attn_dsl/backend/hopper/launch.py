@@ -10,7 +10,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -334,6 +334,8 @@ def whole_sections(pairs: int, most: int) -> int:
 def refusal(kernels: portable.Kernels, call: Call) -> str | None:
     """Why the call is not for these kernels, or None."""
     query, key, value = call.query, call.key, call.value
+    if call.rows is not None:  # `loaded` copies what must be
+        query, key, value = (torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (query, key, value))
     if query.dtype not in _TYPES:
         return f"the element type is {str(query.dtype).removeprefix('torch.')}, not bfloat16 or float16"
     shapes = (query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride())
@@ -378,6 +380,24 @@ def _shape_refusal(*shapes: tuple[int, ...]) -> str | None:
         if 0 in outer:
             return f"the bulk copy engine does not take `{name}` with a broadcast axis"
     return None
+
+
+def loadable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that the bulk copy engine takes."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
+    if aligned and tensor.stride(3) == 1 and all(stride > 0 and stride % 8 == 0 for stride in strides[:-1]):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def loaded(call: Call) -> Call:
+    """The call, with copies of what has `rows` that cannot be copied 16 bytes at a time."""
+    given = call.query, call.key, call.value
+    query, key, value = found = tuple(map(loadable, given)) if call.rows is not None else given
+    if all(x is y for x, y in zip(found, given, strict=True)):
+        return call
+    return replace(call, query=query, key=key, value=value)
 
 
 def by_row(shape: tuple[int, ...], packed: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -513,7 +533,7 @@ def forward(
     The call must not be one of which `refusal` speaks, and `config`, that of `Kernels.choice` unless given, must be
     there. `section` overrides how many heads run side by side.
     """
-    config = config or kernels.choice(call).config
+    call, config = loaded(call), config or kernels.choice(call).config
     assert config is not None, "no configuration fits: ask `Kernels.choice` first"
     plan = kernels.plan(call, config)
     launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
@@ -607,6 +627,8 @@ class Replay:
     """The forward pass of one kind of call, known by its shapes, strides, dtypes and numbers; it holds no tensors."""
 
     def __init__(self, kernels: Kernels, call: Call, config: Config) -> None:
+        given, call = call, loaded(call)
+        self._loads = call is not given
         plan = kernels.plan(call, config)
         launched, count = _Launch.of(kernels, plan, plan.layout(call), call), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
@@ -641,7 +663,8 @@ class Replay:
         rows: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
-        inputs = [query, key, value, _counter(query.device), *tensors]
+        given = map(loadable, (query, key, value)) if self._loads else (query, key, value)
+        inputs = [*given, _counter(query.device), *tensors]
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
             inputs.append(q_offset)

@@ -29,6 +29,7 @@ from attn_dsl.backend.hopper.launch import (
     Compile,
     compile_ahead,
     compile_here,
+    loadable,
     padded,
     settle,
     whole_sections,
@@ -634,15 +635,6 @@ class _Made(NamedTuple):
     turns: Tensor
     done: Tensor
     blocks: tuple[Block, Block, Block]
-
-
-def loadable(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy that the bulk copy engine takes."""
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
-    aligned = tensor.device.type == "meta" or tensor.data_ptr() % 16 == 0
-    if aligned and tensor.stride(3) == 1 and all(stride > 0 and stride % 8 == 0 for stride in strides[:-1]):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 # ---------------------------------------------------------------- compiling without a launch

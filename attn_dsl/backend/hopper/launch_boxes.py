@@ -16,7 +16,7 @@ from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_boxes import gather_queries, spread_rows
 from attn_dsl.backend.hopper.backward_rows import prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS
-from attn_dsl.backend.hopper.launch import BlockShape
+from attn_dsl.backend.hopper.launch import BlockShape, loadable
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
@@ -47,8 +47,6 @@ def backward(
     run: Runner = launch,
 ) -> Gradients:
     """Gradients of query, key and value, in the order of the caller, as are `out` and `shifted`."""
-    from attn_dsl.backend.hopper.launch_backward import loadable
-
     out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, frozenset(), config)
     batch, heads, rows = call.sizes[0], call.sizes[1], config.queries
