@@ -8,10 +8,9 @@
 Times are milliseconds: medians over rounds in which all take turns, of the medians of `triton.testing.do_bench`.
 `new` is a forward pass whose tensors have changed, so that its schedule is made anew: by the clock, which counts the
 host, and replayed as a CUDA graph (`new_graph`). `set-up` is what that takes the GPU alone, in a graph, too, and `KiB`
-the memory that stays. For flex_attention the times leave out the block
-mask, whose making is `set-up`. TFLOP/s count pairs that the mask keeps, 4 D a pair forward, 10 D backward. `error` is
-the largest deviation from float64 on some rows. A line of a table for each pass as soon as it is measured, and one JSON
-object a row.
+the memory that stays. For flex_attention the times leave out the block mask, whose making is `set-up`. TFLOP/s count
+pairs that the mask keeps, 4 D a pair forward, 10 D backward. `error` is the largest deviation from float64 on some
+rows. A line of a table for each pass as soon as it is measured, and one JSON object a row.
 """
 
 from __future__ import annotations
@@ -208,14 +207,13 @@ class Case:
         """(forward, milliseconds and KiB of the block mask: not a number where it is made by eager PyTorch)."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        make = torch.compile(create_block_mask, dynamic=False)
         batch, heads = (n if v else None for n, v in zip((self.batch, self.heads), self.row.varies, strict=True))
         of = self.row.mask(self.tensors), batch, heads, self.length, self.length, "cuda"
         run = torch.compile(flex_attention, dynamic=False)
         if eager:
             mask = create_block_mask(*of)
             return (lambda: run(*self.inputs, block_mask=mask)), math.nan, math.nan
-        build = functools.partial(make, *of)
+        build = functools.partial(torch.compile(create_block_mask, dynamic=False), *of)
         mask, kibibytes = measured(build)
         setup = triton.testing.do_bench(build, warmup=5, rep=20, return_mode="median")
         return (lambda: run(*self.inputs, block_mask=mask)), setup, kibibytes

@@ -16,7 +16,8 @@ from torch import Tensor
 from attn_dsl.backend import sorting
 from attn_dsl.backend.execute import Gradients, Options, Program
 from attn_dsl.backend.layouts import Layout, Permutation
-from attn_dsl.backend.portable.launch_permute import Permuting
+from attn_dsl.backend.portable.launch_permute import Permuting, permuting
+from attn_dsl.backend.portable.tape import LaunchesByKind
 from attn_dsl.backend.replay import once, shares_of, wanted_of
 from attn_dsl.backend.sorting import Sort
 
@@ -58,8 +59,6 @@ class InnerBackward(Protocol):
         """Of calls of a kind in the order of their tensors; dq, dk and dv are `results` where these can be written."""
 
 
-KINDS = 64
-"""So many kinds of gradients of results are remembered."""
 Makes = Callable[[Program, "PortableCall", Options], Inner]
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -131,7 +130,7 @@ class Differentiable:
 
     def __init__(self, forward: Forward, backward: InnerBackward) -> None:
         self.forward, self.inner = forward, backward
-        self._gathers: dict[tuple[Any, ...], Permuting] = {}
+        self._gathers = LaunchesByKind()
         self._scatter = Permuting(3, scatter=True)
 
     def run(
@@ -171,13 +170,9 @@ class Differentiable:
     def _gathered(self, layout: Permutation, tensors: Sequence[Tensor], lines: Sequence[Tensor]) -> list[Tensor]:
         """Query, key, value and what belongs to queries, in the sorted order. Gradients of results are from outside,
         and may be of another kind in each call."""
-        kind = tuple([(x.stride(), x.data_ptr() % 16) for x in (*tensors, *lines)])
-        if kind not in self._gathers:
-            if len(self._gathers) >= KINDS:
-                self._gathers.clear()
-            self._gathers[kind] = Permuting(len(tensors), scatter=False)
-        indices = [layout.queries, layout.keys, layout.keys, *[layout.queries] * (len(tensors) - 3)]
-        return self._gathers[kind](tensors, indices, lines)
+        count = len(tensors)
+        indices = [layout.queries, layout.keys, layout.keys, *[layout.queries] * (count - 3)]
+        return list(self._gathers((count,), permuting(count, scatter=False), (*tensors, *indices, *lines)))
 
     def _by_strides(
         self,

@@ -20,14 +20,13 @@ from gluon_interpreter.tensors import Descriptor, Tensors
 from gluon_interpreter.values import Value
 
 Function = Callable[..., Any]
-_copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 _MEANINGS: list[tuple[Any, Any]] = [
     (tl, language), (gl, language), (hopper.tma, language.tma), (hopper.mbarrier, language.mbarrier),
     (hopper.fence_async_shared, language.fence_async_shared), (hopper.warpgroup_mma, language.warpgroup_mma),
     (hopper.warpgroup_mma_wait, language.warpgroup_mma_wait), (versions.async_load, language.async_load),
     (versions.async_store, language.async_store), (versions.async_add, language.async_add),
     (versions.thread_barrier, language.thread_barrier), (versions.reinterpret, language.reinterpret),
-    (async_copy, language.async_copy), (_copy, language.async_copy.async_load),
+    (async_copy, language.async_copy), (versions.copy_rows, language.async_copy.async_load),
 ]  # fmt: skip
 _meanings = {id(known): meaning for known, meaning in _MEANINGS}
 _translated: dict[int, Any] = {}

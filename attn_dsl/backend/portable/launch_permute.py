@@ -11,7 +11,7 @@ from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import dense_columns, empty, in_units, unit_of
 from attn_dsl.backend.portable.permute import permute_rows
 from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.backend.portable.tape import Launches
+from attn_dsl.backend.portable.tape import Launches, Launching
 
 ROWS = 32
 """Of one program."""
@@ -58,14 +58,20 @@ def _options(tensors: Sequence[Tensor], scatter: bool) -> Options:
     return _known[key]
 
 
+def permuting(count: int, *, scatter: bool) -> Launching:
+    """`permuted` of so many tensors, which come first; their indices come next, and then lines."""
+
+    def function(run: Runner, *given: Tensor) -> list[Tensor]:
+        return permuted(given[:count], given[count : 2 * count], given[2 * count :], scatter=scatter, run=run)
+
+    return function
+
+
 class Permuting:
     """`permuted` of so many tensors, of the same kinds in each call."""
 
     def __init__(self, count: int, *, scatter: bool) -> None:
-        def function(run: Runner, *given: Tensor) -> list[Tensor]:
-            return permuted(given[:count], given[count : 2 * count], given[2 * count :], scatter=scatter, run=run)
-
-        self._launches = Launches(function)
+        self._launches = Launches(permuting(count, scatter=scatter))
 
     def __call__(
         self, tensors: Sequence[Tensor], indices: Sequence[Tensor], lines: Sequence[Tensor] = ()

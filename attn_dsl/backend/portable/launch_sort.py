@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import empty
 from attn_dsl.backend.portable.run import Options, Runner, launch
 from attn_dsl.backend.portable.sort import count_bins, sort_positions
-from attn_dsl.backend.portable.tape import Launches
+from attn_dsl.backend.portable.tape import LaunchesByKind
 
 LONGEST = 2**14
 """Positions of a row; of rows with values from a wide range every program sorts all that there are."""
@@ -20,10 +19,8 @@ SECTION, BINS = 1024, 256
 """Positions of a program, and numbers that it keeps of them for as long as the kernels run: half a byte a position."""
 COUNT_WARPS, SORT_WARPS = 8, 8
 """Where 4 warps sort, ptxas spills 16 bytes on sm_80, and wants 127 registers instead of 103 on sm_90."""
-KINDS = 64
-"""Of tensors for which launches are kept."""
 _known: dict[int, tuple[Options, Options]] = {}
-_launches: dict[tuple[Any, ...], Launches] = {}
+_launches = LaunchesByKind()
 
 
 def sorted_positions(
@@ -35,13 +32,11 @@ def sorted_positions(
     """
     wanted = tuple(ends)
     if run is launch and tensor.is_cuda:
-        place = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
-        key = (*place, block, wanted, ordered)
-        if key not in _launches:
-            if len(_launches) >= KINDS:
-                _launches.clear()
-            _launches[key] = Launches(lambda run, x: _made(x, block, wanted, ordered=ordered, run=run))
-        found = iter(_launches[key]((tensor,)))
+
+        def function(run: Runner, x: Tensor) -> list[Tensor]:
+            return _made(x, block, wanted, ordered=ordered, run=run)
+
+        found = iter(_launches((block, wanted, ordered), function, (tensor,)))
     else:
         found = iter(_made(tensor, block, wanted, ordered=ordered, run=run))
     order = next(found) if ordered else None

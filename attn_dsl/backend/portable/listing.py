@@ -23,7 +23,7 @@ from attn_dsl.backend.portable.emit_lists import Emitted, emit_lists
 from attn_dsl.backend.portable.host import Call, Scalar, described, number
 from attn_dsl.backend.portable.load import load
 from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
-from attn_dsl.backend.portable.tape import Launches
+from attn_dsl.backend.portable.tape import LaunchesByKind
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.errors import BindingError
 from attn_dsl.ir.nodes import Compare, CompareOp, Const, K, Load, Node, Param, Q, conjuncts, post_order, substitute
@@ -40,7 +40,7 @@ NARROW = 2**8
 CAPTURED_BYTES = 2**28
 """The same while a CUDA graph is captured, which nothing can wait for."""
 KEPT = 64
-"""For so many kinds of calls the size of pieces is remembered, and what is launched."""
+"""For so many kinds of calls the size of pieces is remembered."""
 PIECES = 4096
 """Pieces or pairs that a program looks at together."""
 WIDTH = 128
@@ -176,7 +176,7 @@ class Lists:
         self._known_pieces: dict[tuple[Any, ...], tuple[int, int]] = {}
         self.runs = runs_of(variant)
         self._options: dict[tuple[Any, ...], Options] = {}
-        self._launches: dict[tuple[Any, ...], Launches] = {}
+        self._launches = LaunchesByKind()
 
     @functools.cached_property
     def emitted(self) -> tuple[Emitted, ModuleType]:
@@ -246,13 +246,22 @@ class Lists:
         count = own_batch * own_heads * each
         room = dtype.itemsize * count
 
-        def filled(run: Runner, source: Source, count: int) -> tuple[Tensor, Tensor]:
-            """(rows, entries), for which there is room."""
+        def begun(run: Runner, source: Source) -> tuple[Tensor, Callable[[Tensor | None, int], None]]:
+            """(rows, what fills them and entries, of which a row of tiles has so many)."""
             rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
-            entries = torch.empty(max(1, count), dtype=dtype, device=device)
             arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
             options = self._list_options(source, shape, wide)
-            run(list_tiles, programs, (rows, entries, *arguments, own_heads, other), options)
+
+            def fill(entries: Tensor | None, capacity: int) -> None:
+                run(list_tiles, programs, (rows, entries, *arguments, own_heads, capacity), options)
+
+            return rows, fill
+
+        def filled(run: Runner, source: Source, count: int) -> tuple[Tensor, Tensor]:
+            """(rows, entries), for which there is room."""
+            rows, fill = begun(run, source)
+            entries = torch.empty(max(1, count), dtype=dtype, device=device)
+            fill(entries, other)
             return rows, entries
 
         if run is not launch or device.type == "meta":  # nothing is made
@@ -265,40 +274,32 @@ class Lists:
                 "`schedule`, and hold it"
             )
         else:
-            rows = torch.empty(own_batch, own_heads, own, 4, dtype=torch.int32, device=device)
-            arguments = self._arguments(source, shape, wide, own_batch, own_heads, run)
-            options = self._list_options(source, shape, wide)
-            run(list_tiles, programs, (rows, None, *arguments, own_heads, 0), options)
+            rows, fill = begun(run, source)
+            fill(None, 0)
             flat = rows.view(programs, 4)
             counts = flat[:, 1] + flat[:, 2]
             ends = counts.cumsum(0, dtype=torch.int32)
             flat[:, 0], flat[:, 3] = ends - counts, ends - 1
             entries = torch.empty(max(1, int(ends[-1])), dtype=dtype, device=device)
-            run(list_tiles, programs, (rows, entries, *arguments, own_heads, 0), options)
+            fill(entries, 0)
         return TileList(shape, rows.expand(batch, heads, -1, -1), entries)
 
     def _repeated(
         self, source: Source, place: tuple[Any, ...], make: Callable[[Runner, Source], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """What `make` gives, by the launches of the last time where tensors alone are new."""
-        moves = isinstance(source.q_offset, Tensor)
         inputs = [*source.tensors, *([source.q_offset] if isinstance(source.q_offset, Tensor) else [])]
         if not inputs or not inputs[0].is_cuda or any(isinstance(x, Tensor) for x in source.parameters):
             return make(launch, source)
-        numbers = source.sizes, tuple([(type(x), x) for x in source.parameters]), None if moves else source.q_offset
-        key = (*place, *numbers, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in inputs])
-        found = self._launches.get(key)
-        if found is None:
-            sizes, parameters, start, device = source.sizes, source.parameters, source.q_offset, source.device
+        sizes, parameters, device = source.sizes, source.parameters, source.device
+        start = None if isinstance(source.q_offset, Tensor) else source.q_offset
 
-            def function(run: Runner, *given: Tensor) -> tuple[Tensor, ...]:
-                tensors, offset = (given[:-1], given[-1]) if moves else (given, start)
-                return make(run, Source(sizes, tensors, parameters, offset, device))
+        def function(run: Runner, *given: Tensor) -> tuple[Tensor, ...]:
+            tensors, offset = (given[:-1], given[-1]) if start is None else (given, start)
+            return make(run, Source(sizes, tensors, parameters, offset, device))
 
-            if len(self._launches) >= KEPT:
-                self._launches.clear()
-            found = self._launches[key] = Launches(function)
-        return tuple(found(inputs))
+        numbers = sizes, tuple([(type(x), x) for x in parameters]), start
+        return tuple(self._launches((*place, *numbers), function, inputs))
 
     def _arguments(
         self, source: Source, shape: Shape, wide: bool, batch: int, heads: int, run: Runner

@@ -23,6 +23,8 @@ Launching = Callable[..., Sequence[Tensor]]
 """From a runner and tensors, which it launches kernels for, to results: those tensors, or new ones."""
 TAPES = 64
 """So many of one function are kept."""
+KINDS = 64
+"""Of so many kinds of tensors launches are kept."""
 ALIGNED = 512
 """Bytes that memory begins at a multiple of."""
 
@@ -49,6 +51,23 @@ class Launches:
                 self.tapes.clear()
             self.tapes[kind] = recorded(self.function, inputs, self.runner.found)
         return results
+
+
+class LaunchesByKind:
+    """`Launches` of functions that are given tensors of many kinds: shapes, strides, dtypes, devices and alignments."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], Launches] = {}
+
+    def __call__(self, place: tuple[Any, ...], function: Launching, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What `function` gives; `place` tells apart functions that launch other things, and the first one is kept."""
+        key = (*place, *[(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in inputs])
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= KINDS:
+                self.known.clear()
+            found = self.known[key] = Launches(function)
+        return found(inputs)
 
 
 @dataclass(frozen=True)
