@@ -66,6 +66,13 @@ class Summary:
     low: Tensor
     high: Tensor
 
+    @property
+    def loads(self) -> tuple[Node, Node]:
+        """How claims read `low` and `high`."""
+        place = (B, H, TILES[self.axis])
+        low, high = (Load(tensor.name, place, tensor.dtype.type) for tensor in (self.low, self.high))
+        return low, high
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -372,9 +379,7 @@ class Intervals:
             extents = Size("B"), Size("H"), Size(f"{axis} tiles")
             low, high = (Tensor(f"{which} of {number}", kind, extents) for which in ("low", "high"))
             self.summaries[node] = Summary(axis, value, low, high)
-        found = self.summaries[node]
-        place = (B, H, TILES[found.axis])
-        return Interval(*(Load(tensor.name, place, value.type) for tensor in (found.low, found.high)))
+        return Interval(*self.summaries[node].loads)
 
     def _ordered(self, load: Load) -> frozenset[int]:
         """The axes that a look-up at positions has an order along, if that goes for all of its indices that vary."""

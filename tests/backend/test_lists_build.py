@@ -48,4 +48,4 @@ def test_what_makes_a_list_spills_nothing(name: str) -> None:
     forward(of.kernels, bound, run)
     built = {kernel.metadata.name: check.inspected(name, kernel) for kernel in run.compiled}
     assert "list_tiles" in built and built["list_tiles"].spilled == 0
-    assert ("summarize_tiles" in built) == (name != "packed_causal")
+    assert ("summarize_tiles" in built) == (name == "hash_buckets"), "keys are summarized, whose order is not known"

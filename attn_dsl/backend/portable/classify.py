@@ -10,7 +10,7 @@ Where the mask does not vary with `b` or `h`, B or H is 1 here, and a stride of 
 `kv_list` and `q_list`, which stand in for the emitted ranges.
 """
 
-# ruff: noqa: SIM102 (static conditions as Triton knows them)
+# ruff: noqa: RUF005, SIM102 (tuples and static conditions as Triton knows them)
 
 import triton
 import triton.language as tl
@@ -70,11 +70,11 @@ def _largest(x):
 
 
 @triton.jit
-def _summarize(
-        tile, first, length, b, h, results, scalars, tensors, FIRST: tl.constexpr, TERMS: tl.constexpr,
-        BLOCK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr
+def _extremes(
+        tile, first, length, b, h, scalars, tensors, TERMS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+        WIDE: tl.constexpr
 ):  # fmt: skip
-    """Store the least and the greatest of each term in a tile of positions; `results` are from number FIRST on.
+    """(low, high, ...), the least and the greatest of each term in a tile of positions; int64 or float32.
 
     SPAN is a power of two, not less than BLOCK: the last position of the tile is looked at more often.
     """
@@ -82,48 +82,51 @@ def _summarize(
     if not WIDE:
         positions = positions.to(tl.int32)
     terms = TERMS(b, h, positions, False, scalars, tensors)
+    found = ()
     for i in tl.static_range(len(terms)):
-        low, high = results[FIRST + 2 * i], results[FIRST + 2 * i + 1]
-        place = b.to(tl.int64) * low[2][0] + h.to(tl.int64) * low[2][1] + tile
         value = terms[i] + tl.zeros([SPAN], terms[i].dtype)
-        tl.store(low[0] + place, _smallest(value).to(low[0].dtype.element_ty))
-        tl.store(high[0] + place, _largest(value).to(high[0].dtype.element_ty))
+        TYPE: tl.constexpr = tl.float32 if value.dtype.is_floating() else tl.int64
+        found = found + (_smallest(value).to(TYPE), _largest(value).to(TYPE))
+    return found
 
 
 @triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "results", "heads"])
 def summarize_tiles(
-        place, q_offset, parameters, sizes, tensors, results, heads, Q_TERMS: tl.constexpr, K_TERMS: tl.constexpr,
-        FIRST_K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BM_SPAN: tl.constexpr, BN_SPAN: tl.constexpr,
-        WIDE: tl.constexpr
+        place, q_offset, parameters, sizes, tensors, results, heads, TERMS: tl.constexpr, OF_KEYS: tl.constexpr,
+        BLOCK: tl.constexpr, SPAN: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """The `results`, [batch, heads, tiles] each: least and greatest value of each term of q, then of each of k.
+    """The `results`, [batch, heads, tiles] each: least and greatest value of each term of one axis.
 
-    One program for a tile of queries, then one for a tile of keys, of each batch entry and head that terms vary with.
-    `place` is the first of the results, which says where to run.
+    One program for a tile, of each batch entry and head that terms vary with. `place` is the first of the results,
+    which says where to run.
     """
     scalars, tensors = scalars_of(parameters + sizes, WIDE), captured(tensors, WIDE)
     results = captured(results, True)
     lengths = scalars_of(sizes, True)
-    q_len, kv_len = lengths[3], lengths[4]
-    q_tiles = tl.cdiv(q_len, BM)
-    if Q_TERMS is None:
-        q_tiles = q_tiles * 0
-    k_tiles = tl.cdiv(kv_len, BN)
-    if K_TERMS is None:
-        k_tiles = k_tiles * 0
-    tile, pair = tl.program_id(0) % (q_tiles + k_tiles), tl.program_id(0) // (q_tiles + k_tiles)
-    b, h = pair // heads, pair % heads
-    start = first_position(q_offset, b, tl.int64)
+    length = lengths[4] if OF_KEYS else lengths[3]
+    tile, b, h = _own(tl.cdiv(length, BLOCK), heads)
+    first = first_position(q_offset, b, tl.int64)
+    if OF_KEYS:
+        first = first * 0
     if WIDE:
         b, h = b.to(tl.int64), h.to(tl.int64)
-    if Q_TERMS is not None:
-        if tile < q_tiles:
-            _summarize(tile, start, q_len, b, h, results, scalars, tensors, 0, Q_TERMS, BM, BM_SPAN, WIDE)
-    if K_TERMS is not None:
-        if tile >= q_tiles:
-            _summarize(
-                tile - q_tiles, start * 0, kv_len, b, h, results, scalars, tensors, FIRST_K, K_TERMS, BN, BN_SPAN, WIDE
-            )  # fmt: skip
+    found = _extremes(tile.to(tl.int64), first, length, b, h, scalars, tensors, TERMS, BLOCK, SPAN, WIDE)
+    for i in tl.static_range(len(found)):
+        tl.store(_place(results[i], b, h) + tile, found[i])
+
+
+@triton.jit
+def _own(tiles, heads):
+    """(tile, b, h) of this program, one of `tiles` of each head; in 32 bits, where divisions are short."""
+    tiles = tiles.to(tl.int32)
+    pair = tl.program_id(0) // tiles
+    return tl.program_id(0) - pair * tiles, pair // heads, pair % heads
+
+
+@triton.jit
+def _place(tensor, b, h):
+    """Of the first element that a head has."""
+    return tensor[0] + b.to(tl.int64) * tensor[2][0] + h.to(tl.int64) * tensor[2][1]
 
 
 # ---------------------------------------------------------------- runs
@@ -158,71 +161,82 @@ def find_runs(first, last, tensor, length, steps, BLOCK: tl.constexpr):
 
 @triton.jit
 def _asked(
-        own, other, own_width, other_width, own_tile, other_tile, b, h, start, q_len, kv_len, scalars, tensors,
+        own, other, own_width, other_width, own_values, other_values, b, h, start, q_len, kv_len, scalars, tensors,
         CLAIMS: tl.constexpr, TRANSPOSED: tl.constexpr
 ):  # fmt: skip
     """(possible, certain) for pieces that begin `own` and `other` positions after the first of their axes.
 
-    A piece that begins past the end of its axis has no pairs: it is not possible, and certain.
+    values: their summaries. A piece that begins past the end of its axis has no pairs: it is not possible, and certain.
     """
     if TRANSPOSED:
-        q, k, q_width, k_width, q_tile, k_tile = other, own, other_width, own_width, other_tile, own_tile
+        q, k, q_width, k_width, q_values, k_values = other, own, other_width, own_width, other_values, own_values
     else:
-        q, k, q_width, k_width, q_tile, k_tile = own, other, own_width, other_width, own_tile, other_tile
+        q, k, q_width, k_width, q_values, k_values = own, other, own_width, other_width, own_values, other_values
     exists = (q < q_len) & (k < kv_len)
     q0, q1 = start + q, start + tl.minimum(q + q_width, q_len) - 1
     k1 = tl.minimum(k + k_width, kv_len) - 1
-    possible, certain = CLAIMS(b, h, q0, q1, k, k1, q_tile, k_tile, start, scalars, tensors)
+    possible, certain = CLAIMS(b, h, q0, q1, k, k1, start, q_values, k_values, scalars, tensors)
     return exists & possible, (exists == 0) | certain
 
 
 @triton.jit
-def _any(x, PIECES: tl.constexpr, TILES: tl.constexpr):
-    """Of bool [own pieces, TILES * PIECES], [TILES]: whether one of a tile's pieces holds."""
-    return tl.max(tl.reshape(tl.max(x.to(tl.int32), 0), [TILES, PIECES]), 1) > 0
+def _joined(possible, certain, PIECES: tl.constexpr, TILES: tl.constexpr):
+    """(possible, certain) of tiles [TILES] from those of pieces, [own pieces, TILES * PIECES]."""
+    counts = tl.sum(possible.to(tl.int32) + (certain == 0).to(tl.int32) * 65536, 0)  # two sums in one number
+    counts = tl.sum(tl.reshape(counts, [TILES, PIECES]), 1)
+    return (counts & 65535) > 0, counts < 65536
+
+
+@triton.jit
+def _pieces(
+        tile, at, first, OWN: tl.constexpr, OTHER: tl.constexpr, OWN_PIECE: tl.constexpr, OTHER_PIECE: tl.constexpr,
+        ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Where pieces begin, [ROWS, 1] of a tile from number `at` on, and [1, n] of WIDTH tiles from `first` on.
+
+    What is no more of the tile lies past all ends.
+    """
+    number = at + tl.arange(0, ROWS)
+    own = (tl.where(number < OWN // OWN_PIECE, tile * OWN + number * OWN_PIECE, FAR).to(tl.int64))[:, None]
+    return own, (first * OTHER + tl.arange(0, WIDTH * (OTHER // OTHER_PIECE)) * OTHER_PIECE)[None, :]
 
 
 @triton.jit
 def _by_pieces(
         tile, first, b, h, start, q_len, kv_len, scalars, tensors, CLAIMS: tl.constexpr, TRANSPOSED: tl.constexpr,
         OWN: tl.constexpr, OTHER: tl.constexpr, OWN_PIECE: tl.constexpr, OTHER_PIECE: tl.constexpr,
-        OWN_PIECES: tl.constexpr, WIDTH: tl.constexpr
+        ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """(possible, certain) of WIDTH tiles from `first` on, from claims about pieces.
-
-    OWN_PIECES is a power of two, not less than those of a tile of its own axis: what is too much lies past all ends.
-    """
-    pieces: tl.constexpr = OTHER // OTHER_PIECE
-    number = tl.arange(0, OWN_PIECES)
-    own = (tl.where(number < OWN // OWN_PIECE, tile * OWN + number * OWN_PIECE, FAR).to(tl.int64))[:, None]
-    other = (first * OTHER + tl.arange(0, WIDTH * pieces) * OTHER_PIECE)[None, :]
+    """(possible, certain) of WIDTH tiles from `first` on, from claims about pieces, of which a tile has up to ROWS."""
+    own, other = _pieces(tile, 0, first, OWN, OTHER, OWN_PIECE, OTHER_PIECE, ROWS, WIDTH)
     possible, certain = _asked(
-        own, other, OWN_PIECE, OTHER_PIECE, own, other, b, h, start, q_len, kv_len, scalars, tensors, CLAIMS, TRANSPOSED
+        own, other, OWN_PIECE, OTHER_PIECE, (), (), b, h, start, q_len, kv_len, scalars, tensors, CLAIMS, TRANSPOSED
     )  # fmt: skip
-    return _any(possible, pieces, WIDTH), _any(certain == 0, pieces, WIDTH) == 0
+    return _joined(possible, certain, OTHER // OTHER_PIECE, WIDTH)
 
 
 @triton.jit
-def _by_pairs(
-        tile, other_tile, b, h, start, q_len, kv_len, scalars, tensors, MASK: tl.constexpr, TRANSPOSED: tl.constexpr,
-        OWN: tl.constexpr, OTHER: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+def _by_mask(
+        tile, first, b, h, start, q_len, kv_len, scalars, tensors, MASK: tl.constexpr, TRANSPOSED: tl.constexpr,
+        OWN: tl.constexpr, OTHER: tl.constexpr, OWN_PIECE: tl.constexpr, OTHER_PIECE: tl.constexpr,
+        OWN_PIECES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """(possible, certain), [1] each, of a tile: the mask of its pairs, ROWS rows at a time."""
-    some, missing = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
-    other = (other_tile * OTHER + tl.arange(0, OTHER))[None, :]
-    for i in range(OWN // ROWS):
-        own = (tile * OWN + i * ROWS + tl.arange(0, ROWS))[:, None]
+    """The same from the mask of one pair of each piece, which is that of all; ROWS of the OWN_PIECES at a time."""
+    some, missing = tl.zeros([WIDTH], tl.int32), tl.zeros([WIDTH], tl.int32)
+    for at in range(0, OWN_PIECES, ROWS):
+        own, other = _pieces(tile, at, first, OWN, OTHER, OWN_PIECE, OTHER_PIECE, ROWS, WIDTH)
         if TRANSPOSED:
-            q, k = start + other, own
-            exists = (other < q_len) & (own < kv_len)
+            q, k = other, own
         else:
-            q, k = start + own, other
-            exists = (own < q_len) & (other < kv_len)
+            q, k = own, other
+        exists = (q < q_len) & (k < kv_len)
+        q = start + q
         if not WIDE:
             q, k = q.to(tl.int32), k.to(tl.int32)
         keep = MASK(b, h, q, k, False, scalars, tensors)
-        some = tl.maximum(some, _any(exists & keep, OTHER, 1).to(tl.int32))
-        missing = tl.maximum(missing, _any(exists & (keep == 0), OTHER, 1).to(tl.int32))
+        possible, certain = _joined(exists & keep, (exists == 0) | keep, OTHER // OTHER_PIECE, WIDTH)
+        some = tl.maximum(some, possible.to(tl.int32))
+        missing = tl.maximum(missing, (certain == 0).to(tl.int32))
     return some > 0, missing == 0
 
 
@@ -243,34 +257,38 @@ def _seen(tile, own_tiles, tiles, start, q_len, TRANSPOSED: tl.constexpr, BM: tl
 def _room(
         tile, pair, own_tiles, tiles, start, q_len, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
-    """(first entry, number of entries) of a row, where rows have as many as there are tiles that q >= k holds in."""
-    before, all = tl.zeros([1], tl.int64), tl.zeros([1], tl.int64)
+    """(first, last) entry of a row, where rows have as many as there are tiles that q >= k holds in: fewer than
+    2 ** 31 in all."""
+    before, all = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
     for at in range(0, own_tiles, 64):
         others = at + tl.arange(0, 64).to(tl.int64)
-        seen = _seen(others, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
+        seen = _seen(others, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN).to(tl.int32)
         all += tl.sum(seen)
         before += tl.sum(tl.where(others < tile, seen, 0))
-    own = _seen(tl.zeros([1], tl.int64) + tile, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
-    return tl.sum(pair * all + before), tl.sum(own)
+    own = _seen(tl.zeros([1], tl.int64) + tile, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN).to(tl.int32)
+    first = tl.sum(pair * all + before)
+    return first, first + tl.sum(own) - 1
 
 
 @triton.jit(do_not_specialize=["q_offset", "parameters", "sizes", "tensors", "results", "heads", "capacity"])
 def list_tiles(
-        rows, entries, q_offset, parameters, sizes, tensors, results, heads, capacity, CLAIMS: tl.constexpr,
-        REFINED: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-        Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, OWN_PIECES: tl.constexpr, ROWS: tl.constexpr,
-        WIDTH: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr
+        rows, entries, q_offset, parameters, sizes, tensors, results, heads, capacity, TERMS: tl.constexpr,
+        CLAIMS: tl.constexpr, REFINED: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, BM: tl.constexpr,
+        BN: tl.constexpr, Q_PIECE: tl.constexpr, K_PIECE: tl.constexpr, OWN_PIECES: tl.constexpr, ROWS: tl.constexpr,
+        SPAN: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
     """A row of a list and its entries: one program for a tile of its own axis, keys if TRANSPOSED, else queries.
 
     capacity > 0: entries are kept for so many tiles in each row or, if CAUSAL, for those of them that hold a pair with
     q >= k, as the mask says. capacity == 0: where each row begins and ends stands in `rows` already. `entries` is None:
-    tiles are only counted. REFINED, or MASK for each pair, is asked about what CLAIMS cannot decide; WIDTH tiles are
-    decided at a time.
+    tiles are only counted.
+
+    CLAIMS are asked by summaries: of the own axis those of TERMS, found here in SPAN positions, of the other one the
+    `results`. What they cannot decide, and everything where there are none, REFINED decides by its claims about pieces,
+    or MASK by one pair of each; WIDTH tiles are decided at a time.
     """
     lengths = scalars_of(sizes, True)
     q_len, kv_len = lengths[3], lengths[4]
-    scalars, wide = scalars_of(parameters + sizes, True), captured(tensors + results, True)
     OWN: tl.constexpr = BN if TRANSPOSED else BM
     OTHER: tl.constexpr = BM if TRANSPOSED else BN
     OWN_PIECE: tl.constexpr = K_PIECE if TRANSPOSED else Q_PIECE
@@ -279,15 +297,23 @@ def list_tiles(
     if TRANSPOSED:
         own_length, length = kv_len, q_len
     own_tiles, tiles = tl.cdiv(own_length, OWN), tl.cdiv(length, OTHER)
-    tile, pair = tl.program_id(0) % own_tiles, tl.program_id(0) // own_tiles
-    b, h = pair // heads, pair % heads
+    tile, b, h = _own(own_tiles, heads)
     start = first_position(q_offset, b, tl.int64)
     mine = tl.zeros([1], tl.int64) + tile
     b64, h64 = tl.zeros([1], tl.int64) + b, tl.zeros([1], tl.int64) + h
-    if MASK is not None:
-        narrow, arrays = scalars_of(parameters + sizes, WIDE), captured(tensors, WIDE)
-        if WIDE:
-            b, h = b.to(tl.int64), h.to(tl.int64)
+    scalars, wide = scalars_of(parameters + sizes, True), captured(tensors, True)
+    narrow, arrays = scalars_of(parameters + sizes, WIDE), captured(tensors, WIDE)
+    results = captured(results, True)
+    if WIDE:
+        b, h = b.to(tl.int64), h.to(tl.int64)
+    own_values = ()
+    if TERMS is not None:
+        begin = start
+        if TRANSPOSED:
+            begin = start * 0
+        found = _extremes(tile.to(tl.int64), begin, own_length, b, h, narrow, arrays, TERMS, OWN, SPAN, WIDE)
+        for i in tl.static_range(len(found)):
+            own_values = own_values + (tl.zeros([1], found[i].dtype) + found[i],)
     row = rows + tl.program_id(0).to(tl.int64) * 4
     first = (tl.program_id(0) * capacity).to(tl.int32)
     last = first + (capacity - 1).to(tl.int32)
@@ -295,24 +321,32 @@ def list_tiles(
         if capacity == 0:
             first, last = tl.load(row), tl.load(row + 3)
         elif CAUSAL:
-            begin, room = _room(tile, pair, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
-            first, last = begin.to(tl.int32), (begin + room - 1).to(tl.int32)
+            pair = tl.program_id(0) // own_tiles.to(tl.int32)
+            first, last = _room(tile, pair, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
     masked, full = first * 0, first * 0
     for at in range(0, tiles, WIDTH):
         others = at + tl.arange(0, WIDTH).to(tl.int64)
-        possible, certain = _asked(
-            mine * OWN, others * OTHER, OWN, OTHER, mine, others, b64, h64, start, q_len, kv_len, scalars, wide, CLAIMS,
-            TRANSPOSED
-        )  # fmt: skip
-        certain = certain & ((others + 1) * OTHER <= length)
+        possible, certain = others < tiles, others < 0
+        if CLAIMS is not None:
+            other_values = ()
+            for i in tl.static_range(len(results)):
+                value = tl.load(_place(results[i], b, h) + others, mask=others < tiles, other=0)
+                other_values = other_values + (value,)
+            possible, certain = _asked(
+                mine * OWN, others * OTHER, OWN, OTHER, own_values, other_values, b64, h64, start, q_len, kv_len,
+                scalars, wide, CLAIMS, TRANSPOSED
+            )  # fmt: skip
+        inside = (others + 1) * OTHER <= length
+        certain = certain & inside
         if CAUSAL:
             seen = _seen(mine, own_tiles, tiles, start, q_len, TRANSPOSED, BM, BN)
             possible = possible & ((others >= tiles - seen) if TRANSPOSED else (others < seen))
         if REFINED is not None or MASK is not None:
             if tl.max((possible & (certain == 0)).to(tl.int32)) > 0:
                 if MASK is not None:
-                    some, whole = _by_pairs(
-                        tile, at, b, h, start, q_len, kv_len, narrow, arrays, MASK, TRANSPOSED, OWN, OTHER, ROWS, WIDE
+                    some, whole = _by_mask(
+                        tile, at, b, h, start, q_len, kv_len, narrow, arrays, MASK, TRANSPOSED, OWN, OTHER, OWN_PIECE,
+                        OTHER_PIECE, OWN_PIECES, ROWS, WIDTH, WIDE
                     )  # fmt: skip
                 else:
                     some, whole = _by_pieces(
@@ -320,16 +354,17 @@ def list_tiles(
                         OWN_PIECE, OTHER_PIECE, OWN_PIECES, WIDTH
                     )  # fmt: skip
                 possible = possible & some
-                certain = certain | (whole & ((others + 1) * OTHER <= length))
+                certain = certain | (whole & inside)
         partial, whole = possible & (certain == 0), possible & certain
+        counts = partial.to(tl.int32) + whole.to(tl.int32) * 65536  # two counts in one number
         if entries is not None:
             number = others.to(entries.dtype.element_ty)
-            place = first + masked + tl.cumsum(partial.to(tl.int32), 0) - 1
-            tl.store(entries + place, number, mask=partial)
-            place = last - full - tl.cumsum(whole.to(tl.int32), 0) + 1
-            tl.store(entries + place, number, mask=whole)
-        masked += tl.sum(partial.to(tl.int32))
-        full += tl.sum(whole.to(tl.int32))
+            sums = tl.cumsum(counts, 0)
+            tl.store(entries + (first + masked + (sums & 65535) - 1), number, mask=partial)
+            tl.store(entries + (last - full - (sums >> 16) + 1), number, mask=whole)
+        count = tl.sum(counts)
+        masked += count & 65535
+        full += count >> 16
     tl.store(row, first)
     tl.store(row + 1, masked)
     tl.store(row + 2, full)

@@ -3,14 +3,13 @@
 | function | meaning |
 |---|---|
 | `q_terms`, `k_terms` | the expressions of one position that are summarized, at many positions |
-| `claims` | (possible, certain) for tiles, by the summaries |
+| `claims` | (possible, certain) for tiles, by the summaries that `q_values` and `k_values` hold, low and high of each |
 | `refined` | the same for pieces of tiles, without summaries |
 | `mask` | whether pairs are kept |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from attn_dsl.backend.portable.emit import HEADER, PAIR
@@ -21,8 +20,8 @@ from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.monotone import K1, Q1
 from attn_dsl.passes.summaries import Claims
 
-VARS = ("q0", "q1", "k0", "k1", "q_tile", "k_tile", "q_offset")
-TILES = ("b", "h", "q0", "q1", "k0", "k1", "q_tile", "k_tile", "q_offset", "scalars", "tensors")
+VARS = ("q0", "q1", "k0", "k1", "q_offset")
+TILES = ("b", "h", "q0", "q1", "k0", "k1", "q_offset", "q_values", "k_values", "scalars", "tensors")
 
 
 @dataclass(frozen=True)
@@ -42,33 +41,31 @@ class TileDialect(TritonDialect):
 
 def emit_lists(variant: Variant, claims: Claims) -> Emitted:
     """The functions of a variant's claims; `refined` and `mask` only where claims are refined."""
-    plain = Signature.of(variant)
-    whole = Signature(plain.scalars, (*plain.tensors, *claims.tensors))
     texts: dict[str, str] = {}
+    bound: dict[Node, str] = {Var(var): var for var in VARS}
 
-    def add(
-        name: str, arguments: tuple[str, ...], results: Results, signature: Signature, dialect: TritonDialect
-    ) -> None:
-        bindings: Mapping[Node, str] = {Var(var): var for var in VARS} if "q0" in arguments else {}
+    def add(name: str, arguments: tuple[str, ...], results: Results, dialect: TritonDialect) -> None:
         texts[name] = emit(
-            name, arguments, results, signature, dialect,
-            locations=variant.locations, bindings=bindings, decorator="@triton.jit",
+            name, arguments, results, Signature.of(variant), dialect,
+            locations=variant.locations, bindings=bound if "q0" in arguments else {}, decorator="@triton.jit",
         )  # fmt: skip
 
     for axis in ("q", "k"):
-        terms = tuple(summary.node for summary in claims.summaries if summary.axis == axis)
-        if terms:
+        summaries = [summary for summary in claims.summaries if summary.axis == axis]
+        if summaries:
             arguments = ("b", "h", axis, "inside: tl.constexpr", "scalars", "tensors")
-            add(f"{axis}_terms", arguments, terms, plain, TritonDialect())
+            add(f"{axis}_terms", arguments, tuple(summary.node for summary in summaries), TritonDialect())
+        loads = [load for summary in summaries for load in summary.loads]
+        bound |= {load: f"{axis}_values[{i}]" for i, load in enumerate(loads)}
     certain = Binary(BinaryOp.AND, claims.certain, claims.uniform)
-    add("claims", TILES, _of_tiles(claims.possible, certain), whole, TileDialect())
+    add("claims", TILES, _of_tiles(claims.possible, certain), TileDialect())
     if claims.refined is not None:
         mask = variant.mask
         has_positions = mask.depends & {"q", "k"}
         shown = mask if has_positions else Select(mask, Compare(CompareOp.GE, Index("q"), Const(0)), FALSE)
-        add("mask", PAIR, shown, plain, TritonDialect())
+        add("mask", PAIR, shown, TritonDialect())
         certain = Binary(BinaryOp.AND, claims.refined.certain, claims.uniform)
-        add("refined", TILES, _of_tiles(claims.refined.possible, certain), plain, TileDialect())
+        add("refined", TILES, _of_tiles(claims.refined.possible, certain), TileDialect())
     source = HEADER.format(name=variant.name) + "".join(f"\n\n{text}" for text in texts.values())
     return Emitted(source, frozenset(texts))
 

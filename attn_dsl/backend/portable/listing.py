@@ -26,7 +26,20 @@ from attn_dsl.backend.portable.run import Options, Repeated, Runner, launch
 from attn_dsl.backend.portable.tape import LaunchesByKind
 from attn_dsl.backend.printer import SIZES
 from attn_dsl.errors import BindingError
-from attn_dsl.ir.nodes import Compare, CompareOp, Const, K, Load, Node, Param, Q, conjuncts, post_order, substitute
+from attn_dsl.ir.nodes import (
+    TRUE,
+    Compare,
+    CompareOp,
+    Const,
+    K,
+    Load,
+    Node,
+    Param,
+    Q,
+    conjuncts,
+    post_order,
+    substitute,
+)
 from attn_dsl.ir.types import DType
 from attn_dsl.ir.variant import Variant
 from attn_dsl.passes.fold import fold_all
@@ -45,6 +58,8 @@ PIECES = 4096
 """Pieces or pairs that a program looks at together."""
 WIDTH = 128
 """Tiles that a program decides together by their summaries."""
+ALONE = 512
+"""So many pieces one warp looks at, which waits for no other; more are for four."""
 
 
 @dataclass(frozen=True)
@@ -304,63 +319,86 @@ class Lists:
     def _arguments(
         self, source: Source, shape: Shape, wide: bool, batch: int, heads: int, run: Runner
     ) -> tuple[Any, ...]:
-        """(q_offset, parameters, sizes, tensors, summaries) as kernels take them, the summaries made."""
+        """(q_offset, parameters, sizes, tensors, summaries) as kernels take them; the summaries, of tiles of the axis
+        that is visited, are made where claims read some."""
         given = (source.q_offset, tuple(map(number, source.parameters)), tuple(map(plain, source.sizes)))
         tensors = described(source.tensors)
-        results: list[Tensor] = []
-        tiles = {"q": -(-source.sizes[3] // shape.rows), "k": -(-source.sizes[4] // shape.keys)}
-        summaries = sorted(self.claims.summaries, key=lambda summary: summary.axis != "q")
-        made: dict[str, Tensor] = {}
-        for summary in summaries:
-            for tensor in (summary.low, summary.high):
-                dtype = torch.float32 if tensor.dtype is DType.FLOAT32 else torch.int64
-                size = (batch, heads, tiles[summary.axis])
-                made[tensor.name] = torch.empty(size, dtype=dtype, device=source.device)
-                results.append(made[tensor.name])
-        if summaries:
-            programs = batch * heads * sum(tiles[axis] for axis in {summary.axis for summary in summaries})
-            options = self._summary_options(shape, wide)
-            run(summarize_tiles, programs, (results[0], *given, tensors, described(results), heads), options)
-        ordered = [made[tensor.name] for tensor in self.claims.tensors]
-        return (*given, tensors, described(ordered))
+        if self._by_mask(source, shape):
+            return (*given, tensors, ())
+        axis, tiles = (
+            ("q", -(-source.sizes[3] // shape.rows)) if shape.transposed else ("k", -(-source.sizes[4] // shape.keys))
+        )
+        read = [
+            tensor
+            for summary in self.claims.summaries
+            if summary.axis == axis
+            for tensor in (summary.low, summary.high)
+        ]
+        dtypes = (torch.float32 if tensor.dtype is DType.FLOAT32 else torch.int64 for tensor in read)
+        results = [torch.empty(batch, heads, tiles, dtype=dtype, device=source.device) for dtype in dtypes]
+        if results:
+            arguments = (results[0], *given, tensors, described(results), heads)
+            run(summarize_tiles, batch * heads * tiles, arguments, self._summary_options(axis, shape, wide))
+        return (*given, tensors, described(results))
 
-    def _summary_options(self, shape: Shape, wide: bool) -> Options:
-        key = ("summaries", shape.rows, shape.keys, wide)
+    def _terms(self, axis: str) -> Any:
+        """What is summarized of an axis, None where nothing is."""
+        text, module = self.emitted
+        return getattr(module, f"{axis}_terms") if f"{axis}_terms" in text.functions else None
+
+    def _summary_options(self, axis: str, shape: Shape, wide: bool) -> Options:
+        block = shape.keys if axis == "k" else shape.rows
+        key = ("summaries", axis, block, wide)
         if key not in self._options:
-            text, module = self.emitted
-            terms = {
-                name: getattr(module, name, None) if name in text.functions else None for name in ("q_terms", "k_terms")
-            }
-            first = 2 * sum(summary.axis == "q" for summary in self.claims.summaries)
             self._options[key] = Options({
-                "Q_TERMS": terms["q_terms"], "K_TERMS": terms["k_terms"], "FIRST_K": first, "BM": shape.rows,
-                "BN": shape.keys, "BM_SPAN": triton.next_power_of_2(shape.rows),
-                "BN_SPAN": triton.next_power_of_2(shape.keys), "WIDE": wide, "num_warps": 1,
+                "TERMS": self._terms(axis), "OF_KEYS": axis == "k", "BLOCK": block,
+                "SPAN": triton.next_power_of_2(block), "WIDE": wide, "num_warps": 1,
             })  # fmt: skip
         return self._options[key]
+
+    def _by_mask(self, source: Source, shape: Shape) -> bool:
+        """Whether the mask of one pair of each piece of a tile decides, so that nothing else is asked."""
+        refined = self.claims.refined
+        if refined is None or not refined.piecewise or self.claims.uniform != TRUE:
+            return False
+        return self._pieces_of(source, shape) <= PIECES
+
+    def _pieces_of(self, source: Source, shape: Shape) -> int:
+        """Pieces of a tile, and some that are looked at beside them."""
+        q_piece, k_piece = self._pieces(source, shape)
+        own, other = shape.rows // q_piece, shape.keys // k_piece
+        if shape.transposed:
+            own, other = other, own
+        return int(triton.next_power_of_2(own)) * other
 
     def _list_options(self, source: Source, shape: Shape, wide: bool) -> Options:
         """Which functions decide, about pieces of which size, so many tiles at a time."""
         q_piece, k_piece = self._pieces(source, shape)
+        own_axis, own, other = ("k", shape.keys, shape.rows) if shape.transposed else ("q", shape.rows, shape.keys)
         tiles = -(-source.sizes[3] // shape.rows) if shape.transposed else -(-source.sizes[4] // shape.keys)
         width, pairs = max(16, min(WIDTH, triton.next_power_of_2(tiles))), False
-        refined = self.claims.refined
+        refined, by_mask = self.claims.refined, self._by_mask(source, shape)
+        elements = width
         if refined is not None:
-            pieces = triton.next_power_of_2(shape.rows // q_piece) * (shape.keys // k_piece)
-            pairs = refined.elements or pieces > PIECES
+            pieces = self._pieces_of(source, shape)
+            pairs = not by_mask and (refined.elements or pieces > PIECES)
             width = 1 if pairs else min(width, max(1, PIECES // pieces))
+            elements = PIECES if pairs else width * pieces
+        if pairs:
+            q_piece = k_piece = 1
         causal = self._causal(source)
         key = ("list", shape, wide, q_piece, k_piece, width, causal)
         if key not in self._options:
             _, module = self.emitted
-            own, other = (shape.keys, shape.rows) if shape.transposed else (shape.rows, shape.keys)
+            own_pieces = triton.next_power_of_2(own // (k_piece if shape.transposed else q_piece))
             self._options[key] = Options({
-                "CLAIMS": module.claims, "REFINED": module.refined if refined is not None and not pairs else None,
-                "MASK": module.mask if pairs else None, "TRANSPOSED": shape.transposed, "BM": shape.rows,
-                "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece,
-                "OWN_PIECES": triton.next_power_of_2(own // (k_piece if shape.transposed else q_piece)),
-                "ROWS": min(own & -own, max(1, PIECES // other)), "WIDTH": width, "WIDE": wide,
-                "CAUSAL": causal, "num_warps": 1 if refined is None else 4,
+                "TERMS": None if by_mask else self._terms(own_axis), "CLAIMS": None if by_mask else module.claims,
+                "REFINED": None if refined is None or by_mask or pairs else module.refined,
+                "MASK": module.mask if by_mask or pairs else None, "TRANSPOSED": shape.transposed, "BM": shape.rows,
+                "BN": shape.keys, "Q_PIECE": q_piece, "K_PIECE": k_piece, "OWN_PIECES": own_pieces,
+                "ROWS": min(own & -own, max(1, PIECES // other)) if pairs else own_pieces,
+                "SPAN": triton.next_power_of_2(own), "WIDTH": width, "WIDE": wide, "CAUSAL": causal,
+                "num_warps": 1 if elements <= ALONE else 4,
             })  # fmt: skip
         return self._options[key]
 

@@ -164,9 +164,10 @@ def _counted(key, total, before, own, low, length, SECTION: tl.constexpr, BINS: 
     above = number < _bin(low, BINS)
     first += tl.where(above, length, 0) - tl.sum(tl.where(above, total, 0))
     group = tl.minimum(key // SECTION, BINS - 1)
-    place = tl.gather(first + before - start, group, 0) + tl.arange(0, SECTION)
-    begin = tl.gather(first, group, 0)
-    return key % SECTION, place, begin, begin + tl.gather(total, group, 0) - 1
+    found = tl.gather(first * 65536 + (first + before - start), group, 0)  # the latter may be less than 0
+    shift = (found << 16) >> 16
+    begin = (found - shift) >> 16
+    return key % SECTION, shift + tl.arange(0, SECTION), begin, begin + tl.gather(total, group, 0) - 1
 
 
 @triton.jit
