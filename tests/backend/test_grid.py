@@ -131,6 +131,7 @@ def test_batch_entries_come_one_after_the_other_where_sums_are_large(monkeypatch
         )  # fmt: skip
         return [one for one in seen if one[0] != "list_tiles"]
 
+    monkeypatch.setattr(launch_boxes, "multiprocessors", lambda _: 1 << 20)  # one for each tile
     whole = programs()
     monkeypatch.setattr(launch_boxes, "SUMS", 1)
     assert programs() == [(name, count // 3) for name, count in whole] * 3

@@ -10,6 +10,7 @@ import zlib
 from dataclasses import replace
 from typing import Any
 
+import hopper_on_cpu
 import pytest
 import torch
 from gluon_interpreter import Machine
@@ -24,7 +25,7 @@ from variant_cases import SHIPPED, Case
 from attn_dsl.backend import gpu, operators
 from attn_dsl.backend.execute import HOPPER, PORTABLE, Options, Program, portable_call
 from attn_dsl.backend.hopper import configs_backward, launch, launch_backward
-from attn_dsl.backend.hopper.configs import FROZEN, TABLE, Config
+from attn_dsl.backend.hopper.configs import FROZEN, SHARED_LIMIT, TABLE, Config
 from attn_dsl.errors import BindingError
 from attn_dsl.passes.lengths import with_lengths, with_packing, with_pages
 
@@ -92,6 +93,28 @@ def test_lengths_and_offsets(name: str, dim: int, lengths: tuple[int, ...]) -> N
     agree(problem_of(name, Q=q_len, KV=kv_len, q_offset=start[0] if start else 0, D=dim, DV=dim))
 
 
+SEEN_BY_SOME = "attention seen_by_some\nmask = 0 <= q - k < 100\n"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("programs", [1, 3, 100])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_tiles_of_keys_that_no_query_sees_stand_among_others(
+    dim: int, programs: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before them and behind them, for one program after the other, and alone."""
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: programs)
+    problem = problem_of("causal", B=2, H=4, HK=2, Q=100, KV=700, q_offset=300, D=dim, DV=dim)
+    problem = replace(problem, program=program_of(SEEN_BY_SOME))
+    upstream = problem.upstream()
+    found = called(problem, upstream, deterministic=deterministic)
+    within_budget(found, problem.truth(upstream), problem.truth(upstream, problem.query.dtype), 1.1)
+    for name in ("key", "value"):
+        assert not found.grads[name][:, :, :200].any() and not found.grads[name][:, :, 400:].any()
+        assert found.grads[name][:, :, 201:400].any(-1).all()
+
+
 @pytest.mark.parametrize("dim", TABLE)
 @pytest.mark.parametrize("name", ["causal", "alibi", "noop"])
 def test_every_forward_configuration(name: str, dim: int) -> None:
@@ -100,6 +123,8 @@ def test_every_forward_configuration(name: str, dim: int) -> None:
     call = portable_call(problem.program, call, Options(HOPPER))
     truth, eager = problem.truth(None), problem.truth(None, torch.bfloat16)
     configs: list[Config] = [*TABLE[dim], FROZEN[dim]]
+    configs += [replace(config, ahead=False, hold=config.frozen) for config in configs]
+    configs = [config for config in configs if config.shared_bytes(dim, dim) <= SHARED_LIMIT]
     for config in dict.fromkeys(configs):
         out, lse, _ = launch.forward(problem.program.hopper, call, config=config)
         within_budget(Result(out, lse), truth, eager, 1.1)
@@ -155,6 +180,7 @@ def test_deterministic_gradients_are_the_same_bits_in_every_order(name: str, mon
     key[:, :, :128] *= 2**12
     key[:, :, 128:256], value[:, :, 128:256] = -key[:, :, :128], value[:, :, :128]
     problem = replace(problem, query=problem.query * 2.0**-24, key=key, value=value)
+    monkeypatch.setattr(hopper_on_cpu, "MULTIPROCESSORS", 8)  # all at the same time
     upstream = problem.upstream()
     first, usual = called(problem, upstream, deterministic=True), called(problem, upstream)
     varies = False

@@ -69,11 +69,27 @@ def _halves(operands: list[Any], dtypes: Any) -> tuple[Value, Value]:
     return Value(low, dtypes[0]), Value(high, dtypes[1])
 
 
-def _wait_for_stores(operands: list[Any], dtype: Any) -> Value:
+def _wait_for_stores(behind: int) -> Callable[[list[Any], Any], Value]:
+    """Until the copy engine has written what it was given, but for the last so many."""
+
+    def apply(operands: list[Any], dtype: Any) -> Value:
+        own = machine.running()
+        awaited = own.stores[: len(own.stores) - behind]
+        own.hand_over(lambda: all(task.done for task in awaited), "the copy engine")
+        own.settle(awaited)
+        del own.stores[: len(awaited)]
+        return _NOTHING
+
+    return apply
+
+
+def _wait_for_stores_or_reads(operands: list[Any], dtype: Any) -> Value:
+    """Until the copy engine has written what it was given or, if the operand is negative, read it."""
+    if operands[0] >= 0:
+        return _wait_for_stores(0)(operands, dtype)
     own = machine.running()
-    own.hand_over(lambda: all(task.done for task in own.stores), "the copy engine")
+    own.hand_over(lambda: all(task.passed > 0 for task in own.stores), "the copy engine to read shared memory")
     own.settle(own.stores)
-    own.stores.clear()
     return _NOTHING
 
 
@@ -85,6 +101,32 @@ def _publish(operands: list[Any], dtype: Any) -> Value:
         own.hand_over()
         own.program.machine.tensors.store(Value(address.data, tl.pointer_type(tl.int32)), number)
     return _NOTHING
+
+
+def _set_bits(operands: list[Any], dtype: Any) -> Value:
+    """An atomic or of the third operand into the number at an address, unless the second is negative."""
+    address, condition, bits = operands
+    if condition >= 0:
+        own = machine.running()
+        own.hand_over()
+        own.program.machine.tensors.change(np.bitwise_or, Value(address.data, tl.pointer_type(tl.int32)), bits)
+    return _NOTHING
+
+
+def _spin_for_bits(operands: list[Any], dtype: Any) -> Value:
+    """Until the number at an address has the bits of the third operand, unless the second has them."""
+    address, given, bits = operands
+    own = machine.running()
+    place, tensors = Value(address.data, tl.pointer_type(tl.int32)), own.program.machine.tensors
+    if not given & bits:
+        own.hand_over(lambda: bool(tensors.load(place) & bits), f"bits {int(bits)} of a number in global memory")
+    return _NOTHING
+
+
+def _number_at(operands: list[Any], dtype: Any) -> Value:
+    own = machine.running()
+    own.hand_over()
+    return own.program.machine.tensors.load(Value(operands[0].data, tl.pointer_type(tl.int32)))
 
 
 def _spin(operands: list[Any], dtype: Any) -> Value:
@@ -111,9 +153,16 @@ _TEXTS: dict[str, Callable[[list[Any], Any], Any]] = {
     _elementwise(lambda x, literal, low, high: np.where((literal >= low) & (literal <= high), x, _INFINITE)),
     "{ .reg .pred p; .reg .b32 b; and.b32 b, $2, $3; setp.ne.u32 p, b, 0; selp.f32 $0, $1, 0fFF800000, p; }":
     _elementwise(lambda x, bits, bit: np.where((bits & bit) != 0, x, _INFINITE)),
+    "ld.relaxed.gpu.global.u32 $0, [$1];": _number_at,
     "tanh.approx.f32 $0, $1;": _elementwise(np.tanh),
-    "cp.async.bulk.wait_group 0; mov.u32 $0, 0;": _wait_for_stores,
+    "cp.async.bulk.wait_group 0; mov.u32 $0, 0;": _wait_for_stores(0),
+    "{ .reg .pred p; setp.ge.s32 p, $1, 0; @p cp.async.bulk.wait_group 0; @!p cp.async.bulk.wait_group.read 0;"
+    " mov.u32 $0, 0; }": _wait_for_stores_or_reads,
+    "cp.async.bulk.wait_group 2; mov.u32 $0, 0;": _wait_for_stores(2),
     "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p st.relaxed.gpu.global.u32 [$1], $3; mov.u32 $0, 0; }": _publish,
+    "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p red.relaxed.gpu.global.or.b32 [$1], $3; mov.u32 $0, 0; }": _set_bits,
+    "{ .reg .pred p; .reg .u32 v, m; mov.u32 v, $2; AGAIN: and.b32 m, v, $3; setp.ne.u32 p, m, 0; @p bra DONE;"
+    " ld.relaxed.gpu.global.u32 v, [$1]; bra AGAIN; DONE: mov.u32 $0, 0; }": _spin_for_bits,
     "{ .reg .pred p; .reg .u32 v; AGAIN: ld.relaxed.gpu.global.u32 v, [$1]; setp.ne.u32 p, v, $2;"
     " @p bra AGAIN; mov.u32 $0, 0; }": _spin,
 }  # fmt: skip

@@ -293,7 +293,7 @@ def _atomic(function: Any) -> Callable[..., Value]:
     return apply
 
 
-atomic_add, atomic_max = _atomic(np.add), _atomic(np.maximum)
+atomic_add, atomic_max, atomic_or = _atomic(np.add), _atomic(np.maximum), _atomic(np.bitwise_or)
 
 
 # ---------------------------------------------------------------- shared memory and barriers

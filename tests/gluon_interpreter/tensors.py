@@ -85,7 +85,7 @@ class Tensors:
     def change(self, function: Any, pointer: Value, value: Any, mask: Any = None) -> Value:
         """An atomic operation; its result is what was there before, for numbers."""
         dtype = pointer.dtype.element_ty
-        before = self.load(pointer, mask) if pointer.data.ndim == 0 else Value(0, tl.int32)
+        before = self.load(pointer, mask) if pointer.data.size == 1 else Value(0, tl.int32)
         keep = np.True_ if mask is None else np.asarray(getattr(mask, "data", mask))
         amounts = np.asarray(getattr(value, "data", value))
         addresses, keep, amounts = np.broadcast_arrays(pointer.data, keep, amounts)

@@ -1,8 +1,9 @@
 """The backward kernel: five products in one pass over the transposed ranges.
 
-A program owns 128 keys of one batch and key head, 64 for each of two warpgroups, and goes through the query tiles that
-see them, one query head of the group after the other; a third, single warp loads. With the tiles turned around, so that
-probabilities and their gradients are left operands in registers, one step of a warpgroup is
+A program takes tile after tile of 128 keys of one batch and key head, 64 for each of two warpgroups, and goes through
+the query tiles that see them, one query head of the group after the other; a third, single warp loads, and runs ahead
+into the next tile of keys. With the tiles turned around, so that probabilities and their gradients are left operands in
+registers, one step of a warpgroup is
 
     issue S^T = K Q^T;  issue dP^T = V dO^T
     wait for S:   P = 2 ** (logit - lse)                            while dP runs
@@ -12,8 +13,9 @@ probabilities and their gradients are left operands in registers, one step of a 
 
 The logit is factor * r + slope * (k - q) in base 2, r the bare product or what the variant makes of it
 (`emit_backward.py`). lse and delta = rowsum(dO * O) - dLSE come with the tiles of Q and dO, prepared by
-`backward_rows.py`, which also turns the buffer into dQ. One loop serves masked and full tiles, with a branch around the
-mask: two would keep the addresses of shared memory in registers, and spill.
+`backward_rows.py`, which also turns the buffer into dQ. Where nobody has cleared it, who first reaches a tile stores,
+and the others add once that is done. One loop serves masked and full tiles, with a branch around the mask: two would
+keep the addresses of shared memory in registers, and spill.
 
 Gradients of captured tensors are sums of P (dP - delta) times what `emit_shares.py` says, made as soon as dP is there.
 
@@ -33,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from attn_dsl.backend.hopper.channels import corner, flat
+from attn_dsl.backend.hopper.channels import Board, board, corner, flat
 from attn_dsl.backend.hopper.device import (
     bits_between,
     columns,
@@ -49,6 +51,8 @@ from attn_dsl.backend.portable.device import captured, count, nth, scalars_of
 
 KEYS = gl.constexpr(64)
 """Of one warpgroup."""
+CLAIMED, STORED = gl.constexpr(1), gl.constexpr(2)
+"""Bits of a tile of dQ: somebody is about to store it; and has, of the first half, of the second one bit further."""
 
 
 @aggregate
@@ -62,6 +66,7 @@ class Shape:
     POSITIONAL  the score of a pair that does not count may be anything
     ASK         of each tile whether it is full, and leave out the mask there
     ORDERED     programs add to dQ in an order of their own
+    CLEARED     zeros stand where dQ is summed; else who first reaches a tile stores
     LATE        dP begins when P is done, which leaves P and the mask more registers
     HOLD        keys stay in registers for their product with queries, where bare scores leave room
     PERIOD      columns of a box of queries, in a grid
@@ -79,6 +84,8 @@ class Shape:
     POSITIONAL: gl.constexpr
     ASK: gl.constexpr
     ORDERED: gl.constexpr
+    CLEARED: gl.constexpr
+    CLAIMS: gl.constexpr
     LATE: gl.constexpr
     PARTS: gl.constexpr
     WIDE: gl.constexpr
@@ -92,8 +99,8 @@ class Shape:
     QUERY_GRAD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
-                 FRESH, KEPT, PERIOD, HOLD):  # fmt: skip
+    def __init__(self, D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, CLEARED, LATE, PARTS,
+                 WIDE, FRESH, KEPT, PERIOD, HOLD):  # fmt: skip
         half = D if QUERIES == 128 else D // 2
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
@@ -104,6 +111,8 @@ class Shape:
         self.POSITIONAL = gl.constexpr(POSITIONAL)
         self.ASK = gl.constexpr(ASK)
         self.ORDERED = gl.constexpr(ORDERED)
+        self.CLEARED = gl.constexpr(CLEARED)
+        self.CLAIMS = gl.constexpr(not CLEARED and not ORDERED)
         self.LATE = gl.constexpr(LATE)
         self.PARTS = gl.constexpr(PARTS)
         self.WIDE = gl.constexpr(WIDE)
@@ -214,8 +223,10 @@ class Memory:
 
     lse, delta, dq, `turns` and `done` begin with pair `first` of batch and key head, the first of the launch. `turns`
     [pairs, key tiles, query tiles] and `done` [pairs, query tiles, group] int32: how many programs add to a tile of dQ
-    before this one, and how many have. `exchange` holds dS^T of two steps, [step, group], `sums` half a tile of dQ.
-    `free`: the consumers' word that they are done with a tile of dO, and with the tile of Q before.
+    before this one, and how many have. With CLAIMS, `done` is [pairs, query tiles], of bits: CLAIMED, and STORED <<
+    group for each half; `found` is what the producer found there, for each tile of dO. The launch is for so many
+    `pairs` of batch and key head. `exchange` holds dS^T of two steps, [group, step], `sums` half a tile of dQ. `free`:
+    the consumers' word that they are done with a tile of dO, and with the tile of Q before.
     """
 
     query: tma.tensor_descriptor
@@ -229,7 +240,9 @@ class Memory:
     dv: tma.tensor_descriptor
     turns: gl.tensor
     done: gl.tensor
+    pairs: gl.tensor
     first: gl.tensor
+    board: Board
     queries: Ring
     grads: Ring
     keys: gl.shared_memory_descriptor
@@ -238,11 +251,13 @@ class Memory:
     free: gl.shared_memory_descriptor
     exchange: gl.shared_memory_descriptor
     sums: gl.shared_memory_descriptor
+    found: gl.shared_memory_descriptor
     shares: gl.tuple
 
     @gluon.constexpr_function
-    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                 values, loaded, free, exchange, sums, shares):  # fmt: skip
+    def __init__(self, query, key, value, grad, lse, delta, dq, dk, dv, turns, done, pairs, first, board, queries,
+                 grads, keys, values, loaded, free, exchange, sums, found,
+                 shares):  # fmt: skip
         self.query = query
         self.key = key
         self.value = value
@@ -254,7 +269,9 @@ class Memory:
         self.dv = dv
         self.turns = turns
         self.done = done
+        self.pairs = pairs
         self.first = first
+        self.board = board
         self.queries = queries
         self.grads = grads
         self.keys = keys
@@ -263,6 +280,7 @@ class Memory:
         self.free = free
         self.exchange = exchange
         self.sums = sums
+        self.found = found
         self.shares = shares
 
 
@@ -328,19 +346,33 @@ class Head:
 
 
 @gluon.jit
-def _place(shape, memory, problem):
-    """(key tile, batch, key head, number of the first query head within the launch) of this program.
+def _following(memory, total):
+    """The number of another tile of keys, not less than `total` where there is none.
 
-    The first tile of keys comes first: under a causal mask it has the most queries. ORDERED: the programs of a head
-    add to a tile of dQ in the order of their numbers, in which the machine starts them; so none waits for one that may
-    never start.
+    All are counted, the first one of a program, too: a number is taken by a program that runs when all smaller ones
+    are, and no program takes a smaller one later.
     """
-    sizes, tiles = problem.sizes, gl.cdiv(problem.sizes[4], 2 * KEYS)
-    pairs = gl.num_programs(0) // tiles
-    tile, pair = in_sections(gl.program_id(0), tiles, pairs, problem.section, problem.lead, LAST_FIRST=False)
-    own = pair * (sizes[1] // sizes[2])
+    programs = gl.num_programs(0)
+    return memory.board.following(total + programs) - programs
+
+
+@gluon.jit
+def _place(memory, problem, number):
+    """(key tile, batch, key head) of a number.
+
+    The first tile of keys comes first: under a causal mask it has the most queries. ORDERED: tiles of a head add to a
+    tile of dQ in the order of their numbers, in which they are taken; so none waits for one that is not yet begun.
+    """
+    tiles, heads = gl.cdiv(problem.sizes[4], 2 * KEYS), problem.sizes[2]
+    tile, pair = in_sections(number, tiles, memory.pairs, problem.section, problem.lead, LAST_FIRST=False)
     pair += memory.first
-    return tile, pair // sizes[2], pair % sizes[2], own
+    return tile, pair // heads, pair % heads
+
+
+@gluon.jit
+def _own(memory, problem, b, hk):
+    """The number, within the launch, of the first query head of a key head."""
+    return (b * problem.sizes[2] + hk - memory.first) * (problem.sizes[1] // problem.sizes[2])
 
 
 @gluon.jit
@@ -397,23 +429,51 @@ def _load_keys(f, memory, part, tensor, buffers, b, hk, first, scalars, tensors)
 @gluon.jit
 def _produce(shape, f, memory, problem):
     """Load what the consumers will want, in the order in which they want it."""
-    tile, b, hk, own = _place(shape, memory, problem)
-    start = problem.start(b)
     scalars, tensors = problem.scalars(), problem.captured()
-    _load_keys(f, memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS), scalars, tensors)
-    _load_keys(f, memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS), scalars, tensors)
     group = problem.sizes[1] // problem.sizes[2]
+    total = memory.pairs * gl.cdiv(problem.sizes[4], 2 * KEYS)
     passed = 0
-    for member in range(group):
-        h = hk * group + member
-        segments, tiles = _visits(shape, f, problem, tile, b, h, start)
-        for n in range(tiles):
-            first = nth(segments, _number(shape, tiles, n)) * shape.QUERIES
-            begin = _at(f.QUERY_BOX, b, h, first, scalars, tensors)
-            _await_room(shape, memory, passed + n)
-            memory.queries.load(passed + n, memory.query, begin, memory.lse, own + member, first)
-            memory.grads.load(passed + n, memory.grad, begin, memory.delta, own + member, first)
-        passed += tiles
+    turn = 0
+    number = _following(memory, total)
+    while number < total:
+        tile, b, hk = _place(memory, problem, number)
+        memory.board.write(turn, tile, b, hk, 0)
+        start, own = problem.start(b), _own(memory, problem, b, hk)
+        begun = passed
+        for member in range(group):
+            h = hk * group + member
+            segments, tiles = _visits(shape, f, problem, tile, b, h, start)
+            for n in range(tiles):
+                at = passed + n
+                i = nth(segments, _number(shape, tiles, n))
+                first = i * shape.QUERIES
+                begin = _at(f.QUERY_BOX, b, h, first, scalars, tensors)
+                _await_room(shape, memory, at)
+                memory.queries.load(at, memory.query, begin, memory.lse, own + member, first)
+                memory.grads.load(at, memory.grad, begin, memory.delta, own + member, first)
+                if at == begun:  # a tile of keys that no query sees is not loaded
+                    _await_end(shape, memory, at)
+                    _load_keys(f, memory, 0, memory.key, memory.keys, b, hk, tile * (2 * KEYS), scalars, tensors)
+                    _load_keys(f, memory, 1, memory.value, memory.values, b, hk, tile * (2 * KEYS), scalars, tensors)
+                if shape.CLAIMS:
+                    _claim(shape, memory, (own + member) * gl.cdiv(problem.sizes[3], shape.QUERIES) + i, at)
+            passed += tiles
+        number = _following(memory, total)
+        turn += 1
+    memory.board.write(turn, -1, 0, 0, 0)
+
+
+@gluon.jit
+def _claim(shape, memory, place, at):
+    """Tell the consumers, before they have the gradient of tile `at`, what stands in `done` at a place: theirs if 0.
+
+    Programs claim what they visit in the order in which they visit it. So nobody waits for one that waits for him: who
+    found a tile claimed did so before he claimed any later one.
+    """
+    bits = gl.atomic_or(memory.done + place, CLAIMED, sem="relaxed")
+    at = at % shape.GRAD_STAGES
+    memory.found.index(at).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(memory.grads.full.index(at), count=1)
 
 
 @gluon.jit
@@ -422,7 +482,19 @@ def _await_room(shape, memory, at):
     mbarrier.wait(memory.free.index(at % shape.GRAD_STAGES), ((at // shape.GRAD_STAGES) & 1) ^ 1)
 
 
+@gluon.jit
+def _await_end(shape, memory, passed):
+    """Wait until both warpgroups are done with so many steps, all that were begun, but for the last product of dK."""
+    _await_room(shape, memory, passed - 1 + shape.GRAD_STAGES)
+
+
 # ---------------------------------------------------------------- products
+
+
+@gluon.jit
+def _zero(at):
+    """0, which the compiler does not know: what depends on it is found in each step, not kept in registers."""
+    return opaque(at) >> 31
 
 
 @gluon.jit
@@ -458,10 +530,10 @@ def _hear(OTHER: gl.constexpr, at):
 @gluon.jit
 def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
     """This warpgroup's half of dQ: from the dS of its own keys, then, once told of it, from the other's."""
-    place = (at % 2) * 2
-    own, other = memory.exchange.index(place + GROUP), memory.exchange.index(place + 1 - GROUP)
-    own_keys = memory.keys.index(GROUP).reshape([KEYS, shape.D])
-    other_keys = memory.keys.index(1 - GROUP).reshape([KEYS, shape.D])
+    own, other = memory.exchange.index(2 * GROUP + at % 2), memory.exchange.index(2 * (1 - GROUP) + at % 2)
+    zero = _zero(at)
+    own_keys = memory.keys.index(GROUP + zero).reshape([KEYS, shape.D])
+    other_keys = memory.keys.index(1 - GROUP + zero).reshape([KEYS, shape.D])
     if shape.QUERIES == 128:
         own, other = own.slice(64 * GROUP, 64, dim=1), other.slice(64 * GROUP, 64, dim=1)
     else:
@@ -474,39 +546,98 @@ def _issue_query_grad(shape, memory, at, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _add_query_grad(shape, memory, head, half, i, turn, last, GROUP: gl.constexpr):
+def _add_query_grad(shape, memory, head, half, i, turn, bits, last, GROUP: gl.constexpr):
     """Add half a tile of dQ to the buffer, which keeps the order of the registers: 16 bytes a lane, no conflicts.
 
-    ORDERED: once `turn` programs have added to it. `last` is what this gave for the step before.
+    ORDERED: once `turn` programs have added to it. CLAIMS: who claimed the tile, `bits` being 0, stores, and the others
+    wait for that if these do not say that it is done. `last` is what this gave for the step before.
     """
     x = gl.permute(gl.reshape(half, [4, 2, 8, shape.HALF // 8, 4, 2]), (3, 0, 2, 4, 1, 5))
-    place = (head.pair * gl.cdiv(head.q_len, shape.QUERIES) + i) * 2 + GROUP
+    tile = head.pair * gl.cdiv(head.q_len, shape.QUERIES) + i
+    place = tile * 2 + GROUP
     if shape.ORDERED:
-        _tell(memory, last)
+        _tell(memory, last, 0)
         _await(memory.done + place, turn)
         last = (place, turn)
+    elif shape.CLAIMS:
+        _tell_stored(memory, last[0], STORED << GROUP, 0)
+        _await_stored(memory.done + tile, gl.where(bits == 0, -1, bits), STORED << GROUP)
+        last = (gl.where(bits == 0, tile, -1), turn)
     else:
         tma.store_wait(0)  # the copy engine has read what was there
     memory.sums.index(GROUP).store(gl.reshape(x, [2 * shape.HALF, 32]))
     fence_async_shared()
-    async_add(memory.dq, [place * (2 * shape.HALF), 0], memory.sums.index(GROUP))
+    begin = [place * (2 * shape.HALF), 0]
+    if shape.CLEARED:
+        async_add(memory.dq, begin, memory.sums.index(GROUP))
+    elif bits == 0:
+        async_store(memory.dq, begin, memory.sums.index(GROUP))
+    else:
+        async_add(memory.dq, begin, memory.sums.index(GROUP))
     return last
 
 
 @gluon.jit
-def _tell(memory, last):
+def _await_copies(BEHIND: gl.constexpr):
+    """Wait until the copy engine has written what the thread gave it, but for the last so many tiles."""
+    if BEHIND == 0:
+        gl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    else:
+        gl.static_assert(BEHIND == 2)
+        gl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 2; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _tell(memory, last, BEHIND: gl.constexpr):
     """Let the next program add where this one did: `last` is (place in `done`, turn), the place negative for nowhere.
 
     When the copy engine has finished, its sum stands in memory, and the others may know; it takes no fence. All threads
     store the same number: a choice among them would cost the products their uniform registers.
     """
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    _await_copies(BEHIND)
     thread_barrier()
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p st.relaxed.gpu.global.u32 [$1], $3; mov.u32 $0, 0; }",
         "=r,l,r,r", [(memory.done + last[0]).to(gl.int64), last[0], last[1] + 1], dtype=gl.int32, is_pure=False,
         pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _tell_stored(memory, tile, BIT: gl.constexpr, BEHIND: gl.constexpr):
+    """Set a bit of the tile of dQ that the step before stored half of; the tile is negative if it added.
+
+    As in `_tell`, what the copy engine stored stands in memory when it has finished.
+    """
+    if BEHIND == 0:
+        gl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ge.s32 p, $1, 0; @p cp.async.bulk.wait_group 0; @!p cp.async.bulk.wait_group.read 0;"
+            " mov.u32 $0, 0; }", "=r,r", [tile], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+    else:
+        _await_copies(BEHIND)
+    thread_barrier()
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ge.s32 p, $2, 0; @p red.relaxed.gpu.global.or.b32 [$1], $3; mov.u32 $0, 0; }",
+        "=r,l,r,r", [(memory.done + tile).to(gl.int64), tile, gl.to_tensor(BIT)], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _bits_of(place):
+    """The number at a place, which others change."""
+    return gl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.u32 $0, [$1];", "=r,l", [place.to(gl.int64)], dtype=gl.int32, is_pure=False,
+        pack=1)  # fmt: skip
+
+
+@gluon.jit
+def _await_stored(place, bits, BIT: gl.constexpr):
+    """Wait until a bit is set at a place, if it is not among `bits`, which were read there."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 v, m; mov.u32 v, $2; AGAIN: and.b32 m, v, $3; setp.ne.u32 p, m, 0; @p bra DONE;"
+        " ld.relaxed.gpu.global.u32 v, [$1]; bra AGAIN; DONE: mov.u32 $0, 0; }",
+        "=r,l,r,r", [place.to(gl.int64), bits, gl.to_tensor(BIT)], dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.jit
@@ -777,9 +908,14 @@ def _step(shape, f, memory, head, own_keys, at, i, full, dk, dv, last, totals, G
     turn = i
     if shape.ORDERED:
         turn = gl.load(memory.turns + head.turns + i)
+    elif shape.CLAIMS:  # read when the step begins, lest the end of it wait
+        turn = _bits_of(memory.done + (head.pair * gl.cdiv(head.q_len, shape.QUERIES) + i))
     memory.queries.wait(at)
+    zero = 0 if shape.QUERIES == 128 else _zero(at)  # there, registers suffice
+    if not shape.HOLD:
+        own_keys = memory.keys.index(GROUP + zero).reshape([KEYS, shape.D])
     products = _issue_turned(shape, own_keys, memory.queries.tile(at))
-    values = memory.values.index(GROUP).reshape([KEYS, shape.DV])
+    values = memory.values.index(GROUP + zero).reshape([KEYS, shape.DV])
     if shape.LATE:
         s = warpgroup_mma_wait(0, deps=[products])
     else:
@@ -803,16 +939,20 @@ def _step(shape, f, memory, head, own_keys, at, i, full, dk, dv, last, totals, G
         # A wait that is over: ptxas moves nothing across its loop; else it would put the sums off, and spill.
         memory.grads.wait(at)
 
-    place = (at % 2) * 2 + GROUP
-    memory.exchange.index(place).store(ds)
+    memory.exchange.index(2 * GROUP + at % 2).store(ds)
     fence_async_shared()
     _tell_other(GROUP, at)
     half = _issue_query_grad(shape, memory, at, GROUP)
     dk_next = _issue_sum(ds, memory.queries.tile(at), dk, shape.KEY_GRAD)
     _add_tile(shape, f, head, i, full, parts)
     half, dv = warpgroup_mma_wait(1, deps=[half, dv_next])
+    bits = turn
+    if shape.CLAIMS:
+        found = memory.found.index(at % shape.GRAD_STAGES).load(gl.BlockedLayout([1], [32], [4], [0]))
+        bits = gl.max(found, 0)
+        bits = gl.where(bits == 0, 0, bits | turn)
     mbarrier.arrive(memory.free.index(at % shape.GRAD_STAGES), count=1)
-    last = _add_query_grad(shape, memory, head, half, i, turn, last, GROUP)
+    last = _add_query_grad(shape, memory, head, half, i, turn, bits, last, GROUP)
     dk = warpgroup_mma_wait(0, deps=[dk_next])
     return dk, dv, last, totals
 
@@ -822,21 +962,40 @@ def _step(shape, f, memory, head, own_keys, at, i, full, dk, dv, last, totals, G
 
 @gluon.jit
 def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
-    """dK and dV of the warpgroup's 64 keys, and its halves of dQ."""
+    """Take the warpgroup's 64 keys of key tile after key tile."""
+    passed = 0
+    seen = 0
+    turn = 0
+    memory.board.wait(0)
+    tile, b, hk = memory.board.read(0)
+    while tile >= 0:
+        dk, dv, last, steps = _attend(shape, f, memory, problem, tile, b, hk, passed, seen, GROUP)
+        passed += steps
+        seen += (steps > 0).to(gl.int32)
+        _store(shape, f, memory, problem, dk, dv, last, passed, turn, GROUP)
+        memory.board.release(turn)
+        turn += 1
+        memory.board.wait(turn)
+        tile, b, hk = memory.board.read(turn)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _attend(shape, f, memory, problem, tile, b, hk, passed, seen, GROUP: gl.constexpr):
+    """(dK, dV, `last` of `_add_query_grad`, steps) of the warpgroup's 64 keys, after `passed` steps and `seen` tiles of
+    keys with any."""
     scalars, tensors = problem.scalars(), problem.captured()
-    tile, b, hk, own = _place(shape, memory, problem)
-    start = problem.start(b)
+    start, own = problem.start(b), _own(memory, problem, b, hk)
     line = tile * (2 * KEYS) + GROUP * KEYS + gl.arange(0, KEYS, layout=gl.SliceLayout(1, shape.LOGITS))
     k = gl.expand_dims(line, 1)
     dk = gl.zeros([KEYS, shape.D], gl.float32, shape.KEY_GRAD)
     dv = gl.zeros([KEYS, shape.DV], gl.float32, shape.VALUE_GRAD)
-    mbarrier.wait(memory.loaded.index(0), 0)
-    mbarrier.wait(memory.loaded.index(1), 0)
     own_keys = memory.keys.index(GROUP).reshape([KEYS, shape.D])
-    if shape.HOLD:
+    if shape.HOLD:  # there is no mask, and so no tile without queries
+        _await_keys(memory, seen)
         own_keys = own_keys.load(gl.DotOperandLayout(0, shape.LOGITS, 2))
     group = problem.sizes[1] // problem.sizes[2]
-    passed = 0
+    steps = 0
     last = (0 * tile - 1, 0 * tile)
     for member in range(group):
         h = hk * group + member
@@ -865,6 +1024,9 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
                     factor, plain_factor, gain, slope, uniform, keys, bounds, scalars, tensors, shares,
                     copy)  # fmt: skip
         totals = _nothing(shape, f.ADD_KEY_SUMS)
+        if tiles > 0:
+            _await_keys(memory, seen)
+        tma.store_wait(1)  # the copy engine has read the dV of the tile before
         for n in range(tiles):
             number = _number(shape, tiles, n)
             i = nth(segments, number)
@@ -872,32 +1034,44 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
             if len(segments) == 2 and len(segments[0]) == 4:
                 full = number >= segments[0][3]
             dk, dv, last, totals = _step(
-                shape, f, memory, head, own_keys, passed + n, i, full, dk, dv, last, totals, GROUP
+                shape, f, memory, head, own_keys, passed + steps + n, i, full, dk, dv, last, totals, GROUP
             )  # fmt: skip
-        passed += tiles
+        steps += tiles
         if f.ADD_KEY_SUMS is not None:
             f.ADD_KEY_SUMS(totals, b, h, 0, line, uniform, scalars, tensors, shares, copy)
-    if shape.ORDERED:
-        _tell(memory, last)
-    _store(shape, f, memory, problem, dk, dv, GROUP)
+    return dk, dv, last, steps
 
 
 @gluon.jit
-def _store(shape, f, memory, problem, dk, dv, GROUP: gl.constexpr):
-    """dV by way of the warpgroup's own values, dK of its half of dQ: the other group may still read the keys."""
+def _await_keys(memory, seen):
+    """Wait for keys and values, after those of `seen` tiles."""
+    mbarrier.wait(memory.loaded.index(0), seen & 1)
+    mbarrier.wait(memory.loaded.index(1), seen & 1)
+
+
+@gluon.jit
+def _store(shape, f, memory, problem, dk, dv, last, passed, turn, GROUP: gl.constexpr):
+    """Let the copy engine write dV from where the warpgroup's dS was, and dK from where its half of dQ was; it goes on
+    reading them when this is done."""
     DTYPE: gl.constexpr = memory.keys.dtype
-    tile, b, hk, _ = _place(shape, memory, problem)
-    first = tile * (2 * KEYS) + GROUP * KEYS
-    memory.values.index(GROUP).reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
+    tile, b, hk = memory.board.read(turn)  # again, rather than kept in registers through the loop
+    begin = corner(_at(f.KEY_BOX, b, hk, tile * (2 * KEYS) + GROUP * KEYS, problem.scalars(), problem.captured()))
+    count: gl.constexpr = 4 * shape.QUERIES // shape.DV
+    block: gl.constexpr = [count] + memory.dv.block_type.shape
+    staging = reinterpret(memory.exchange, DTYPE, block, memory.dv.layout).index(GROUP * (count // 2))
+    _await_end(shape, memory, passed)  # the other warpgroup has read its dS
+    staging.reshape([KEYS, shape.DV]).store(dv.to(DTYPE))
     fence_async_shared()
-    begin = corner(_at(f.KEY_BOX, b, hk, first, problem.scalars(), problem.captured()))
-    async_store(memory.dv, begin, memory.values.index(GROUP))
+    async_store(memory.dv, begin, staging)
     tma.store_wait(1)  # the copy engine has read the last half of dQ
     staging = reinterpret(memory.sums.index(GROUP), DTYPE, memory.dk.block_type.shape, memory.dk.layout)
     staging.reshape([KEYS, shape.D]).store((dk * problem.scale).to(DTYPE))
     fence_async_shared()
     async_store(memory.dk, begin, staging)
-    tma.store_wait(0)
+    if shape.ORDERED:
+        _tell(memory, last, 2)
+    elif shape.CLAIMS:
+        _tell_stored(memory, last[0], STORED << GROUP, 2)
 
 
 # ---------------------------------------------------------------- kernel
@@ -912,36 +1086,37 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _ring(rows, numbers, PLACES: gl.constexpr):
+def _ring(rows, numbers, PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
     tiles = gl.allocate_shared_memory(rows.dtype, [PLACES] + rows.block_type.shape, rows.layout)
     line = gl.allocate_shared_memory(numbers.dtype, [PLACES] + numbers.block_type.shape, numbers.layout)
-    return Ring(tiles, line, _barriers(PLACES, 1))
+    return Ring(tiles, line, _barriers(PLACES, ARRIVALS))
 
 
 @gluon.jit(do_not_specialize=["q_offset", "parameters", "B", "H", "HK", "Q", "KV", "DIM", "extents", "tensors",
-                              "shares", "scale", "section", "lead", "first"])  # fmt: skip
-def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, q_offset, parameters, B, H, HK, Q,
-                       KV, DIM, extents, tensors, shares, scale, section, lead, first,
+                              "shares", "scale", "section", "lead", "pairs", "first"])  # fmt: skip
+def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, counter, q_offset, parameters, B,
+                       H, HK, Q, KV, DIM, extents, tensors, shares, scale, section, lead, pairs, first,
                        FACTOR: gl.constexpr, GAIN: gl.constexpr, UNIFORM: gl.constexpr, KEY_TERMS: gl.constexpr,
                        COLUMNS: gl.constexpr, SCORE: gl.constexpr, DERIVATIVE: gl.constexpr, PLAIN: gl.constexpr,
                        PLAIN_FACTOR: gl.constexpr, SHIFT: gl.constexpr, SLOPE: gl.constexpr, MASK: gl.constexpr,
                        FULL: gl.constexpr, Q_RANGES: gl.constexpr, FRESH: gl.constexpr, ADD_KEY_SUMS: gl.constexpr,
                        ADD_PAIRS: gl.constexpr, ADD_TILE: gl.constexpr, WHOLE: gl.constexpr, POSITIONAL: gl.constexpr,
-                       ASK: gl.constexpr, ORDERED: gl.constexpr, LATE: gl.constexpr, PARTS: gl.constexpr,
-                       WIDE: gl.constexpr, FRESHES: gl.constexpr, KEPT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
-                       QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr, GRAD_STAGES: gl.constexpr,
-                       REGISTERS: gl.constexpr, BOUNDS: gl.constexpr = None, QUERY_BOX: gl.constexpr = None,
-                       KEY_BOX: gl.constexpr = None):  # fmt: skip
+                       ASK: gl.constexpr, ORDERED: gl.constexpr, CLEARED: gl.constexpr, LATE: gl.constexpr,
+                       PARTS: gl.constexpr, WIDE: gl.constexpr, FRESHES: gl.constexpr, KEPT: gl.constexpr,
+                       D: gl.constexpr, DV: gl.constexpr, QUERIES: gl.constexpr, QUERY_STAGES: gl.constexpr,
+                       GRAD_STAGES: gl.constexpr, REGISTERS: gl.constexpr, BOUNDS: gl.constexpr = None,
+                       QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None):  # fmt: skip
     """dk [B, HK, KV, DIM], dv [B, HK, KV, .], and what is added to `dq`, float32 in the order of `backward_rows.py`.
 
     query and grad are tensor descriptors of blocks of QUERIES rows, key, value, dk and dv of 64; lse and delta,
     [pairs, Q rounded up] float32, of QUERIES numbers. `section` and `lead` as in `_place`. `shares`: gradients
-    of captured tensors, float32 [copies, ...], which are added to. One program for 128 keys of each batch and key head,
-    which begin with pair `first` (`Memory`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .], of which a tile is
+    of captured tensors, float32 [copies, ...], which are added to. Programs are as many as run at a time; they share
+    tiles of 128 keys of so many `pairs` of batch and key head, from pair `first` on (`Memory`). `counter` is a zero, as
+    is what it counts from (`Board`). QUERY_BOX, KEY_BOX: tensors are grids [., ., Y, X, .], of which a tile is
     a box; B, H, HK, Q and KV are those of strips.
     """
     BARE: gl.constexpr = MASK is None and BOUNDS is None and SCORE is None
-    shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, LATE, PARTS, WIDE,
+    shape = Shape(D, DV, QUERIES, GRAD_STAGES, WHOLE, POSITIONAL, ASK, ORDERED, CLEARED, LATE, PARTS, WIDE,
                   FRESHES, KEPT, query.block_type.shape[3],
                   BARE and WHOLE and QUERIES == 128 and not ORDERED)  # fmt: skip
     f = Functions(FACTOR, GAIN, UNIFORM, KEY_TERMS, COLUMNS, SCORE, DERIVATIVE, PLAIN, PLAIN_FACTOR, SHIFT, SLOPE,
@@ -949,14 +1124,16 @@ def attention_backward(query, key, value, grad, lse, delta, dq, dk, dv, turns, d
                   KEY_BOX)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     gl.static_assert(QUERY_STAGES > GRAD_STAGES, "a tile of Q is free a step after that of dO")
-    queries = _ring(query, lse, QUERY_STAGES)
-    grads = _ring(grad, delta, GRAD_STAGES)
+    queries = _ring(query, lse, QUERY_STAGES, 1)
+    grads = _ring(grad, delta, GRAD_STAGES, 2 if shape.CLAIMS else 1)
     keys = gl.allocate_shared_memory(key.dtype, [2] + key.block_type.shape, key.layout)
     values = gl.allocate_shared_memory(value.dtype, [2] + value.block_type.shape, value.layout)
     exchange = gl.allocate_shared_memory(key.dtype, [4, KEYS, QUERIES], gl.NVMMASharedLayout(128, 16, rank=2))
     sums = gl.allocate_shared_memory(gl.float32, [2] + dq.block_type.shape, dq.layout)
-    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, first, queries, grads, keys,
-                    values, _barriers(2, 1), _barriers(GRAD_STAGES, 2), exchange, sums, shares)  # fmt: skip
+    found = gl.allocate_shared_memory(gl.int32, [GRAD_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    memory = Memory(query, key, value, grad, lse, delta, dq, dk, dv, turns, done, pairs, first, board(counter, 2),
+                    queries, grads, keys, values, _barriers(2, 1), _barriers(GRAD_STAGES, 2), exchange, sums, found,
+                    shares)  # fmt: skip
     fence_async_shared()
     # The tuples stand in place: assigned to a name, their constants would become tensors.
     gl.warp_specialize([

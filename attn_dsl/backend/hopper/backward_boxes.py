@@ -12,10 +12,10 @@ from attn_dsl.backend.portable.device import captured, scalar, scalars_of
 
 @triton.jit(do_not_specialize=["width", "height", "own_tiles", "heads", "parameters", "sizes", "tensors", "scale"])
 def spread_rows(
-        given, numbers, sums, width, height, own_tiles, heads, parameters, sizes, tensors, scale, BOX: tl.constexpr,
-        COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr
+        given, numbers, done, width, height, own_tiles, heads, parameters, sizes, tensors, scale, BOX: tl.constexpr,
+        COLUMNS: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """numbers [B * H, 2, Q rounded up to QUERIES] float32, H and Q being those of strips, and zeros in `sums`.
+    """numbers [B * H, 2, Q rounded up to QUERIES] float32, H and Q being those of strips, and zeros in `done`.
 
     given [B * heads, 2, own_tiles * QUERIES] has the numbers by positions. One program for ROWS places of a head. A
     place outside of the grid has the log-sum-exp of a row without keys.
@@ -33,17 +33,18 @@ def spread_rows(
     target = numbers + pair.to(tl.int64) * (2 * tiles * QUERIES) + part * ROWS + place
     tl.store(target, tl.load(source, mask=inside, other=float("inf")))
     tl.store(target + tiles * QUERIES, tl.load(source + own_tiles * QUERIES, mask=inside, other=0.0))
-    zeros = sums + tl.program_id(0).to(tl.int64) * (ROWS * D)
-    tl.store(zeros + tl.arange(0, ROWS * D), tl.zeros([ROWS * D], tl.float32))
+    words = done + (pair * tiles + part * ROWS // QUERIES) * WORDS
+    tl.store(words + tl.arange(0, WORDS), tl.zeros([WORDS], tl.int32))
 
 
 @triton.jit(do_not_specialize=["width", "height", "heads", "strips", "parameters", "sizes", "tensors", "scale"])
 def gather_queries(
-        sums, dq, width, height, heads, strips, parameters, sizes, tensors, scale, BOX: tl.constexpr,
+        sums, done, dq, width, height, heads, strips, parameters, sizes, tensors, scale, BOX: tl.constexpr,
         COLUMNS: tl.constexpr, QUERIES: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, ACROSS: tl.constexpr,
-        DOWN: tl.constexpr
+        DOWN: tl.constexpr, WORDS: tl.constexpr
 ):  # fmt: skip
-    """dq [B, heads, height * width, DIM] = scale * the sum of `sums` over the strips that have a query.
+    """dq [B, heads, height * width, DIM] = scale * the sum of `sums` over the strips that have a query, where
+    WORDS of `done` say that anybody stored any.
 
     One program for DOWN rows of ACROSS columns of a head.
     """
@@ -65,10 +66,13 @@ def gather_queries(
         if (x0 < first + ACROSS) & (x0 + COLUMNS > first):
             place = (y - y0) * COLUMNS + x - x0
             keep = (y < height) & (x < width) & (x >= x0) & (x < x0 + COLUMNS)
-            own = sums + ((b * strips + strip) * heads + head).to(tl.int64) * (tiles * QUERIES * D)
+            own = ((b * strips + strip) * heads + head).to(tl.int64) * tiles
+            stored = tl.load(done + (own + place // QUERIES) * WORDS, mask=keep, other=0) != 0
             row = place % 64
             by_row = place // 64 * (64 * D) + row // 16 * 128 + row % 8 * 16 + row // 8 % 2 * 2
-            total += tl.load(own + (by_row[:, None, None] + by_column), mask=keep[:, None, None], other=0.0)
+            sources = sums + own * (QUERIES * D) + (by_row[:, None, None] + by_column)
+            found = tl.load(sources, mask=keep[:, None, None], other=0.0)
+            total += tl.where(stored[:, None, None], found, 0.0)
     total = tl.reshape(total, [ACROSS * DOWN, D])
     column = tl.arange(0, D)
     keep = ((y < height) & (x < width))[:, None]

@@ -13,7 +13,8 @@ tile, each as soon as it is done with the one before; loads run ahead across the
 With FROZEN, only masked tiles and the first one move m, which they put 32 above the largest logit; full tiles neither
 look for a maximum nor rescale anything. Weights between 2 ** -126 and 2 ** 127 are as exact as those near 1, so what
 comes out is right as long as the sums stay far from these ends. A warpgroup sees that from its row sums, which only
-grow; else the query tile comes again, and every key tile moves m.
+grow; else the query tile comes again, and every key tile moves m. With HOLD, masked tiles but the first leave m
+where it is, too, which is 0 in rows that have seen nothing.
 
 After FlashAttention-3 (Shah et al. 2024, section 3), in what overlaps with what.
 """
@@ -123,6 +124,8 @@ class Shape:
     CARRY_WIDE: gl.constexpr
     PING_PONG: gl.constexpr
     OWN_OUTPUT: gl.constexpr
+    AHEAD: gl.constexpr
+    HOLD: gl.constexpr  # only where no term affine in k lifts logits above those of the first tile
     RESCALE_LATE: gl.constexpr
     PARTS: gl.constexpr  # the mask is the same for all pairs of a warpgroup's part of a tile
     FROZEN: gl.constexpr  # 16-bit floats must have the exponents of float32
@@ -134,8 +137,8 @@ class Shape:
     WEIGHTS: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                 FROZEN, PERIOD, PAGE, PACKED, SORTED):  # fmt: skip
+    def __init__(self, D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, AHEAD, HOLD,
+                 RESCALE_LATE, PARTS, FROZEN, PERIOD, PAGE, PACKED, SORTED):  # fmt: skip
         self.D = gl.constexpr(D)
         self.DV = gl.constexpr(DV)
         self.ROWS = gl.constexpr(64)
@@ -146,6 +149,8 @@ class Shape:
         self.CARRY_WIDE = gl.constexpr(CARRY_WIDE)
         self.PING_PONG = gl.constexpr(PING_PONG)
         self.OWN_OUTPUT = gl.constexpr(OWN_OUTPUT)
+        self.AHEAD = gl.constexpr(AHEAD)
+        self.HOLD = gl.constexpr(HOLD)
         self.RESCALE_LATE = gl.constexpr(RESCALE_LATE)
         self.PARTS = gl.constexpr(PARTS)
         self.FROZEN = gl.constexpr(FROZEN)
@@ -155,6 +160,14 @@ class Shape:
         self.SORTED = gl.constexpr(SORTED)
         self.LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16]))
         self.WEIGHTS = gl.constexpr(gl.DotOperandLayout(0, _output_layout(DV[0]), 2))
+
+    @gluon.jit
+    def of_queries(self, turn, GROUP: gl.constexpr):
+        """(place, round) of the queries of a warpgroup."""
+        if self.AHEAD:
+            return turn % 2 * self.GROUPS + GROUP, turn // 2
+        else:
+            return GROUP, turn
 
 
 @aggregate
@@ -211,7 +224,8 @@ class Functions:
 class Memory:
     """Descriptors of `[B, H, S, D]` or, of a grid, `[B, H, Y, X, D]` in global memory, and buffers in shared memory.
 
-    `queries` has a place for each warpgroup, filled once a query tile; `keys` and `values` are rings of key tiles.
+    `queries` has a place for each warpgroup, filled once a query tile, or two, filled by turns; `keys` and `values` are
+    rings of key tiles.
     """
 
     query: tma.tensor_descriptor
@@ -479,12 +493,13 @@ def _load(shape, f, memory, problem, VALUES: gl.constexpr, at, b, hk, row, scala
 def _load_queries(shape, f, memory, problem, turn, tile, b, h, scalars, tensors, GROUP: gl.constexpr):
     """Fill the place of a warpgroup's queries."""
     row = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    place, round = shape.of_queries(turn, GROUP)
     if shape.SORTED is not None:
         begin = _begin_of_order(b, h, problem.sizes[1], problem.sizes[3], shape.SORTED[0], shape.SORTED[1])
-        _collect(memory.queries, GROUP, turn, memory.query, memory.order[2], memory.order[0] + begin, b, h, row,
+        _collect(memory.queries, place, round, memory.query, memory.order[2], memory.order[0] + begin, b, h, row,
                  problem.sizes[3], shape.SORTED[4])  # fmt: skip
     else:
-        memory.queries.load(GROUP, turn, memory.query, _query_at(shape, f, problem, b, h, row, scalars, tensors))
+        memory.queries.load(place, round, memory.query, _query_at(shape, f, problem, b, h, row, scalars, tensors))
 
 
 @gluon.jit
@@ -542,7 +557,8 @@ def _produce(shape, f, memory, problem):
         passed += visits.tiles
         _load(shape, f, memory, problem, True, passed - 1, b, hk, row, scalars, tensors)
         if shape.FROZEN:
-            awaited = (number >= total) & (visits.tiles > gl.maximum(visits.masked_tiles, 1))
+            moving = 1 if shape.HOLD else gl.maximum(visits.masked_tiles, 1)
+            awaited = (number >= total) & (visits.tiles > moving)
             again, tile, b, h = memory.board.failed(turn, awaited)
     memory.board.write(turn, -1, 0, 0, 0)
 
@@ -602,7 +618,7 @@ def _masked(shape, f, tile, x, j):
 
 
 @gluon.jit
-def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constexpr):
+def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, MOVES: gl.constexpr, FIRST: gl.constexpr):
     """(2 ** (logit - m), the decay of what was summed before, m, l) for key tile j, from the bare products s.
 
     `factor` is positive, so the largest logit of a row is the largest residue. A row that has seen nothing keeps
@@ -624,7 +640,7 @@ def _softmax(shape, f, tile, s, m, l, j, MASKED: gl.constexpr, FIRST: gl.constex
         if not FIRST:
             sums += l
         decay, m = m, gl.full([shape.ROWS], peak, gl.float32, gl.SliceLayout(1, shape.LOGITS))
-    elif shape.FROZEN and not MASKED:
+    elif not MOVES:
         base = gl.where(m == NEVER, 0.0, m)
         p = gl.exp2(x * tile.factor - gl.expand_dims(base - shift, 1))
         sums = l + thread_sums(p)
@@ -678,12 +694,12 @@ def _product(shape, queries, keys, s, ADD: gl.constexpr):
 
 
 @gluon.jit
-def _issue_logits(shape, f, FUNCTION: gl.constexpr, memory, tile, at, j, GROUP: gl.constexpr):
+def _issue_logits(shape, f, FUNCTION: gl.constexpr, memory, tile, at, j, turn, GROUP: gl.constexpr):
     """Issue S(i) for key tile j, number `at` of all.
 
     A term slope * (k - q0) is what the accumulator starts with, unless the score makes something else of the product.
     """
-    queries = memory.queries.tile(GROUP)
+    queries = memory.queries.tile(shape.of_queries(turn, GROUP)[0])
     place = at % shape.STAGES
     if f.SLOPE is not None and FUNCTION is None:
         initial = ramp(tile.slope, j * shape.KEYS - tile.q0, shape.ROWS, shape.KEYS, shape.LOGITS)
@@ -737,16 +753,17 @@ def _clip(shape, memory, tile, at, j, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexpr, GROUP: gl.constexpr):
-    """Key tile j, number `at` of all, given the weights p of the tile before."""
-    decays: gl.constexpr = f.PEAK is None and (MASKED or not shape.FROZEN)
+def _step(shape, f, memory, tile, at, j, turn, p, acc, m, l, late, MASKED: gl.constexpr, MOVES: gl.constexpr,
+          GROUP: gl.constexpr):  # fmt: skip
+    """Key tile j, number `at` of all, given the weights p of the tile before; whether it MOVES the maximum."""
+    decays: gl.constexpr = f.PEAK is None and MOVES
     narrow = _weights(shape, p, memory.keys.tiles.dtype)
     if shape.PING_PONG:
         wait_turn(GROUP)
     if MASKED:
-        logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, GROUP)
+        logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, at, j, turn, GROUP)
     else:
-        logits = _issue_logits(shape, f, f.PLAIN, memory, tile, at, j, GROUP)
+        logits = _issue_logits(shape, f, f.PLAIN, memory, tile, at, j, turn, GROUP)
     if shape.RESCALE_LATE and decays:
         acc = _scaled(acc, late)
     output = _issue_output(shape, memory, narrow, acc, at - 1)
@@ -754,7 +771,7 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
         pass_turn(GROUP, shape.GROUPS)
     s = warpgroup_mma_wait(len(shape.DV), deps=[logits])
     memory.keys.release(at % shape.STAGES)
-    p, decay, m, l = _softmax(shape, f, tile, s, m, l, j, MASKED, False)
+    p, decay, m, l = _softmax(shape, f, tile, s, m, l, j, MASKED, MOVES, False)
     # p among the dependences: the registers of the old weights are read until then, so p must not be narrowed before.
     acc, p = _waited(output, p)
     p = _carried(shape, p, memory.keys.tiles.dtype)
@@ -767,54 +784,65 @@ def _step(shape, f, memory, tile, at, j, p, acc, m, l, late, MASKED: gl.constexp
 
 
 @gluon.jit
-def _attend(shape, f, memory, tile, visits, careful, passed, turn, GROUP: gl.constexpr):
-    """(unnormalized output, m, l) of the warpgroup's rows, over all the key tiles that they visit.
-
-    So many as `careful` are treated as masked ones. The last product of the output is still to be waited for.
-    """
-    dtype: gl.constexpr = memory.keys.tiles.dtype
-    acc = ()
-    for i in gl.static_range(len(shape.DV)):
-        acc = acc + (_zeros(shape.ROWS, _width(shape.DV, i)),)
+def _open(shape, f, memory, tile, visits, passed, turn, GROUP: gl.constexpr):
+    """(weights, m, l) of the first key tile of a query tile."""
     m = gl.full([shape.ROWS], NEVER, gl.float32, gl.SliceLayout(1, shape.LOGITS))
-
     j = visits.nth(0)
-    memory.queries.wait(GROUP, turn)
+    own, round = shape.of_queries(turn, GROUP)
+    memory.queries.wait(own, round)
     if shape.PING_PONG:
         wait_turn(GROUP)
-    logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, passed, j, GROUP)
+    logits = _issue_logits(shape, f, f.RESIDUE, memory, tile, passed, j, turn, GROUP)
     if shape.PING_PONG:
         pass_turn(GROUP, shape.GROUPS)
     s = warpgroup_mma_wait(0, deps=[logits])
     memory.keys.release(passed % shape.STAGES)
-    p, _, m, l = _softmax(shape, f, tile, s, m, 0.0, j, True, True)
-    late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
-    p = _carried(shape, p, dtype)
+    p, _, m, l = _softmax(shape, f, tile, s, m, 0.0, j, True, True, True)
+    p = _carried(shape, p, memory.keys.tiles.dtype)
     if f.LENGTH is not None:
         _clip(shape, memory, tile, passed, j, GROUP)
-    if len(visits.masked) > 0 or shape.FROZEN:
-        for n in range(1, careful):
-            j = visits.nth(n)
-            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, True, GROUP)
-    if shape.RESCALE_LATE and shape.FROZEN:
-        acc = _scaled(acc, late)
-    if len(visits.full) > 0:
-        for n in range(gl.maximum(careful, 1), visits.tiles):
-            j = nth(visits.full, n - visits.masked_tiles)
-            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, p, acc, m, l, late, False, GROUP)
-    if shape.OWN_OUTPUT:
-        memory.queries.release(GROUP)
-    if shape.RESCALE_LATE and f.PEAK is None and not shape.FROZEN:
-        acc = _scaled(acc, late)
-    output = _issue_output(shape, memory, _weights(shape, p, dtype), acc, passed + visits.tiles - 1)
-    return output, m, row_sums(l, shape.LOGITS)
+    return p, m, l
 
 
 @gluon.jit
-def _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP: gl.constexpr):
+def _proceed(shape, f, memory, tile, visits, careful, passed, turn, p, m, l, GROUP: gl.constexpr):
+    """(weights of the last key tile, O of those before it, m, l) of a query tile, given what `_open` found.
+
+    So many key tiles as `careful` are treated as masked ones and may move the maximum.
+    """
+    acc = ()
+    for i in gl.static_range(len(shape.DV)):
+        acc = acc + (_zeros(shape.ROWS, _width(shape.DV, i)),)
+    late = gl.full([shape.ROWS], 1.0, gl.float32, gl.SliceLayout(1, shape.LOGITS))
+    if len(visits.masked) > 0 or shape.FROZEN:
+        for n in range(1, careful):
+            j = visits.nth(n)
+            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, turn, p, acc, m, l, late, True, True,
+                                       GROUP)  # fmt: skip
+    if shape.RESCALE_LATE and shape.FROZEN:
+        acc = _scaled(acc, late)
+    if shape.HOLD and len(visits.masked) > 0:
+        m = gl.where((m == NEVER) & (careful < visits.tiles), 0.0, m)
+        for n in range(careful, visits.masked_tiles):
+            j = nth(visits.masked, n)
+            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, turn, p, acc, m, l, late, True, False,
+                                       GROUP)  # fmt: skip
+    if len(visits.full) > 0:
+        for n in range(gl.maximum(careful, visits.masked_tiles if shape.HOLD else 1), visits.tiles):
+            j = nth(visits.full, n - visits.masked_tiles)
+            p, acc, m, l, late = _step(shape, f, memory, tile, passed + n, j, turn, p, acc, m, l, late, False,
+                                       not shape.FROZEN, GROUP)  # fmt: skip
+    if shape.OWN_OUTPUT:
+        memory.queries.release(shape.of_queries(turn, GROUP)[0])
+    if shape.RESCALE_LATE and f.PEAK is None and not shape.FROZEN:
+        acc = _scaled(acc, late)
+    return p, acc, m, l
+
+
+@gluon.jit
+def _finish(shape, f, memory, problem, m, l, tile, b, h, keep, scalars, tensors, GROUP: gl.constexpr):
     """Store the log-sum-exp of the warpgroup's rows; return what their output is to be multiplied by, [ROWS]."""
     sizes = problem.sizes
-    tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
     first = (tile * shape.GROUPS + GROUP) * shape.ROWS
     local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
     begin, length = _rows(shape, problem, tensors, b)
@@ -908,19 +936,21 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         start = problem.start(b)
         visits = _visits(shape, f, tile, b, h, start, scalars, tensors)
         context = _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP)
-        careful = visits.masked_tiles
+        careful = _careful(shape, f, memory, context, visits, turn)
+        p, m, l = _open(shape, f, memory, context, visits, passed, turn, GROUP)
+        p, acc, m, l = _proceed(shape, f, memory, context, visits, careful, passed, turn, p, m, l, GROUP)
+        passed += visits.tiles
+        output = _issue_output(shape, memory, _weights(shape, p, memory.keys.tiles.dtype), acc, passed - 1)
+        l = row_sums(l, shape.LOGITS)
         keep = True
         if shape.FROZEN:
-            again = memory.board.again(turn)
-            careful = gl.where((again != 0) | _grows(shape, f, context, visits), visits.tiles, careful)
-        output, m, l = _attend(shape, f, memory, context, visits, careful, passed, turn, GROUP)
-        passed += visits.tiles
-        if shape.FROZEN:
             keep = _judge(memory, l, visits.tiles > gl.maximum(careful, 1), turn, GROUP)
-        inverse = _finish(shape, f, memory, problem, m, l, turn, keep, scalars, tensors, GROUP)
+        tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
+        inverse = _finish(shape, f, memory, problem, m, l, tile, b, h, keep, scalars, tensors, GROUP)
         acc, inverse = _waited(output, inverse)
         memory.values.release((passed - 1) % shape.STAGES)
-        _store(shape, f, memory, problem, _scaled(acc, inverse), turn, keep, scalars, tensors, GROUP)
+        tile, b, h = memory.board.read(turn)
+        _store(shape, f, memory, problem, _scaled(acc, inverse), tile, b, h, keep, scalars, tensors, GROUP)
         memory.board.release(turn)
         turn += 1
         memory.board.wait(turn)
@@ -928,6 +958,18 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
     tma.store_wait(0)
     if shape.PING_PONG and GROUP == 0:
         wait_turn(GROUP)  # leave the barrier as it was found
+
+
+@gluon.jit
+def _careful(shape, f, memory, context, visits, turn):
+    """So many key tiles of a turn may move the maximum, beside the first one: all of them if it comes again."""
+    careful = visits.masked_tiles
+    if shape.FROZEN:
+        if shape.HOLD:
+            careful = 1
+        again = memory.board.again(turn)
+        careful = gl.where((again != 0) | _grows(shape, f, context, visits), visits.tiles, careful)
+    return careful
 
 
 @gluon.jit
@@ -951,9 +993,8 @@ def _context(shape, f, problem, tile, b, h, start, scalars, tensors, GROUP: gl.c
 
 
 @gluon.jit
-def _store(shape, f, memory, problem, acc, turn, keep, scalars, tensors, GROUP: gl.constexpr):
+def _store(shape, f, memory, problem, acc, tile, b, h, keep, scalars, tensors, GROUP: gl.constexpr):
     """Write the output [ROWS, DV] of a turn's tile, by way of shared memory."""
-    tile, b, h = memory.board.read(turn)
     lines = _lines(shape, memory, problem, tile, b, h, GROUP)
     staging = memory.staging.index(GROUP)
     if shape.OWN_OUTPUT:
@@ -1052,7 +1093,8 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
                       D: gl.constexpr, DV: gl.constexpr, GROUPS: gl.constexpr, KEYS: gl.constexpr,
                       STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
                       PIN: gl.constexpr, CARRY_WIDE: gl.constexpr, PING_PONG: gl.constexpr,
-                      OWN_OUTPUT: gl.constexpr, RESCALE_LATE: gl.constexpr, PARTS: gl.constexpr, FROZEN: gl.constexpr,
+                      OWN_OUTPUT: gl.constexpr, AHEAD: gl.constexpr, HOLD: gl.constexpr,
+                      RESCALE_LATE: gl.constexpr, PARTS: gl.constexpr, FROZEN: gl.constexpr,
                       QUERY_BOX: gl.constexpr = None, KEY_BOX: gl.constexpr = None, LENGTH: gl.constexpr = None,
                       PAGE: gl.constexpr = 0, PACKED: gl.constexpr = False, SORTED: gl.constexpr = None):  # fmt: skip
     """out [B, H, Q, .], lse [B, H, Q] float32 and, where ROW_TERM is given, `shifted` [B, H, Q]: lse without row terms.
@@ -1068,13 +1110,14 @@ def attention_forward(query, key, value, out, lse, shifted, counter, q_offset, p
     `shifted`, of which all but query are dense; row i of keys is row `key_rows[b, hk, i]` of key and value. `order` is
     (rows [B, H, Q], key_rows [B, HK, KV], query, key, value, out): dense integers, batch and heads as they are or 1.
     """
-    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, RESCALE_LATE, PARTS,
-                  FROZEN, key.block_type.shape[3], PAGE, PACKED, SORTED)  # fmt: skip
+    holds: gl.constexpr = HOLD and FROZEN and SLOPE is None
+    shape = Shape(D, DV, GROUPS, KEYS, STAGES, PIN, CARRY_WIDE, PING_PONG, OWN_OUTPUT, AHEAD, holds, RESCALE_LATE,
+                  PARTS, FROZEN, key.block_type.shape[3], PAGE, PACKED, SORTED)  # fmt: skip
     f = Functions(FACTOR, UNIFORM, ROWS, RESIDUE, PLAIN, SHIFT, PEAK, SLOPE, LOW, HIGH, HEAD, COLUMNS, MASK, ROW_TERM,
                   SINK, KV_RANGES, QUERY_BOX, KEY_BOX, LENGTH)  # fmt: skip
     problem = Problem(q_offset, parameters, (B, H, HK, Q, KV, DIM), extents, tensors, scale, section, lead)
     copied: gl.constexpr = SORTED is not None
-    queries = ring(query, GROUPS, 1, COPIED=copied)
+    queries = ring(query, GROUPS * (2 if AHEAD else 1), 1, COPIED=copied)
     if PAGE > 0 and PAGE < KEYS:
         keys = ring(key, STAGES, GROUPS, KEYS, query.block_type.shape[3])
         values = ring(value, STAGES, GROUPS, KEYS, out.block_type.shape[3])

@@ -228,7 +228,9 @@ class Kernels:
         """The configurations for calls like this one, the preferred one first."""
         functions = self.functions(call)
         ramped = functions["SLOPE"] is not None and functions["PLAIN"] is None
-        found, finer = _candidates(call, ramped=ramped, frozen=self.may_freeze(call)), self.finer(call)
+        listed = self.portable.lists is not None
+        found = _candidates(call, ramped=ramped, frozen=self.may_freeze(call), listed=listed)
+        finer = self.finer(call)
 
         def rank(config: Config) -> tuple[bool, bool]:
             other = finer not in (None, (config.rows, config.keys))
@@ -260,10 +262,10 @@ class Kernels:
         return settle(found, self.portable.variant.name, lambda config: _compiled(self, call, config, compile), limits)
 
 
-def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False) -> tuple[Config, ...]:
+def _candidates(call: Call, *, ramped: bool = False, frozen: bool = False, listed: bool = False) -> tuple[Config, ...]:
     """Those for the dimensions of a call, whose tiles of keys are boxes of a grid if there is one."""
     dims, copied = (padded(call.query.shape[3]), padded(call.value.shape[3])), call.rows is not None
-    found = candidates(*dims, ramped=ramped, frozen=frozen, copied=copied)
+    found = candidates(*dims, ramped=ramped, frozen=frozen, copied=copied, listed=listed)
     return tuple(config for config in found if call.grid is None or config.keys % call.grid[2] == 0)
 
 
@@ -539,7 +541,7 @@ def forward(
     launched = _Launch.of(kernels, plan, plan.layout(call), call, section)
     inputs, kind = (call.query, call.key, call.value, call.tensors, call.q_offset), launched.kind
     listed = () if kind is None else kind.find(call.tensors, call.q_offset, call.query.device, run)
-    return launched(run, *inputs, _counter(call.query.device), listed, call.results.get("out"), call.rows)
+    return launched(run, *inputs, counter_of(call.query.device), listed, call.results.get("out"), call.rows)
 
 
 def _sorted(call: Call) -> tuple[int, ...] | None:
@@ -664,7 +666,7 @@ class Replay:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `forward`; `out` and `rows` are given where the call that this was made for has them, with its strides."""
         given = map(loadable, (query, key, value)) if self._loads else (query, key, value)
-        inputs = [*given, _counter(query.device), *tensors]
+        inputs = [*given, counter_of(query.device), *tensors]
         if isinstance(q_offset, Tensor):
             q_offset = q_offset.to(torch.int64)
             inputs.append(q_offset)
@@ -690,7 +692,7 @@ class _Counters:
         self.taken = itertools.count()
 
 
-def _counter(device: torch.device) -> Tensor:
+def counter_of(device: torch.device) -> Tensor:
     """The one for a kernel that is launched now."""
     known = _counters.get(device.index) if device.type == "cuda" else None
     if device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
@@ -714,7 +716,8 @@ def _options(config: Config, *, copies: bool) -> dict[str, Any]:
         "GROUPS": config.groups, "KEYS": config.keys, "STAGES": config.stages, "REGISTERS": registers,
         "PRODUCER_REGISTERS": own,
         "PIN": config.pin, "CARRY_WIDE": config.carry_wide, "PING_PONG": config.ping_pong,
-        "OWN_OUTPUT": config.own_output, "RESCALE_LATE": config.rescale_late, "FROZEN": config.frozen,
+        "OWN_OUTPUT": config.own_output, "AHEAD": config.ahead, "HOLD": config.hold,
+        "RESCALE_LATE": config.rescale_late, "FROZEN": config.frozen,
     }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from attn_dsl.backend.hopper.launch import (
     Compile,
     compile_ahead,
     compile_here,
+    counter_of,
     loadable,
     padded,
     settle,
@@ -267,7 +268,8 @@ class _Layout:
     """What of a launch follows from shapes and strides.
 
     `inputs`: of query, key, value and output gradient; `outputs`: of the gradients of key and value; `strides`: of the
-    output, its gradient and that of the query. `pairs` of batch and key head are done at a time.
+    output, its gradient and that of the query. `pairs` of batch and key head are done at a time, by one program on each
+    of so many multiprocessors of the `machine`.
     """
 
     pairs: int
@@ -277,6 +279,7 @@ class _Layout:
     sizes: tuple[int, ...]
     extents: tuple[int, ...]
     section: int
+    machine: int
 
 
 @dataclass(frozen=True)
@@ -292,6 +295,11 @@ class _Plan:
     options: Options
     finish: Options
     layouts: dict[tuple[Any, ...], _Layout]
+
+    @property
+    def words(self) -> int:
+        """What `done` has of each tile of queries: a count for each half in an order, else bits."""
+        return 1 if self.turns is None else 2
 
     @staticmethod
     def of(kernels: Kernels, call: Call, ordered: bool, fused: frozenset[str], config: Config) -> _Plan:
@@ -310,8 +318,8 @@ class _Plan:
         options = {
             **{names[name]: function for name, function in functions.items()}, "DERIVATIVE": text.has_derivative,
             "WHOLE": _whole(call), "POSITIONAL": text.positional, "ASK": config.ask, "ORDERED": ordered,
-            "LATE": config.late, "PARTS": kernels.masks_parts(call, config, text), "WIDE": text.wide,
-            "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
+            "CLEARED": call.grid is None, "LATE": config.late, "PARTS": kernels.masks_parts(call, config, text),
+            "WIDE": text.wide, "FRESHES": text.fresh, "KEPT": text.kept, **tiles, "DV": dv,
             "QUERY_STAGES": config.query_stages, "GRAD_STAGES": config.grad_stages, "REGISTERS": config.registers,
             "num_warps": 4,
         }  # fmt: skip
@@ -375,7 +383,7 @@ class _Plan:
              BlockShape.of(grad_out, rows, dv)),
             (BlockShape.of(dk, 64, d), BlockShape.of(dv_out, 64, dv)),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out, dq)),
-            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section,
+            call.sizes[:6], tuple(map(plain, call.sizes[6:])), section, machine,
         )  # fmt: skip
 
 
@@ -412,7 +420,8 @@ def backward(
     shares = _copies(launched.shapes, call.query.device)
     kind, rows = launched.kind, (out, shifted, grad_out, grad_lse)
     listed = () if kind is None else kind.find(call.tensors, call.q_offset, call.query.device, run)
-    dq, dk, dv = launched(run, *inputs, *rows, shares, listed, call.results)
+    counter = counter_of(call.query.device)
+    dq, dk, dv = launched(run, *inputs, *rows, counter, shares, listed, call.results)
     return Gradients(dq, dk, dv, _sums(plan.targets, shares))
 
 
@@ -467,6 +476,7 @@ class _Launch:
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
+        counter: Tensor,
         shares: Sequence[Tensor],
         listed: Sequence[Tensor],
         results: Mapping[str, Tensor],
@@ -493,10 +503,10 @@ class _Launch:
                 done.zero_()
                 plan.count(run, turns, own, listed, q_offset, of_call, self.scale, at)
             run(
-                attention_backward, pairs * self.key_tiles,
+                attention_backward, min(pairs * self.key_tiles, layout.machine),
                 (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-                 q_offset, self.parameters, *layout.sizes, layout.extents, with_lists, described(shares),
-                 self.scale, layout.section, self.lead, first),
+                 counter, q_offset, self.parameters, *layout.sizes, layout.extents, with_lists, described(shares),
+                 self.scale, layout.section, self.lead, pairs, first),
                 plan.options,
             )  # fmt: skip
             finished = (sums, dq, layout.strides[2], self.sizes, self.scale, at)
@@ -527,7 +537,7 @@ class Replay:
         names = tuple(call.results)
 
         def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-            out, shifted, grad_out, *others = rest
+            out, shifted, grad_out, counter, *others = rest
             others, listed = others[: len(others) - lists], others[len(others) - lists :]
             others, given = others[: len(others) - len(names)], others[len(others) - len(names) :]
             behind = count + len(plan.targets)
@@ -535,7 +545,7 @@ class Replay:
             q_offset, grad_lse = more[0], more[1] if len(more) > 1 else None
             rows, results = (out, shifted, grad_out, grad_lse), dict(zip(names, given, strict=True))
             return launched(
-                run, query, key, value, others[:count], q_offset, *rows, others[count:behind], listed, results
+                run, query, key, value, others[:count], q_offset, *rows, counter, others[count:behind], listed, results
             )
 
         self._launches = Launches(function)
@@ -556,7 +566,8 @@ class Replay:
     ) -> Gradients:
         """`results`: in the order of those that the call was known by, with their strides."""
         shares = _copies(self._shapes, query.device)
-        inputs = [query, key, value, out, shifted, grad_out, *tensors, *shares]
+        counter = counter_of(query.device)
+        inputs = [query, key, value, out, shifted, grad_out, counter, *tensors, *shares]
         if isinstance(q_offset, Tensor):
             inputs.append(q_offset)
         if grad_lse is not None:
@@ -597,11 +608,12 @@ def _row_functions(kernels: Kernels, fused: frozenset[str], precise: bool) -> di
 @dataclass(frozen=True)
 class _Scratch:
     """What the kernels of a launch hand on to each other: `numbers` and `sums` of `backward_rows.py`, which are also
-    `blocks` for the copy engine, lse, delta and sums; `turns` and `done` where programs have an order. These are their
+    `blocks` for the copy engine, lse, delta and sums; `turns` where programs have an order, and `done`. These are their
     shapes."""
 
     numbers: tuple[int, int, int]
     sums: tuple[int, int]
+    done: tuple[int, int, int]
     turns: tuple[int, int, int] | None
     row: BlockShape
     block: BlockShape
@@ -613,18 +625,17 @@ class _Scratch:
         rows, half = tiles * queries, d if queries == 128 else d // 2
         sums = (pairs * rows * d // 32, 32)
         return _Scratch(
-            (pairs, 2, rows), sums, None if plan.turns is None else (pairs, key_tiles, tiles),
+            (pairs, 2, rows), sums, (pairs, tiles, plan.words),
+            None if plan.turns is None else (pairs, key_tiles, tiles),
             BlockShape([pairs, rows], [2 * rows, 1], [1, queries], _NUMBERS),
             BlockShape(list(sums), [32, 1], [2 * half, 32], _SUMS),
         )  # fmt: skip
 
     def made(self, device: torch.device) -> _Made:
-        """Without an order, `turns` and `done` are not read."""
+        """Without an order, `turns` is not read, nor is `done` where sums are cleared."""
         numbers, sums = empty(self.numbers, torch.float32, device), empty(self.sums, torch.float32, device)
-        turns = done = numbers
-        if self.turns is not None:
-            pairs, _, tiles = self.turns
-            turns, done = empty(self.turns, torch.int32, device), empty((pairs, tiles, 2), torch.int32, device)
+        done = empty(self.done, torch.int32, device)
+        turns = done if self.turns is None else empty(self.turns, torch.int32, device)
         blocks = self.row(numbers), self.row(numbers.select(1, 1)), self.block(sums)
         return _Made(numbers, sums, turns, done, blocks)
 

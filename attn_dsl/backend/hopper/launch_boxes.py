@@ -16,7 +16,7 @@ from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_boxes import gather_queries, spread_rows
 from attn_dsl.backend.hopper.backward_rows import prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS
-from attn_dsl.backend.hopper.launch import BlockShape, loadable
+from attn_dsl.backend.hopper.launch import BlockShape, counter_of, loadable
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
@@ -116,8 +116,9 @@ class _Launch:
                  (grad_out, rows, dim_v, of_queries)]  # fmt: skip
         made = [torch.empty(x.shape, dtype=x.dtype, device="meta") for x in (call.key, call.value)]
         grids += [(x, 64, columns, of_keys) for x, columns in zip(made, (d, dim_v), strict=True)]
-        box = {"BOX": plan.options["QUERY_BOX"], "COLUMNS": of_queries, "QUERIES": rows, "D": d, "num_warps": 4}
-        gather = {**box, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}
+        box = {"BOX": plan.options["QUERY_BOX"], "COLUMNS": of_queries, "QUERIES": rows, "WORDS": plan.words,
+               "num_warps": 4}  # fmt: skip
+        gather = {**box, "D": d, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}
         sizes, extents = tuple(map(plain, call.sizes[:6])), tuple(map(plain, call.sizes[6:]))
         given = (batch, own_heads, call.key.shape[1], length, length, dim)
         return _Launch(
@@ -131,7 +132,8 @@ class _Launch:
             ((width, height, own_tiles, own_heads), Options({**box, "ROWS": ROWS})),
             ((width, height, own_heads, heads // own_heads), Options(gather)),
             kernels.section(batch * kv_heads, key_tiles, multiprocessors(call.query.device), plan.turns is not None),
-            (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts, batch * kv_heads * key_tiles,
+            (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts,
+             min(batch * kv_heads * key_tiles, multiprocessors(call.query.device)),
              batch * own_heads * -(-height // DOWN) * -(-width // ACROSS)),
         )  # fmt: skip
 
@@ -162,16 +164,15 @@ class _Launch:
              (), scale, 0),
             plan.prepare,
         )  # fmt: skip
-        run(spread_rows, of_places, (lines, numbers, sums, *self.spread[0], *of_call), self.spread[1])
+        run(spread_rows, of_places, (lines, numbers, done, *self.spread[0], *of_call), self.spread[1])
         if plan.turns is not None:
-            done.zero_()
             plan.count(run, turns, len(turns), listed, call.q_offset, of_call[:3], scale)
         q, k, v, g, of_dk, of_dv = self.blocks
         run(
             attention_backward, of_keys,
             (q(call.query), k(call.key), v(call.value), g(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-             call.q_offset, parameters, *call.sizes[:6], self.sizes[6:], captured + described(listed), (), scale,
-             self.section, 0, 0),
+             counter_of(device), call.q_offset, parameters, *call.sizes[:6], self.sizes[6:],
+             captured + described(listed), (), scale, self.section, 0, call.sizes[0] * call.sizes[2], 0),
             plan.options,
         )  # fmt: skip
-        run(gather_queries, of_queries, (sums, dq, *self.gather[0], *of_call), self.gather[1])
+        run(gather_queries, of_queries, (sums, done, dq, *self.gather[0], *of_call), self.gather[1])
