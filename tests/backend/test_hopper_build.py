@@ -85,11 +85,12 @@ def test_rows_are_copied_from_and_to_where_they_are_16_bytes_at_a_time(dim: int)
 
 @pytest.mark.parametrize(("dim", "products"), [(80, 5 + 8), (96, 6 + 8), (192, 12 + 2 * 4)])
 def test_head_dimensions_between_powers_of_two_are_not_multiplied_as_the_next_one(dim: int, products: int) -> None:
+    """Of each warpgroup a loop for masked tiles, one for full ones, and one that leaves the maximum where that pays."""
     of = program_of("causal")
     kernels, bound = launch.Kernels(of.kernels), call(of, dim)
     steps = loops(check.sass(launch.build(kernels, bound).asm["ptx"]))
     counts = [sum("HGMMA" in text for text in step) for step in steps]
-    assert counts.count(products) == 4, counts  # a masked and a full loop of each warpgroup
+    assert counts.count(products) == (6 if kernels.candidates(bound)[0].hold else 4), counts
 
 
 def test_steps_of_full_tiles_neither_look_for_a_maximum_nor_rescale() -> None:

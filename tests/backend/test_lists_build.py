@@ -13,6 +13,14 @@ from attn_dsl.backend.portable.launch import Call, forward
 from attn_dsl.backend.portable.run import Compiler
 
 READ = {"packed_causal": (2, 8192), "hash_buckets": (2, 16, 8192), "bigbird": (16, 128, 3)}
+TWO_TERMS = """attention two_terms()
+tensor birth: int32[Q]
+tensor rank: float32[Q]
+tensor since: int32[KV]
+tensor least: float32[KV]
+
+mask = (birth[q] >= since[k]) and (rank[q] >= least[k])
+"""
 
 
 def call(name: str) -> tuple[Program, Call]:
@@ -49,3 +57,13 @@ def test_what_makes_a_list_spills_nothing(name: str) -> None:
     built = {kernel.metadata.name: check.inspected(name, kernel) for kernel in run.compiled}
     assert "list_tiles" in built and built["list_tiles"].spilled == 0
     assert ("summarize_tiles" in built) == (name == "hash_buckets"), "keys are summarized, whose order is not known"
+
+
+def test_several_terms_of_several_types_are_summarized() -> None:
+    query = torch.empty(2, 4, 1001, 128, dtype=torch.bfloat16, device="meta")
+    of = program_of(TWO_TERMS)
+    dtypes = [getattr(torch, tensor.dtype.value) for tensor in of.variant.tensors]
+    tensors = tuple(torch.empty(1001, dtype=dtype, device="meta") for dtype in dtypes)
+    run = Compiler(GPUTarget("cuda", 90, 32))
+    forward(of.kernels, Call(query, query, query, (), tensors, (), 0.1, capability=(9, 0)), run)
+    assert {"list_tiles", "summarize_tiles"} <= {kernel.metadata.name for kernel in run.compiled}

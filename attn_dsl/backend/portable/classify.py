@@ -70,6 +70,12 @@ def _largest(x):
 
 
 @triton.jit
+def _kept(x):
+    """As a summary is kept, in a type that holds every value of a term."""
+    return x.to(tl.float32 if x.dtype.is_floating() else tl.int64)
+
+
+@triton.jit
 def _extremes(
         tile, first, length, b, h, scalars, tensors, TERMS: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr,
         WIDE: tl.constexpr
@@ -85,8 +91,7 @@ def _extremes(
     found = ()
     for i in tl.static_range(len(terms)):
         value = terms[i] + tl.zeros([SPAN], terms[i].dtype)
-        TYPE: tl.constexpr = tl.float32 if value.dtype.is_floating() else tl.int64
-        found = found + (_smallest(value).to(TYPE), _largest(value).to(TYPE))
+        found = found + (_kept(_smallest(value)), _kept(_largest(value)))
     return found
 
 
