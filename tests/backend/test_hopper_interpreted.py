@@ -258,6 +258,26 @@ def test_packed_sequences(name: str, bindings: dict[str, Any], dim: int) -> None
     assert_close(found, expected, 2e-2)
 
 
+@pytest.mark.parametrize(("name", "dim"), [("causal", 128), ("noop", 64), ("alibi", 64), ("causal", 256)])
+def test_nothing_of_a_packed_sequence_reaches_another(name: str, dim: int) -> None:
+    """Not even by way of which of the right results comes out: bits stay the same when others are NaN."""
+    bounds = ends(300, 1, 129, 64, 0, 200)
+    total = int(bounds[-1])
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(1, heads, total, dim, generator=generator).bfloat16() for heads in (2, 1, 1)]
+    packing = {"query_ends": bounds, "key_ends": bounds, "longest_query": 300, "longest_key": 300}
+    packed = compiled(with_packing(program_of(name).variant))
+    captured = larger(name, **SMALL).tensors()
+    usual = called(Problem(packed, *inputs, {**captured, **packing}))
+    others = torch.zeros(total, dtype=torch.bool)
+    others[300:301] = others[430:494] = True
+    for x in inputs:
+        x[:, :, others] = torch.nan
+    found = called(Problem(packed, *inputs, {**captured, **packing}))
+    assert torch.equal(found.out[:, :, ~others], usual.out[:, :, ~others])
+    assert torch.equal(found.lse[:, :, ~others], usual.lse[:, :, ~others])
+
+
 def on_cpu(problem: Problem, upstream: tuple[Tensor, Tensor]) -> Result:
     """In float32, by the backend for CPUs."""
     return replace(problem, **{name: getattr(problem, name).float() for name in INPUTS}).by("cpu", upstream)

@@ -78,7 +78,7 @@ TABLE: dict[int, tuple[Config, ...]] = {
 """By head dimension. Where registers spill, which a look-up for each pair can bring about, smaller tiles do better."""
 FROZEN = {
     64: replace(_D64, frozen=True),
-    128: replace(_D128, carry_wide=False, ping_pong=True, frozen=True),
+    128: replace(_D128, carry_wide=False, ping_pong=True, frozen=True, hold=True),
     256: replace(_D256, rescale_late=False, frozen=True),
 }
 """The first choice where a maximum may be kept: 1.05 to 1.16 times as fast as the first of the table."""

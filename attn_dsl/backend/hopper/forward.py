@@ -840,13 +840,21 @@ def _proceed(shape, f, memory, tile, visits, careful, passed, turn, p, m, l, GRO
 
 
 @gluon.jit
+def _inside(shape, problem, tile, b, tensors, GROUP: gl.constexpr):
+    """Which of the warpgroup's rows a batch entry has, [ROWS]."""
+    first = (tile * shape.GROUPS + GROUP) * shape.ROWS
+    local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
+    return local < _rows(shape, problem, tensors, b)[1] - first
+
+
+@gluon.jit
 def _finish(shape, f, memory, problem, m, l, tile, b, h, keep, scalars, tensors, GROUP: gl.constexpr):
     """Store the log-sum-exp of the warpgroup's rows; return what their output is to be multiplied by, [ROWS]."""
     sizes = problem.sizes
     first = (tile * shape.GROUPS + GROUP) * shape.ROWS
     local = gl.arange(0, shape.ROWS, layout=gl.SliceLayout(1, shape.LOGITS))
-    begin, length = _rows(shape, problem, tensors, b)
-    inside = (local < length - first) & keep
+    begin = _rows(shape, problem, tensors, b)[0]
+    inside = _inside(shape, problem, tile, b, tensors, GROUP) & keep
     lead = 0.0  # what the loop's logits lack for a row, in base 2, since their row term is counted from the row itself
     if f.SLOPE is not None:
         lead = f.SLOPE(b, h, scalars, tensors) * (local + GROUP * shape.ROWS).to(gl.float32)
@@ -913,9 +921,12 @@ def _grows(shape, f, tile, visits):
 
 
 @gluon.jit
-def _judge(memory, l, frozen, turn, GROUP: gl.constexpr):
-    """Whether the warpgroup's result counts: it is right, and has not been stored in an earlier turn."""
-    bad = gl.where((l >= LEAST) & (l <= MOST), 0, 1)
+def _judge(memory, l, inside, frozen, turn, GROUP: gl.constexpr):
+    """Whether the warpgroup's result counts: it is right, and has not been stored in an earlier turn.
+
+    What stands past the end of a batch entry, or belongs to the next packed sequence, has no say in that.
+    """
+    bad = gl.where(((l >= LEAST) & (l <= MOST)) | (inside == 0), 0, 1)
     failed = gl.where(frozen, gl.max(bad, 0), 0)
     memory.board.fail(turn, GROUP, failed)
     again = memory.board.again(turn)
@@ -942,10 +953,11 @@ def _consume(shape, f, memory, problem, GROUP: gl.constexpr):
         passed += visits.tiles
         output = _issue_output(shape, memory, _weights(shape, p, memory.keys.tiles.dtype), acc, passed - 1)
         l = row_sums(l, shape.LOGITS)
+        tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
         keep = True
         if shape.FROZEN:
-            keep = _judge(memory, l, visits.tiles > gl.maximum(careful, 1), turn, GROUP)
-        tile, b, h = memory.board.read(turn)  # again, rather than kept in registers through the loop
+            inside = _inside(shape, problem, tile, b, tensors, GROUP)
+            keep = _judge(memory, l, inside, visits.tiles > gl.maximum(careful, 1), turn, GROUP)
         inverse = _finish(shape, f, memory, problem, m, l, tile, b, h, keep, scalars, tensors, GROUP)
         acc, inverse = _waited(output, inverse)
         memory.values.release((passed - 1) % shape.STAGES)
