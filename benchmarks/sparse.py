@@ -208,6 +208,7 @@ class Case:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         batch, heads = (n if v else None for n, v in zip((self.batch, self.heads), self.row.varies, strict=True))
+        torch._dynamo.reset()  # else the masks of some rows are too many for it, and the next ones run uncompiled
         of = self.row.mask(self.tensors), batch, heads, self.length, self.length, "cuda"
         run = torch.compile(flex_attention, dynamic=False)
         if eager:
