@@ -254,7 +254,7 @@ def explain(program: Program, call: Call) -> str:
         bound = execute.portable_call(of, inner, Options(GPU))
     if ordered and not ordered.layout.both_passes:
         of = execute.program_for(program.variant, program.proof)
-        strips = None if wanted else order.strips_of_keys(of, call, Options(GPU))
+        strips = ordered.strips_of_keys(wanted)
         if strips is None:
             bound = execute.portable_call(of, call, Options(GPU))
         else:

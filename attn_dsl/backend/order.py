@@ -38,6 +38,7 @@ from attn_dsl.passes.order_by_data import Sorted
 from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips, exchanged
 
 if TYPE_CHECKING:  # it loads Triton
+    from attn_dsl.backend.hopper.launch_boxes import Replay
     from attn_dsl.backend.portable.launch import Call as PortableCall
 
 BLOCK = (128, 128)
@@ -127,12 +128,19 @@ class Ordered:
         tensors = {**given, **found}
         return inner, self.in_order(replace(self.call, tensors={name: tensors[name] for name in inner.tensor_names}))
 
+    def strips_of_keys(self, wanted: frozenset[str]) -> StripsOfKeys | None:
+        """How the backward pass takes another order than the forward pass; None where it takes the same, or that of the
+        call."""
+        if wanted or self.layout.both_passes:
+            return None
+        return strips_of_keys(self.outer, self.given, self.options)
+
     def backward(
         self, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None, wanted: frozenset[str]
     ) -> Gradients:
         layout, given = self.layout, self.given
         if not layout.both_passes:
-            strips = None if wanted else strips_of_keys(self.outer, given, self.options)
+            strips = self.strips_of_keys(wanted)
             if strips is not None:
                 return strips.backward(given, outputs, grad_out, grad_lse)
             return execute.run_backward(self.outer, given, self.options, outputs, grad_out, grad_lse, wanted)
@@ -294,11 +302,21 @@ class StripsOfKeys:
     def backward(self, given: Call, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
         from attn_dsl.backend.hopper.launch_boxes import backward
 
-        tensors = tuple(given.tensors[tensor.name] for tensor in self.program.variant.tensors)
-        bound = replace(self.bound, query=given.query, key=given.key, value=given.value, tensors=tensors)
         rows = outputs[0], outputs[1], grad_out, grad_lse
-        found = backward(self.program.hopper_backward, bound, *rows, self.config, ordered=self.ordered)
+        kernels, bound = self.program.hopper_backward, self._bound(given)
+        found = backward(kernels, bound, *rows, self.config, ordered=self.ordered)
         return Gradients(found.query, found.key, found.value, found.captured)
+
+    def replay(self, given: Call, out: Tensor, grad_out: Tensor) -> Replay:
+        """What repeats `backward`."""
+        from attn_dsl.backend.hopper.launch_boxes import Replay
+
+        kernels, bound = self.program.hopper_backward, self._bound(given)
+        return Replay(kernels, bound, out, grad_out, self.config, self.ordered)
+
+    def _bound(self, given: Call) -> PortableCall:
+        tensors = tuple(given.tensors[tensor.name] for tensor in self.program.variant.tensors)
+        return replace(self.bound, query=given.query, key=given.key, value=given.value, tensors=tensors)
 
 
 def strips_of_keys(program: Program, call: Call, options: Options) -> StripsOfKeys | None:

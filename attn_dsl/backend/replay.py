@@ -22,6 +22,7 @@ from attn_dsl.backend.transforms import NO_SECOND, refuse_batches, watched
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Replay as HopperForward
     from attn_dsl.backend.hopper.launch_backward import Replay as HopperBackward
+    from attn_dsl.backend.hopper.launch_boxes import Replay as BoxesBackward
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Replay as PortableForward
 
@@ -153,7 +154,7 @@ class Backward:
     def __init__(self, program: Program, call: Call, options: Options, *, chosen: bool = True) -> None:
         self.program, self.options, self.chosen = program, options, chosen
         self.scale, self.sizes, self.parameters = call.scale, call.sizes, call.parameters
-        self.known: dict[Key, HopperBackward | None] = {}
+        self.known: dict[Key, HopperBackward | BoxesBackward | None] = {}
 
     def gradients(
         self,
@@ -195,31 +196,27 @@ class Backward:
 
     def _prepared(
         self, call: Call, out: Tensor, grad_out: Tensor, wanted: frozenset[str], results: Mapping[str, Tensor]
-    ) -> HopperBackward | None:
+    ) -> HopperBackward | BoxesBackward | None:
         """What repeats the backward pass, if Hopper's kernels alone run it and read its tensors as they are."""
         from attn_dsl.backend.gpu import backward_route
 
-        if self.options.backend == PORTABLE or (self.chosen and self._is_ordered(call, wanted)):
-            return None
-        bound = replace(portable_call(self.program, call, self.options), results=results)
-        route = backward_route(self.program, bound, wanted, self.options.deterministic)
-        if route.choice is None or route.choice.config is None or route.fused != wanted:
+        if self.options.backend == PORTABLE:
             return None
         from attn_dsl.backend.hopper.launch import loadable
         from attn_dsl.backend.hopper.launch_backward import Replay
 
         if loadable(out) is not out or loadable(grad_out) is not grad_out:
             return None
+        ordered = reordered(self.program, call, self.options) if self.chosen else None
+        strips = None if ordered is None else ordered.strips_of_keys(wanted)
+        if strips is not None:
+            return strips.replay(call, out, grad_out)
+        bound = replace(portable_call(self.program, call, self.options), results=results)
+        route = backward_route(self.program, bound, wanted, self.options.deterministic)
+        if route.choice is None or route.choice.config is None or route.fused != wanted:
+            return None
         given = (route.choice.config, self.options.deterministic, route.fused)
         return Replay(self.program.hopper_backward, bound, out, grad_out, *given)
-
-    def _is_ordered(self, call: Call, wanted: frozenset[str]) -> bool:
-        """Whether the pass takes another order than that of the call."""
-        if not self.program.orders:
-            return False
-        from attn_dsl.backend.order import strips_of_keys
-
-        return not wanted and strips_of_keys(self.program, call, self.options) is not None
 
 
 class Differentiable:

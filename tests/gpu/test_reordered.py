@@ -36,7 +36,7 @@ def agrees(problem: Problem) -> None:
     out, lse = attention(*inputs, q_offset=problem.q_offset, return_lse=True, **bindings)
     truth = problem.truth(upstream)
     assert_close(differentiated(out, lse, leaves, upstream), truth, 3e-2)
-    for _ in range(2):  # repeated, the second with the backward pass that the first prepared
+    for _ in range(3):  # repeated: by what the first of these prepared, then by the tape that the second leaves
         leaves, bindings = problem.leaves()
         inputs = leaves["query"], leaves["key"], leaves["value"]
         again, lse = attention(*inputs, q_offset=problem.q_offset, return_lse=True, **bindings)

@@ -18,9 +18,11 @@ from attn_dsl.backend.hopper.backward_rows import prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS
 from attn_dsl.backend.hopper.launch import BlockShape, counter_of, loadable
 from attn_dsl.backend.portable.device import plain
-from attn_dsl.backend.portable.host import described, multiprocessors, number
+from attn_dsl.backend.portable.host import described, empty, empty_like, multiprocessors, number
 from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
+from attn_dsl.backend.portable.listing import Kind
 from attn_dsl.backend.portable.run import Options, Runner, launch
+from attn_dsl.backend.portable.tape import Launches
 
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.configs_backward import Config
@@ -48,49 +50,145 @@ def backward(
 ) -> Gradients:
     """Gradients of query, key and value, in the order of the caller, as are `out` and `shifted`."""
     out, grad_out = loadable(out), loadable(grad_out)
-    plan = kernels.plan(call, ordered, frozenset(), config)
-    batch, heads, rows = call.sizes[0], call.sizes[1], config.queries
-    bytes = 4 * heads * -(-call.sizes[3] // rows) * rows * plan.dims[0]
-    numbered = any("b" in root.depends for root in kernels.portable.variant.roots)
-    count = batch if numbered else min(batch, max(1, SUMS // bytes))
-    dq, dk, dv = grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.query, call.key, call.value)
-    ]
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    if count == batch:
-        given = (call, out, shifted, grad_out, grad_lse)
-        _found(kernels, plan, call, out, grad_out)(kernels, *given, grads, run)
-        return Gradients(dq, dk, dv, {})
-    for first in range(0, batch, count):
-        part = slice(first, first + count)
-        query, key, value = call.query[part], call.key[part], call.value[part]
-        some = replace(call, query=query, key=key, value=value, dims=(query.shape[0], *call.sizes[1:6]))
-        given = (some, out[part], shifted[part], grad_out[part], None if grad_lse is None else grad_lse[part])
-        _found(kernels, plan, some, given[1], given[3])(kernels, *given, [x[part] for x in grads], run)
+    launched = _Launch.of(kernels, call, out, grad_out, config, ordered)
+    inputs, rows = (call.query, call.key, call.value, call.tensors), (out, shifted, grad_out, grad_lse)
+    listed = launched.find(call.tensors, call.query.device, run)
+    dq, dk, dv = launched(run, *inputs, *rows, counter_of(call.query.device), listed)
     return Gradients(dq, dk, dv, {})
 
 
-def _found(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Launch:
-    tensors = (call.query, call.key, call.value, out, grad_out)
-    at = (plan.options, *(x.shape for x in tensors), *(x.stride() for x in tensors), call.query.device, call.sizes)
-    found = kernels.boxed.get(at)
-    if found is None:
-        if len(kernels.boxed) >= LAYOUTS:
-            kernels.boxed.clear()
-        found = kernels.boxed[at] = _Launch.of(kernels, plan, call, out, grad_out)
-    assert isinstance(found, _Launch)
-    return found
+class Replay:
+    """The backward pass of one kind of call, as that of `launch_backward`."""
+
+    def __init__(
+        self, kernels: Kernels, call: Call, out: Tensor, grad_out: Tensor, config: Config, ordered: bool
+    ) -> None:
+        self._launch = launched = _Launch.of(kernels, call, out, grad_out, config, ordered)
+        count = len(call.tensors)
+
+        def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+            out, shifted, grad_out, counter, *others = rest
+            tensors, others = others[:count], others[count:]
+            listed, others = others[len(others) - launched.count :], others[: len(others) - launched.count]
+            rows = out, shifted, grad_out, others[0] if others else None
+            return launched(run, query, key, value, tensors, *rows, counter, listed)
+
+        self._launches = Launches(function)
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        q_offset: int | Tensor,
+        out: Tensor,
+        shifted: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        results: Sequence[Tensor] = (),
+    ) -> Gradients:
+        """`q_offset` is that of the call, and there are no `results`."""
+        inputs = [query, key, value, out, shifted, grad_out, counter_of(query.device), *tensors]
+        if grad_lse is not None:
+            inputs.append(grad_lse)
+        dq, dk, dv = self._launches(inputs, self._launch.find(tensors, query.device))
+        return Gradients(dq, dk, dv, {})
 
 
 @dataclass(frozen=True)
 class _Launch:
     """Launches for calls that differ in nothing but their tensors' addresses.
 
-    blocks: of query, key, value, output gradient and the gradients of key and value. tiles: of queries of a strip, of
-    queries of the grid, and of keys of a strip. given: sizes of the call in the order given. programs: of each kernel.
+    captured: what is known of captured tensors beside their addresses. parts: of the batch, one after the other.
     """
 
     plan: _Plan
+    kind: Kind | None
+    parameters: tuple[Any, ...]
+    captured: tuple[tuple[Any, ...], ...]
+    q_offset: int | Tensor
+    scale: float
+    parts: tuple[tuple[slice, _Part], ...]
+
+    @staticmethod
+    def of(kernels: Kernels, call: Call, out: Tensor, grad_out: Tensor, config: Config, ordered: bool) -> _Launch:
+        plan = kernels.plan(call, ordered, frozenset(), config)
+        batch, heads, rows = call.sizes[0], call.sizes[1], config.queries
+        bytes = 4 * heads * -(-call.sizes[3] // rows) * rows * plan.dims[0]
+        numbered = any("b" in root.depends for root in kernels.portable.variant.roots)
+        count = batch if numbered else min(batch, max(1, SUMS // bytes))
+        parts = [slice(first, min(first + count, batch)) for first in range(0, batch, count)]
+        return _Launch(
+            plan,
+            kernels.portable.kind_of_list(call, rows, KEYS, transposed=True),
+            tuple(map(number, call.parameters)),
+            tuple(rest for _, *rest in described(call.tensors)),
+            call.q_offset, float(call.scale),
+            tuple((part, _found(kernels, plan, _of_batch(call, part), out[part], grad_out[part])) for part in parts),
+        )  # fmt: skip
+
+    @property
+    def count(self) -> int:
+        """How many tensors `find` gives."""
+        return 0 if self.kind is None else self.kind.count
+
+    def find(self, tensors: Sequence[Tensor], device: torch.device, run: Runner = launch) -> tuple[Tensor, ...]:
+        """The list of tiles; where the batch has parts, it is the same for all its entries."""
+        return () if self.kind is None else self.kind.find(tensors, self.q_offset, device, run)
+
+    def __call__(
+        self,
+        run: Runner,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tensors: Sequence[Tensor],
+        out: Tensor,
+        shifted: Tensor,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        counter: Tensor,
+        listed: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value; `listed` is what `find` gives."""
+        grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+        captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
+        of_call = self.parameters, captured, self.q_offset, self.scale
+        dq, dk, dv = (empty_like(x) for x in (query, key, value))
+        given = (query, key, value, out, shifted, grad_out, grad_lse, dq, dk, dv)
+        for part, launched in self.parts:
+            some = [None if x is None else x[part] for x in given] if len(self.parts) > 1 else given
+            launched(run, self.plan, counter, listed, of_call, *some)
+        return dq, dk, dv
+
+
+def _of_batch(call: Call, part: slice) -> Call:
+    query, key, value = call.query[part], call.key[part], call.value[part]
+    return replace(call, query=query, key=key, value=value, dims=(query.shape[0], *call.sizes[1:6]))
+
+
+def _found(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Part:
+    tensors = (call.query, call.key, call.value, out, grad_out)
+    at = (plan.options, *(x.shape for x in tensors), *(x.stride() for x in tensors), call.query.device, call.sizes)
+    found = kernels.boxed.get(at)
+    if found is None:
+        if len(kernels.boxed) >= LAYOUTS:
+            kernels.boxed.clear()
+        found = kernels.boxed[at] = _Part.of(kernels, plan, call, out, grad_out)
+    assert isinstance(found, _Part)
+    return found
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Launches for batch entries that are done at once.
+
+    blocks: of query, key, value, output gradient and the gradients of key and value. lines: sizes of what
+    `prepare_rows` makes. given: sizes of the call in the order given. dims: (B, H, HK, Q, KV, D) of strips. programs:
+    of each kernel.
+    """
+
     blocks: tuple[BlockShape, ...]
     scratch: _Scratch
     strides: tuple[tuple[int, ...], ...]
@@ -100,10 +198,11 @@ class _Launch:
     spread: tuple[tuple[int, ...], Options]
     gather: tuple[tuple[int, ...], Options]
     section: int
+    dims: tuple[int, ...]
     programs: tuple[int, int, int, int]
 
     @staticmethod
-    def of(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Launch:
+    def of(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> _Part:
         from attn_dsl.backend.hopper.launch_backward import _Scratch
 
         assert call.grid is not None
@@ -121,8 +220,7 @@ class _Launch:
         gather = {**box, "D": d, "DIM": dim, "ACROSS": ACROSS, "DOWN": DOWN}
         sizes, extents = tuple(map(plain, call.sizes[:6])), tuple(map(plain, call.sizes[6:]))
         given = (batch, own_heads, call.key.shape[1], length, length, dim)
-        return _Launch(
-            plan,
+        return _Part(
             tuple(BlockShape.of(x, count, columns, width, across) for x, count, columns, across in grids),
             _Scratch.of(plan, batch * heads, tiles, key_tiles),
             tuple((*(plain(stride // 8) for stride in x.stride()[:3]), plain(1)) for x in (out, grad_out)),
@@ -132,6 +230,7 @@ class _Launch:
             ((width, height, own_tiles, own_heads), Options({**box, "ROWS": ROWS})),
             ((width, height, own_heads, heads // own_heads), Options(gather)),
             kernels.section(batch * kv_heads, key_tiles, multiprocessors(call.query.device), plan.turns is not None),
+            call.sizes[:6],
             (batch * own_heads * own_tiles * parts, batch * heads * tiles * parts,
              min(batch * kv_heads * key_tiles, multiprocessors(call.query.device)),
              batch * own_heads * -(-height // DOWN) * -(-width // ACROSS)),
@@ -139,40 +238,43 @@ class _Launch:
 
     def __call__(
         self,
-        kernels: Kernels,
-        call: Call,
+        run: Runner,
+        plan: _Plan,
+        counter: Tensor,
+        listed: Sequence[Tensor],
+        of_call: tuple[Any, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         out: Tensor,
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
-        grads: Sequence[Tensor],
-        run: Runner,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
     ) -> None:
-        """Write the gradients of query, key and value to `grads`."""
-        plan, device, scale, (dq, dk, dv) = self.plan, call.query.device, float(call.scale), grads
-        kind = kernels.portable.kind_of_list(call, plan.config.queries, KEYS, transposed=True)
-        captured = described(call.tensors)
-        listed = () if kind is None else kind.find(call.tensors, call.q_offset, device, run)
-        parameters = tuple(map(number, call.parameters))
-        of_call = (parameters, self.sizes, captured, scale)
-        numbers, sums, turns, done, blocks = self.scratch.made(device)
-        lines = torch.empty(self.lines, dtype=torch.float32, device=device)
+        """Write `dq`, `dk` and `dv`. of_call: parameters, captured tensors, `q_offset` and scale."""
+        parameters, captured, q_offset, scale = of_call
+        rest = parameters, self.sizes, captured
+        numbers, sums, turns, done, blocks = self.scratch.made(query.device)
+        lines = empty(self.lines, torch.float32, query.device)
         of_rows, of_places, of_keys, of_queries = self.programs
         run(
             prepare_rows, of_rows,
-            (out, grad_out, grad_lse, shifted, lines, None, call.q_offset, *self.strides, parameters, self.given, (),
-             (), scale, 0),
+            (out, grad_out, grad_lse, shifted, lines, None, q_offset, *self.strides, parameters, self.given, (), (),
+             scale, 0),
             plan.prepare,
         )  # fmt: skip
-        run(spread_rows, of_places, (lines, numbers, done, *self.spread[0], *of_call), self.spread[1])
+        run(spread_rows, of_places, (lines, numbers, done, *self.spread[0], *rest, scale), self.spread[1])
         if plan.turns is not None:
-            plan.count(run, turns, len(turns), listed, call.q_offset, of_call[:3], scale)
-        q, k, v, g, of_dk, of_dv = self.blocks
+            plan.count(run, turns, len(turns), listed, q_offset, rest, scale)
+        of_q, of_k, of_v, of_grad, of_dk, of_dv = self.blocks
         run(
             attention_backward, of_keys,
-            (q(call.query), k(call.key), v(call.value), g(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
-             counter_of(device), call.q_offset, parameters, *call.sizes[:6], self.sizes[6:],
-             captured + described(listed), (), scale, self.section, 0, call.sizes[0] * call.sizes[2], 0),
+            (of_q(query), of_k(key), of_v(value), of_grad(grad_out), *blocks, of_dk(dk), of_dv(dv), turns, done,
+             counter, q_offset, parameters, *self.dims, self.sizes[6:], captured + described(listed), (), scale,
+             self.section, 0, self.dims[0] * self.dims[2], 0),
             plan.options,
         )  # fmt: skip
-        run(gather_queries, of_queries, (sums, done, dq, *self.gather[0], *of_call), self.gather[1])
+        run(gather_queries, of_queries, (sums, done, dq, *self.gather[0], *rest, scale), self.gather[1])
