@@ -182,3 +182,27 @@ def test_a_graph_sorts_for_itself_unless_a_schedule_is_held(held: bool) -> None:
     bucket.copy_(other)
     graph.replay()
     assert torch.equal(out, first if held else second)
+
+
+def test_a_graph_replays_both_passes_over_strips_of_a_grid() -> None:
+    attention, leaves = attn_dsl.compile("natten2d"), [rows(2, 2, 90 * 40, dim=128).requires_grad_() for _ in range(3)]
+    upstream = rows(2, 2, 90 * 40, dim=128)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(attention(*leaves, width=90, height=40, r=5), leaves, upstream)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradients()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.copy_(torch.randn_like(leaf))
+    graph.replay()
+    for a, b in zip(found, gradients(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
