@@ -38,7 +38,7 @@ from attn_dsl.passes.order_by_data import Sorted
 from attn_dsl.passes.order_grid import KEY_COLUMNS, QUERY_COLUMNS, Strips, exchanged
 
 if TYPE_CHECKING:  # it loads Triton
-    from attn_dsl.backend.hopper.launch_boxes import Replay
+    from attn_dsl.backend.hopper.launch_backward import Replay
     from attn_dsl.backend.portable.launch import Call as PortableCall
 
 BLOCK = (128, 128)
@@ -300,7 +300,7 @@ class StripsOfKeys:
     ordered: bool
 
     def backward(self, given: Call, outputs: Outputs, grad_out: Tensor, grad_lse: Tensor | None) -> Gradients:
-        from attn_dsl.backend.hopper.launch_boxes import backward
+        from attn_dsl.backend.hopper.launch_backward import backward
 
         rows = outputs[0], outputs[1], grad_out, grad_lse
         kernels, bound = self.program.hopper_backward, self._bound(given)
@@ -309,10 +309,10 @@ class StripsOfKeys:
 
     def replay(self, given: Call, out: Tensor, grad_out: Tensor) -> Replay:
         """What repeats `backward`."""
-        from attn_dsl.backend.hopper.launch_boxes import Replay
+        from attn_dsl.backend.hopper.launch_backward import Replay
 
         kernels, bound = self.program.hopper_backward, self._bound(given)
-        return Replay(kernels, bound, out, grad_out, self.config, self.ordered)
+        return Replay(kernels, bound, out, grad_out, self.config, self.ordered, frozenset())
 
     def _bound(self, given: Call) -> PortableCall:
         tensors = tuple(given.tensors[tensor.name] for tensor in self.program.variant.tensors)

@@ -22,7 +22,6 @@ from attn_dsl.backend.transforms import NO_SECOND, refuse_batches, watched
 if TYPE_CHECKING:
     from attn_dsl.backend.hopper.launch import Replay as HopperForward
     from attn_dsl.backend.hopper.launch_backward import Replay as HopperBackward
-    from attn_dsl.backend.hopper.launch_boxes import Replay as BoxesBackward
     from attn_dsl.backend.portable.launch import Call as PortableCall
     from attn_dsl.backend.portable.launch import Replay as PortableForward
 
@@ -154,7 +153,7 @@ class Backward:
     def __init__(self, program: Program, call: Call, options: Options, *, chosen: bool = True) -> None:
         self.program, self.options, self.chosen = program, options, chosen
         self.scale, self.sizes, self.parameters = call.scale, call.sizes, call.parameters
-        self.known: dict[Key, HopperBackward | BoxesBackward | None] = {}
+        self.known: dict[Key, HopperBackward | None] = {}
 
     def gradients(
         self,
@@ -196,7 +195,7 @@ class Backward:
 
     def _prepared(
         self, call: Call, out: Tensor, grad_out: Tensor, wanted: frozenset[str], results: Mapping[str, Tensor]
-    ) -> HopperBackward | BoxesBackward | None:
+    ) -> HopperBackward | None:
         """What repeats the backward pass, if Hopper's kernels alone run it and read its tensors as they are."""
         from attn_dsl.backend.gpu import backward_route
 

@@ -126,7 +126,7 @@ def test_batch_entries_come_one_after_the_other_where_sums_are_large(monkeypatch
 
     def programs() -> list[tuple[str, int]]:
         seen: list[tuple[str, int]] = []
-        launch_boxes.backward(
+        launch_backward.backward(
             kernels, bound, x, lse, x, None, candidates(64, 64)[0], run=lambda k, n, *_: seen.append((k.__name__, n))
         )  # fmt: skip
         return [one for one in seen if one[0] != "list_tiles"]

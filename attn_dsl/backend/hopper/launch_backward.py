@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,9 @@ from attn_dsl.passes.prove import Proof, conjunction, disjunction, prove
 from attn_dsl.passes.runs import is_confined
 from attn_dsl.passes.schedule import Schedule, derive_schedule
 from attn_dsl.passes.specialize import Saturation, saturations
+
+if TYPE_CHECKING:
+    from attn_dsl.backend.hopper import launch_boxes
 
 ROWS = 64
 """Of a program that prepares rows."""
@@ -408,14 +411,9 @@ def backward(
     run: Runner = launch,
 ) -> Gradients:
     """Gradients of query, key, value and what is `fused`, for a call of which `refusal` has nothing to say."""
-    if call.grid is not None:
-        from attn_dsl.backend.hopper import launch_boxes
-
-        given = (call, out, shifted, grad_out, grad_lse)
-        return launch_boxes.backward(kernels, *given, config, ordered=ordered, run=run)
     out, grad_out = loadable(out), loadable(grad_out)
     plan = kernels.plan(call, ordered, fused, config)
-    launched = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call)
+    launched = _launched(kernels, plan, call, out, grad_out)
     inputs = call.query, call.key, call.value, call.tensors, call.q_offset
     shares = _copies(launched.shapes, call.query.device)
     kind, rows = launched.kind, (out, shifted, grad_out, grad_lse)
@@ -423,6 +421,17 @@ def backward(
     counter = counter_of(call.query.device)
     dq, dk, dv = launched(run, *inputs, *rows, counter, shares, listed, call.results)
     return Gradients(dq, dk, dv, _sums(plan.targets, shares))
+
+
+def _launched(
+    kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor
+) -> _Launch | launch_boxes.Launch:
+    """What launches for calls like this one."""
+    if call.grid is None:
+        return _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call)
+    from attn_dsl.backend.hopper import launch_boxes
+
+    return launch_boxes.Launch.of(kernels, plan, call, out, grad_out)
 
 
 @dataclass(frozen=True)
@@ -531,7 +540,7 @@ class Replay:
         fused: frozenset[str],
     ) -> None:
         plan = kernels.plan(call, ordered, fused, config)
-        launched, count = _Launch.of(kernels, plan, plan.layout(call, out, grad_out), call), len(call.tensors)
+        launched, count = _launched(kernels, plan, call, out, grad_out), len(call.tensors)
         offset: list[Any] = [] if isinstance(call.q_offset, Tensor) else [call.q_offset]
         self._kind, lists = launched.kind, 0 if launched.kind is None else launched.kind.count
         names = tuple(call.results)

@@ -5,7 +5,7 @@ Tensors are those of the caller, read in boxes and, dK and dV, written so; sizes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,14 @@ from attn_dsl.backend.hopper.backward import attention_backward
 from attn_dsl.backend.hopper.backward_boxes import gather_queries, spread_rows
 from attn_dsl.backend.hopper.backward_rows import prepare_rows
 from attn_dsl.backend.hopper.configs_backward import KEYS
-from attn_dsl.backend.hopper.launch import BlockShape, counter_of, loadable
+from attn_dsl.backend.hopper.launch import BlockShape
 from attn_dsl.backend.portable.device import plain
 from attn_dsl.backend.portable.host import described, empty, empty_like, multiprocessors, number
-from attn_dsl.backend.portable.launch import LAYOUTS, Call, Gradients
+from attn_dsl.backend.portable.launch import LAYOUTS, Call
 from attn_dsl.backend.portable.listing import Kind
-from attn_dsl.backend.portable.run import Options, Runner, launch
-from attn_dsl.backend.portable.tape import Launches
+from attn_dsl.backend.portable.run import Options, Runner
 
 if TYPE_CHECKING:
-    from attn_dsl.backend.hopper.configs_backward import Config
     from attn_dsl.backend.hopper.launch_backward import Kernels, _Plan, _Scratch
 
 ROWS = 64
@@ -36,47 +34,38 @@ ACROSS, DOWN = 16, 4
 """Columns and rows of a program that gathers dQ."""
 
 
-def backward(
-    kernels: Kernels,
-    call: Call,
-    out: Tensor,
-    shifted: Tensor,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    config: Config,
-    *,
-    ordered: bool = False,
-    run: Runner = launch,
-) -> Gradients:
-    """Gradients of query, key and value, in the order of the caller, as are `out` and `shifted`."""
-    out, grad_out = loadable(out), loadable(grad_out)
-    launched = _Launch.of(kernels, call, out, grad_out, config, ordered)
-    inputs, rows = (call.query, call.key, call.value, call.tensors), (out, shifted, grad_out, grad_lse)
-    listed = launched.find(call.tensors, call.query.device, run)
-    dq, dk, dv = launched(run, *inputs, *rows, counter_of(call.query.device), listed)
-    return Gradients(dq, dk, dv, {})
+@dataclass(frozen=True)
+class Launch:
+    """As that of `launch_backward`: gradients are in the order of the caller, as are `out` and `shifted`.
 
+    captured: what is known of captured tensors beside their addresses. parts: of the batch, one after the other.
+    """
 
-class Replay:
-    """The backward pass of one kind of call, as that of `launch_backward`."""
+    plan: _Plan
+    parameters: tuple[Any, ...]
+    captured: tuple[tuple[Any, ...], ...]
+    scale: float
+    parts: tuple[tuple[slice, _Part], ...]
+    kind: Kind | None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
-    def __init__(
-        self, kernels: Kernels, call: Call, out: Tensor, grad_out: Tensor, config: Config, ordered: bool
-    ) -> None:
-        self._launch = launched = _Launch.of(kernels, call, out, grad_out, config, ordered)
-        count = len(call.tensors)
+    @staticmethod
+    def of(kernels: Kernels, plan: _Plan, call: Call, out: Tensor, grad_out: Tensor) -> Launch:
+        batch, heads, rows = call.sizes[0], call.sizes[1], plan.config.queries
+        bytes = 4 * heads * -(-call.sizes[3] // rows) * rows * plan.dims[0]
+        numbered = any("b" in root.depends for root in kernels.portable.variant.roots)
+        count = batch if numbered else min(batch, max(1, SUMS // bytes))
+        parts = [slice(first, min(first + count, batch)) for first in range(0, batch, count)]
+        return Launch(
+            plan, tuple(map(number, call.parameters)), tuple(rest for _, *rest in described(call.tensors)),
+            float(call.scale),
+            tuple((part, _found(kernels, plan, _of_batch(call, part), out[part], grad_out[part])) for part in parts),
+            kernels.portable.kind_of_list(call, rows, KEYS, transposed=True),
+        )  # fmt: skip
 
-        def function(run: Runner, query: Tensor, key: Tensor, value: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-            out, shifted, grad_out, counter, *others = rest
-            tensors, others = others[:count], others[count:]
-            listed, others = others[len(others) - launched.count :], others[: len(others) - launched.count]
-            rows = out, shifted, grad_out, others[0] if others else None
-            return launched(run, query, key, value, tensors, *rows, counter, listed)
-
-        self._launches = Launches(function)
-
-    def run(
+    def __call__(
         self,
+        run: Runner,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -86,75 +75,17 @@ class Replay:
         shifted: Tensor,
         grad_out: Tensor,
         grad_lse: Tensor | None,
-        results: Sequence[Tensor] = (),
-    ) -> Gradients:
-        """`q_offset` is that of the call, and there are no `results`."""
-        inputs = [query, key, value, out, shifted, grad_out, counter_of(query.device), *tensors]
-        if grad_lse is not None:
-            inputs.append(grad_lse)
-        dq, dk, dv = self._launches(inputs, self._launch.find(tensors, query.device))
-        return Gradients(dq, dk, dv, {})
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """Launches for calls that differ in nothing but their tensors' addresses.
-
-    captured: what is known of captured tensors beside their addresses. parts: of the batch, one after the other.
-    """
-
-    plan: _Plan
-    kind: Kind | None
-    parameters: tuple[Any, ...]
-    captured: tuple[tuple[Any, ...], ...]
-    q_offset: int | Tensor
-    scale: float
-    parts: tuple[tuple[slice, _Part], ...]
-
-    @staticmethod
-    def of(kernels: Kernels, call: Call, out: Tensor, grad_out: Tensor, config: Config, ordered: bool) -> _Launch:
-        plan = kernels.plan(call, ordered, frozenset(), config)
-        batch, heads, rows = call.sizes[0], call.sizes[1], config.queries
-        bytes = 4 * heads * -(-call.sizes[3] // rows) * rows * plan.dims[0]
-        numbered = any("b" in root.depends for root in kernels.portable.variant.roots)
-        count = batch if numbered else min(batch, max(1, SUMS // bytes))
-        parts = [slice(first, min(first + count, batch)) for first in range(0, batch, count)]
-        return _Launch(
-            plan,
-            kernels.portable.kind_of_list(call, rows, KEYS, transposed=True),
-            tuple(map(number, call.parameters)),
-            tuple(rest for _, *rest in described(call.tensors)),
-            call.q_offset, float(call.scale),
-            tuple((part, _found(kernels, plan, _of_batch(call, part), out[part], grad_out[part])) for part in parts),
-        )  # fmt: skip
-
-    @property
-    def count(self) -> int:
-        """How many tensors `find` gives."""
-        return 0 if self.kind is None else self.kind.count
-
-    def find(self, tensors: Sequence[Tensor], device: torch.device, run: Runner = launch) -> tuple[Tensor, ...]:
-        """The list of tiles; where the batch has parts, it is the same for all its entries."""
-        return () if self.kind is None else self.kind.find(tensors, self.q_offset, device, run)
-
-    def __call__(
-        self,
-        run: Runner,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        tensors: Sequence[Tensor],
-        out: Tensor,
-        shifted: Tensor,
-        grad_out: Tensor,
-        grad_lse: Tensor | None,
         counter: Tensor,
+        shares: Sequence[Tensor],
         listed: Sequence[Tensor],
+        results: Mapping[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of query, key and value; `listed` is what `find` gives."""
+        """Gradients of query, key and value. `listed` is what `kind` finds, the same for all entries of a batch that
+        has parts. There are no `shares` and `results`."""
+        assert not shares and not results
         grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
         captured = tuple([(x, *rest) for x, rest in zip(tensors, self.captured, strict=True)])
-        of_call = self.parameters, captured, self.q_offset, self.scale
+        of_call = self.parameters, captured, q_offset, self.scale
         dq, dk, dv = (empty_like(x) for x in (query, key, value))
         given = (query, key, value, out, shifted, grad_out, grad_lse, dq, dk, dv)
         for part, launched in self.parts:
